@@ -65,7 +65,7 @@ class Rows:
         whole = first.shape[minor] // lanes * lanes
         folded = [x[..., :whole].reshape(*x.shape[:-1], -1, lanes) for x in (first, second)]
         per_lane = _joint_sums(folded, self.axes)
-        sums = [jnp.sum(x, minor + 1) for x in per_lane]
+        sums = [jnp.squeeze(x, minor) for x in _joint_sums(per_lane, (minor + 1,))]
         if whole < first.shape[minor]:
             rest = _joint_sums([x[..., whole:] for x in (first, second)], self.axes)
             sums = [x + y for x, y in zip(sums, rest, strict=True)]

@@ -67,7 +67,8 @@ def below_top(rows: Rows, scores: Array) -> tuple[Array, Array]:
 
     Exactly 0 at the maximum, be it infinite; -inf throughout a row in which nothing takes part.
     """
-    top = jnp.maximum(rows.max(scores), jnp.finfo(scores.dtype).min)
+    top = rows.max(scores)
+    top = jnp.where(top == -jnp.inf, jnp.finfo(scores.dtype).min, top)
     spread = rows.spread(top)
     return jnp.where(scores == spread, 0, scores - spread), top
 

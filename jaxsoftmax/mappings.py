@@ -268,12 +268,8 @@ def hardmax(
 @custom_vjp
 def log_probabilities(rows: Rows, scores: Array) -> Array:
     """Log-softmax of prepared scores."""
-    gaps, top = _threshold.below_top(rows, scores)
-    # What rounding took from `scores - top`, found by Knuth's two-sum.
-    high = gaps - scores
-    lost = (scores - (gaps - high)) - (rows.spread(top) + high)
-    lost = jnp.where(jnp.isfinite(lost) & (gaps < 0), lost, 0)
-    log_p = gaps + (lost - rows.spread(_log_sum_of_gaps(rows, gaps)))
+    gaps, lost, top = _exact_gaps(rows, scores)
+    log_p = gaps + (lost - rows.spread(_log_sum_of_gaps(rows, gaps, lost)))
     return jnp.where(gaps == -jnp.inf, -jnp.inf, log_p)
 
 
@@ -294,8 +290,8 @@ log_probabilities.defvjp(_log_fwd, _log_bwd)
 @custom_vjp
 def log_sum(rows: Rows, scores: Array) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
-    gaps, top = _threshold.below_top(rows, scores)
-    return top + _log_sum_of_gaps(rows, gaps)
+    gaps, lost, top = _exact_gaps(rows, scores)
+    return top + _log_sum_of_gaps(rows, gaps, lost)
 
 
 def _log_sum_fwd(rows: Rows, scores: Array) -> tuple[Array, tuple[Rows, Array]]:
@@ -310,11 +306,21 @@ def _log_sum_bwd(residuals: tuple[Rows, Array], ct: Array) -> tuple[None, Array]
 log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
 
 
-def _log_sum_of_gaps(rows: Rows, gaps: Array) -> Array:
+def _exact_gaps(rows: Rows, scores: Array) -> tuple[Array, Array, Array]:
+    """The scores less their maximum, what rounding took from that (Knuth's two-sum), and it."""
+    gaps, top = _threshold.below_top(rows, scores)
+    high = gaps - scores
+    lost = (scores - (gaps - high)) - (rows.spread(top) + high)
+    return gaps, jnp.where(jnp.isfinite(lost) & (gaps < 0), lost, 0), top
+
+
+def _log_sum_of_gaps(rows: Rows, gaps: Array, lost: Array) -> Array:
     # The maxima count 1 each and are kept apart: where one score dominates, all the digits of the
     # answer are in the sum of the others.
     below = gaps < 0
-    rest, tops = rows.sums(jnp.where(below, jnp.exp(gaps), 0), indicator(~below, gaps.dtype))
+    weights = jnp.exp(gaps)
+    rest = jnp.where(below, weights + weights * lost, 0)
+    rest, tops = rows.sums(rest, indicator(~below, gaps.dtype))
     return jnp.log1p(rest + (tops - 1))
 
 
@@ -324,18 +330,18 @@ def _divided_by_zero(top: Array) -> Array:
 
 def _softmax_probabilities(rows: Rows, scores: Array) -> Array:
     # A rounding error in `score - top` is an error of the same size in the logarithm of the
-    # probability: 64 ulp where the difference is 80. So we subtract a whole number instead, so
-    # near to the maximum that its exponential is finite and so low that no score that matters
-    # falls below 0: such a difference is exact.
+    # probability: 64 ulp where the difference is 80. A whole number is subtracted instead, so
+    # near to the maximum that no sum overflows and so far from it that next to no score that
+    # matters falls below it: such a difference is exact.
     finfo = jnp.finfo(scores.dtype)
-    room = math.floor(math.log(float(finfo.max))) - 2
-    scores = jnp.minimum(scores, finfo.max)
-    top = jnp.maximum(rows.max(scores), finfo.min)
+    room = math.floor(math.log(float(finfo.max)) - 2 - math.log(max(rows.length(scores), 1)))
+    top = rows.max(scores)
     whole = jnp.maximum(jnp.floor(top) - room, 0) + jnp.minimum(jnp.ceil(top), 0)
-    pivot = jnp.where(top > 2.0**20, top, whole)  # beyond, whole numbers get sparse
-    weights = jnp.exp(scores - rows.spread(pivot)) * rows.spread(jnp.exp(pivot - top))
-    # The maximum weighs 1; a sum of less belongs to a row in which nothing takes part.
-    return weights * rows.spread(1 / jnp.maximum(rows.sum(weights), 0.5))
+    pivot = jnp.where(jnp.abs(top) > 2.0**20, top, whole)  # beyond, whole numbers get sparse
+    pivot = jnp.clip(pivot, finfo.min, finfo.max)
+    # The clipped maximum of a row with +inf is that of its scores, clipped alike.
+    weights = jnp.exp(jnp.minimum(scores, finfo.max) - rows.spread(pivot))
+    return weights * rows.spread(1 / jnp.maximum(rows.sum(weights), finfo.tiny))
 
 
 def _sparsemax_probabilities(rows: Rows, scores: Array) -> Array:
