@@ -1,0 +1,154 @@
+"""The command line: options, what is said on screen, and how it ends."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+from jaxsoftmax._demo import folder, interrupts
+from jaxsoftmax._demo.models import MODELS, Model
+
+_EXTRAS = ("sklearn", "matplotlib", "tqdm")
+_MOST_EPOCHS = 10_000
+_LARGEST_SEED = 2**31 - 1
+_BAD_USAGE = 2
+_INTERRUPTED = 130
+
+
+class _UsageError(Exception):
+    """What the user can put right, in one line."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(message)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the demonstration.
+
+    Args:
+      arguments: The command line without the program's name; by default, the process's own.
+
+    Returns:
+      The exit status: 0, or 2 for what the user can put right, or 130 after Ctrl-C.
+    """
+    try:
+        _run(_parser().parse_args(arguments))
+    except _UsageError as error:
+        print("jaxsoftmax:", " ".join(str(error).split()), file=sys.stderr)
+        return _BAD_USAGE
+    except KeyboardInterrupt:
+        print("jaxsoftmax: interrupted", file=sys.stderr)
+        return _INTERRUPTED
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m jaxsoftmax",
+        description=(
+            "Trains one small network per mapping to read handwritten digits, compares the "
+            "probabilities they give, and writes a page about it."
+        ),
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--mapping",
+        action="append",
+        choices=[model.name for model in MODELS],
+        help="train this one only; may be given more than once (default: all)",
+    )
+    parser.add_argument(
+        "--epochs",
+        type=_whole_number(1, _MOST_EPOCHS),
+        default=40,
+        metavar="N",
+        help="passes over the training digits (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed",
+        type=_whole_number(0, _LARGEST_SEED),
+        default=0,
+        metavar="N",
+        help="decides everything random: same seed, same numbers (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--out",
+        type=_folder,
+        default=Path("report"),
+        metavar="FOLDER",
+        help="where the page goes (default: %(default)s)",
+    )
+    parser.add_argument("--quiet", action="store_true", help="print nothing but errors")
+    return parser
+
+
+def _whole_number(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            raise argparse.ArgumentTypeError(
+                f"must be a whole number from {least} to {most}, not {text!r}"
+            )
+        return number
+
+    return parse
+
+
+def _folder(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("must name a folder, not ''")
+    return Path(text)
+
+
+def _run(options: argparse.Namespace) -> None:
+    chosen = [model for model in MODELS if model.name in (options.mapping or (model.name,))]
+    try:
+        folder.check(options.out)
+    except OSError as error:
+        raise _unwritable(options.out, error) from error
+    try:
+        _demonstrate(chosen, options)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
+            raise
+        raise _UsageError(
+            f'this needs {error.name}, which is not installed: pip install "jaxsoftmax[demo]"'
+        ) from error
+
+
+def _demonstrate(models: list[Model], options: argparse.Namespace) -> None:
+    say = (lambda text: None) if options.quiet else print
+    with interrupts.held() as let_through:
+        # Here, not above: only these modules need the extra, and a wrong option is told faster.
+        from jaxsoftmax._demo import comparison, digits, page, table
+
+        let_through()
+        data = digits.load(options.seed)
+        say(
+            f"{data.train.size} handwritten digits to train on, {data.validation.size} to "
+            f"validate, {data.test.size} to test."
+        )
+        results = comparison.compare(
+            models,
+            data,
+            epochs=options.epochs,
+            seed=options.seed,
+            quiet=options.quiet,
+            checkpoint=let_through,
+        )
+        html = page.page(results, data, epochs=options.epochs, seed=options.seed)
+    try:
+        path = folder.write_page(options.out, html)
+    except OSError as error:
+        raise _unwritable(options.out, error) from error
+    say(f"\n{table.table(results)}\n\nThe page is at {path}")
+
+
+def _unwritable(out: Path, error: OSError) -> _UsageError:
+    return _UsageError(f"cannot write to --out {out}: {error.strerror or error}")

@@ -1,0 +1,107 @@
+"""Judging a trained network on the test digits, before and after its temperature is fitted."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+from jaxsoftmax import calibration
+from jaxsoftmax._demo import network
+from jaxsoftmax._demo.digits import Digits
+from jaxsoftmax._demo.models import Model
+from jaxsoftmax._demo.training import Trained
+
+NUM_BINS = 10
+
+
+class Likelihood(NamedTuple):
+    """The negative log-likelihood of the true classes, in nats per digit.
+
+    Attributes:
+      mean: Over all digits; infinite as soon as one true class has probability 0.
+      zeros: How many digits have probability 0 for their true class.
+      mean_of_rest: Over the other digits; NaN when there are none.
+    """
+
+    mean: float
+    zeros: int
+    mean_of_rest: float
+
+
+class Judgement(NamedTuple):
+    """What one set of probabilities is worth on the test digits.
+
+    Attributes:
+      probs: (N, 10), what the mapping gave.
+      likelihood: The negative log-likelihood of the true classes.
+      calibration_error: The expected calibration error.
+      support: The mean number of classes with a probability above 0.
+      curve: The reliability curve.
+    """
+
+    probs: np.ndarray
+    likelihood: Likelihood
+    calibration_error: float
+    support: float
+    curve: calibration.ReliabilityCurve
+
+
+class Result(NamedTuple):
+    """All that the table and the page tell about one model."""
+
+    model: Model
+    trained: Trained
+    accuracy: float
+    temperature: float
+    before: Judgement
+    after: Judgement
+
+
+def evaluate(model: Model, trained: Trained, digits: Digits) -> Result:
+    """Fits the temperature on the validation digits and judges the model on the test digits.
+
+    Args:
+      model: The mapping, and the loss that the temperature minimizes.
+      trained: The network's weights and history.
+      digits: All splits; the training split is not looked at.
+
+    Returns:
+      Accuracy (the temperature cannot change it), temperature, and both judgements.
+    """
+    score = jax.jit(network.apply)
+    temperature = calibration.fit_temperature(
+        score(trained.params, digits.validation.images),
+        digits.validation.labels,
+        loss=model.loss,
+    )
+    scores = score(trained.params, digits.test.images)
+    labels = digits.test.labels
+    return Result(
+        model=model,
+        trained=trained,
+        accuracy=float(jnp.mean(jnp.argmax(scores, axis=-1) == labels)),
+        temperature=float(temperature),
+        before=_judge(model.mapping(scores), labels),
+        after=_judge(model.mapping(scores, temperature=temperature), labels),
+    )
+
+
+def _judge(probs: Float[Array, "n classes"], labels: Int[Array, " n"]) -> Judgement:
+    error = calibration.expected_calibration_error(probs, labels, num_bins=NUM_BINS)
+    return Judgement(
+        probs=np.asarray(probs),
+        likelihood=_likelihood(np.asarray(probs), np.asarray(labels)),
+        calibration_error=float(error),
+        support=float(jnp.mean(jnp.sum(probs > 0, axis=-1))),
+        curve=calibration.reliability_curve(probs, labels, num_bins=NUM_BINS),
+    )
+
+
+def _likelihood(probs: np.ndarray, labels: np.ndarray) -> Likelihood:
+    of_true_class = probs[np.arange(len(labels)), labels].astype(np.float64)
+    possible = of_true_class > 0
+    zeros = int(np.sum(~possible))
+    rest = float(np.mean(-np.log(of_true_class[possible]))) if possible.any() else np.nan
+    return Likelihood(mean=np.inf if zeros else rest, zeros=zeros, mean_of_rest=rest)

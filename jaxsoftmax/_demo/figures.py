@@ -1,0 +1,168 @@
+"""The pictures on the page: SVG that stays sharp at any size, and PNG for the digits."""
+
+import io
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib import image as mpl_image
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import (
+    FuncFormatter,
+    LogLocator,
+    MaxNLocator,
+    NullFormatter,
+    PercentFormatter,
+)
+
+from jaxsoftmax._demo.evaluation import Result
+from jaxsoftmax._demo.training import Epoch
+from jaxsoftmax.calibration import ReliabilityCurve
+
+# A notice about building its font cache would break the silence of --quiet.
+logging.getLogger("matplotlib").setLevel(logging.ERROR)
+
+_INK = "#1d2430"
+_FAINT = "#6b7380"
+_GRID = "#e6e8ec"
+_CURVES_SIZE = (4.0, 2.7)
+_RELIABILITY_SIZE = (3.4, 3.7)
+_FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
+_STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 9,
+    "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _FAINT,
+    "axes.linewidth": 0.6,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "grid.color": _GRID,
+    "grid.linewidth": 0.8,
+    "legend.frameon": False,
+    "text.color": _INK,
+    "xtick.color": _FAINT,
+    "ytick.color": _FAINT,
+    "xtick.major.size": 0,
+    "ytick.major.size": 0,
+    "ytick.minor.size": 0,
+    # The same results give the same bytes, and text stays text.
+    "svg.hashsalt": "jaxsoftmax",
+    "svg.fonttype": "none",
+}
+
+
+def accuracy_curves(results: list[Result]) -> bytes:
+    """Draws accuracy on the validation digits, epoch by epoch."""
+
+    def draw(axes: Axes) -> None:
+        _draw_curves(axes, results, lambda epoch: epoch.accuracy)
+        worst_end = min(result.trained.epochs[-1].accuracy for result in results)
+        axes.set_ylim(0.85 if worst_end > 0.9 else 0.0, 1.0)
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="lower right", handlelength=2.6)
+
+    return _curves(draw)
+
+
+def loss_curves(results: list[Result]) -> bytes:
+    """Draws each model's own training loss, epoch by epoch, on a logarithmic scale."""
+
+    def draw(axes: Axes) -> None:
+        axes.set_yscale("log")
+        _draw_curves(axes, results, lambda epoch: max(epoch.loss, 1e-9))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+        axes.legend(loc="upper right", handlelength=2.6)
+
+    return _curves(draw)
+
+
+def reliability_diagram(curve: ReliabilityCurve, colour: str) -> bytes:
+    """Draws how often answers are right against how sure the model said it was.
+
+    Args:
+      curve: The reliability curve.
+      colour: The model's.
+
+    Returns:
+      An SVG picture: above, a dot per bin with its 95% interval; below, how many digits the bin
+      holds.
+    """
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_RELIABILITY_SIZE, layout="constrained")
+        shares, counts = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
+        _draw_shares(shares, curve, colour)
+        _draw_counts(counts, np.asarray(curve.count), colour)
+        return _svg(figure)
+
+
+def digit(pixels: np.ndarray) -> bytes:
+    """Turns an (8, 8) image into a PNG of as many pixels, dark ink on white paper."""
+    buffer = io.BytesIO()
+    mpl_image.imsave(buffer, pixels, cmap="gray_r", vmin=0.0, vmax=1.0, format="png")
+    return buffer.getvalue()
+
+
+def _curves(draw: Callable[[Axes], None]) -> bytes:
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_CURVES_SIZE, layout="constrained")
+        axes = figure.subplots()
+        draw(axes)
+        axes.grid(visible=False, axis="x")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
+        axes.set_xlabel("epoch")
+        return _svg(figure)
+
+
+def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], float]) -> None:
+    for result in results:
+        epochs = result.trained.epochs
+        axes.plot(
+            range(1, len(epochs) + 1),
+            [value(epoch) for epoch in epochs],
+            color=result.model.colour,
+            linestyle=result.model.dashes,
+            linewidth=1.6,
+            marker="o" if len(epochs) == 1 else "",
+            label=result.model.name,
+        )
+
+
+def _draw_shares(axes: Axes, curve: ReliabilityCurve, colour: str) -> None:
+    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
+    confidence, accuracy, count, lower, upper = map(np.asarray, curve)
+    axes.vlines(confidence, lower, upper, color=colour, linewidth=5, alpha=0.2)
+    axes.scatter(confidence, accuracy, s=18 + 4 * np.sqrt(count), color=colour, zorder=3)
+    axes.set_ylim(-0.03, 1.03)
+    axes.set_ylabel("share of right answers")
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _draw_counts(axes: Axes, counts: np.ndarray, colour: str) -> None:
+    centres = (np.arange(len(counts)) + 0.5) / len(counts)
+    # Most digits are in the last bin: the square root keeps the others visible.
+    heights = np.sqrt(counts / counts.max())
+    axes.bar(centres, heights, width=0.8 / len(counts), color=colour, alpha=0.55)
+    for centre, height, count in zip(centres, heights, counts, strict=True):
+        if count:
+            axes.text(centre, height + 0.08, f"{count:.0f}", ha="center", fontsize=7.5)
+    axes.set_ylim(0, 1.5)
+    axes.set_yticks([])
+    axes.grid(visible=False)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlim(-0.03, 1.03)
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+    axes.set_ylabel("digits")
+    axes.set_xlabel("confidence")
+
+
+def _svg(figure: Figure) -> bytes:
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    return buffer.getvalue().replace("'DejaVu Sans'", _FONTS).encode()
