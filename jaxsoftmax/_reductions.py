@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from jax import lax
 from jaxtyping import Array
 
 Entries = tuple[Array, ...]
+T = TypeVar("T")
 
 
 @functools.partial(
@@ -82,10 +83,10 @@ class Rows:
 
     def map(
         self,
-        function: Callable[..., Array],
+        function: Callable[..., T],
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
-    ) -> Entries:
+    ) -> tuple[T, ...]:
         """`function` of entries and row values, entry by entry."""
         first, *sinks = zip(*entries, strict=True)
         spread = [self._spread(values) for values in row_values]
@@ -137,6 +138,21 @@ class Rows:
             rest = _joint_sums([x[..., whole:] for x in (first, second)], self.axes)
             sums = [x + y for x, y in zip(sums, rest, strict=True)]
         return sums[0], sums[1]
+
+
+def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
+    """`x`, seen by `shard_map` as varying over the mesh axes that `other` varies over.
+
+    Outside of a custom rule, so that the sum over devices that this asks of the gradient is taken
+    by JAX and not by the rule.
+    """
+    missing = _varying(other) - _varying(x) - frozenset(but)
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def _varying(x: Array) -> frozenset[str]:
+    aval: Any = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 
 def indicator(condition: Array, dtype: Any) -> Array:

@@ -15,11 +15,11 @@ from typing import Any, ParamSpec, TypeVar, cast
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, sum_to
+from jaxsoftmax._reductions import Entries, Rows, sum_to, vary_like
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -70,10 +70,11 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
 def _look_at_temperature(value: Any) -> Any:
     if not isinstance(value, numbers.Real):
         return value
+    value = float(value)
     if not value >= 0:
         raise ValueError(f"temperature must not be negative or NaN, got {value}.")
     # 0 and 1 are known while tracing; other numbers are traced, lest each be compiled for.
-    return Fixed(float(value)) if value in (0, 1) else Positive(float(value))
+    return Fixed(value) if value in (0, 1) else Positive(value)
 
 
 def _look_at_number(value: Any) -> Any:
@@ -94,7 +95,7 @@ _LOOKS = {
 
 
 def _count_segments(segment_ids: ArrayLike) -> int:
-    if isinstance(segment_ids, jax.core.Tracer):
+    if isinstance(segment_ids, core.Tracer):
         raise ValueError("num_segments is needed where segment_ids is traced, got None.")
     ids = np.asarray(segment_ids)
     return int(ids.max(initial=-1)) + 1
@@ -122,9 +123,7 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     numbers_ = [a for a in members if not isinstance(a, str)]
     for a in numbers_:
         if isinstance(a, bool) or not isinstance(a, int | np.integer):
-            raise TypeError(
-                f"axis must be an int, a mesh axis name, a tuple or None, got {axis!r}."
-            )
+            raise TypeError(f"axis must be an int, a mesh axis name, a tuple or None, got {a!r}.")
         if not -ndim <= a < ndim:
             raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions.")
     axes = tuple(sorted(int(a) % ndim for a in numbers_))
@@ -214,10 +213,10 @@ def _temper(
         known = temperature.value if isinstance(temperature, Fixed) else temperature
         return _coldest(rows, scores, at_zero) if known == 0 else scores
     if isinstance(temperature, Positive):
-        return divide(scores, jnp.full((1,) * scores.ndim, temperature.value, scores.dtype))
+        return _divide(scores, jnp.full((1,) * scores.ndim, temperature.value, scores.dtype))
     divisor = check_per_row("temperature", temperature, scores, rows)
     (divisor,) = rows.map(lambda _, t: t, [(scores,)], [divisor])
-    warm = divide(scores, jnp.where(divisor == 0, 1, divisor))
+    warm = _divide(scores, jnp.where(divisor == 0, 1, divisor))
     return jnp.where(divisor == 0, _coldest(rows, scores, at_zero), warm)
 
 
@@ -230,7 +229,8 @@ def check_per_row(name: str, value: ArrayLike, scores: Array, rows: Rows) -> Arr
         raise ValueError(
             f"{name} must broadcast to one value per row, shape {shape}, got shape {value.shape}."
         )
-    return _with_ndim(value, scores.ndim).astype(scores.dtype)
+    value = _with_ndim(value, scores.ndim).astype(scores.dtype)
+    return vary_like(value, scores, but=rows.names)
 
 
 def check_real(name: str, x: Array) -> None:
@@ -262,22 +262,26 @@ def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Ar
     return rows.map(cold, [entries], [top, at_top])[0]
 
 
-@custom_vjp
-def divide(scores: Array, divisor: Array) -> Array:
+def _divide(scores: Array, divisor: Array) -> Array:
     """`scores / divisor`, whose gradient in the divisor ignores infinite scores."""
+    return _quotient(scores, vary_like(divisor, scores))
+
+
+@custom_vjp
+def _quotient(scores: Array, divisor: Array) -> Array:
     return scores / divisor
 
 
-def _divide_fwd(scores: Array, divisor: Array) -> tuple[Array, tuple[Array, Array]]:
-    quotient = divide(scores, divisor)
+def _quotient_fwd(scores: Array, divisor: Array) -> tuple[Array, tuple[Array, Array]]:
+    quotient = _quotient(scores, divisor)
     return quotient, (quotient, divisor)
 
 
-def _divide_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+def _quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     quotient, divisor = residuals
     ct_scores = ct / divisor
     finite = jnp.where(jnp.isfinite(quotient), quotient, 0)
     return ct_scores, -sum_to(ct_scores * finite, divisor.shape)
 
 
-divide.defvjp(_divide_fwd, _divide_bwd)
+_quotient.defvjp(_quotient_fwd, _quotient_bwd)

@@ -20,7 +20,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
 from jaxsoftmax._scores import (
     Axis,
     Fixed,
@@ -287,7 +287,7 @@ def _as_distribution(
                 f"targets must have the shape of scores {scores.shape} if they are distributions, "
                 f"got shape {targets.shape}."
             )
-        return (targets.astype(scores.dtype),), None
+        return (vary_like(targets.astype(scores.dtype), scores),), None
     if len(rows.axes) != 1:
         raise ValueError(
             f"targets must be distributions over {len(rows.axes)} axes, got integers, which name "
@@ -304,7 +304,7 @@ def _as_distribution(
     if rows.names:  # each device has its stretch of the classes
         classes += lax.axis_index(rows.names) * scores.shape[axis]
     hits = classes == jnp.expand_dims(targets, axis).astype(jnp.int32)
-    target = (indicator(hits, scores.dtype),)
+    target = (vary_like(indicator(hits, scores.dtype), scores),)
     return target, rows.sum(target) > 0
 
 

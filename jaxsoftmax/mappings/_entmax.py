@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to
+from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
 from jaxsoftmax._scores import Axis, Fixed, Options, check_per_row, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form
 from jaxsoftmax.mappings._softmax import SOFTMAX
@@ -265,24 +265,28 @@ def negentropy(p: Array, alpha: Array) -> Array:
     return jnp.where(p > 0, inside, -p / (alpha * jnp.maximum(beta, jnp.finfo(p.dtype).eps)))
 
 
-@custom_vjp
 def _expm1_over(beta: Array, x: Array) -> Array:
     """`(exp(beta x) - 1) / beta`, which is `x` where beta is 0."""
+    return _expm1_quotient(vary_like(beta, x), x)
+
+
+@custom_vjp
+def _expm1_quotient(beta: Array, x: Array) -> Array:
     none = beta < 1e-30
     return jnp.where(none, x, jnp.expm1(beta * x) / jnp.where(none, 1, beta))
 
 
-def _expm1_over_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _expm1_over(beta, x), (beta, x)
+def _expm1_quotient_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _expm1_quotient(beta, x), (beta, x)
 
 
-def _expm1_over_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     beta, x = residuals
     ct_x = ct * jnp.exp(beta * x)
     return sum_to(-ct_x * x * x * _phi(beta * x), beta.shape), ct_x
 
 
-_expm1_over.defvjp(_expm1_over_fwd, _expm1_over_bwd)
+_expm1_quotient.defvjp(_expm1_quotient_fwd, _expm1_quotient_bwd)
 
 
 def _entmax_slope(p: Array, alpha: Array) -> Array:
