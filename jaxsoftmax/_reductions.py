@@ -125,19 +125,23 @@ class Rows:
         )
 
     def _sums_on_cpu(self, first: Array, second: Array) -> tuple[Array, Array]:
-        # XLA for CPU reduces the minor axis one number at a time. Folded into (lanes-high, lanes),
-        # the same reduction runs over a middle axis, and LLVM vectorizes across the lanes.
+        # XLA for CPU reduces the minor axis one number at a time. Folded into (blocks, depth, lanes),
+        # the same reduction runs over a middle axis, and LLVM vectorizes across the lanes. What is
+        # left is a minor axis again. The depth is bounded for accuracy: an error grows with it.
         minor = first.ndim - 1
-        if minor not in self.axes or (lanes := _lanes(first.shape[minor])) == 1:
+        length = first.shape[minor]
+        if minor not in self.axes or (lanes := _lanes(length)) == 1:
             return _joint_sums((first, second), self.axes)
-        whole = first.shape[minor] // lanes * lanes
-        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, lanes) for x in (first, second)]
-        per_lane = _joint_sums(folded, self.axes)
-        sums = [jnp.squeeze(x, minor) for x in _joint_sums(per_lane, (minor + 1,))]
-        if whole < first.shape[minor]:
-            rest = _joint_sums([x[..., whole:] for x in (first, second)], self.axes)
-            sums = [x + y for x, y in zip(sums, rest, strict=True)]
-        return sums[0], sums[1]
+        depth = min(length // lanes, 64)
+        whole = length // (depth * lanes) * (depth * lanes)
+        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in (first, second)]
+        per_lane = _joint_sums(folded, (*self.axes[:-1], minor + 1))
+        shape = (*per_lane[0].shape[:minor], -1)
+        sums = self._sums_on_cpu(per_lane[0].reshape(shape), per_lane[1].reshape(shape))
+        if whole == length:
+            return sums
+        rest = self._sums_on_cpu(first[..., whole:], second[..., whole:])
+        return sums[0] + rest[0], sums[1] + rest[1]
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:

@@ -218,7 +218,8 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     With `beta = alpha - 1 = 1/q` the norm of the unnormalized entries is `S ** beta`, where `S` is
     the sum of `p = (1 + beta (gap - theta)) ** (1 / beta)`. Taken as `(S ** beta - 1) / beta`, it
     tends to `log S` as `beta` tends to 0, and the step to logsumexp. For `alpha > 2` the norm is
-    not convex: there a bracket is kept, and halved where a step leaves it.
+    not convex, and its slope is infinite where an entry enters the support: there a bracket is
+    kept, and halved where a step leaves it or is not half of the last.
     """
     gaps, _ = _threshold.below_top(rows, scores)
     beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
@@ -235,8 +236,8 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
         pairs = rows.map(p_and_slope, [gaps], [theta, beta])
         return tuple(p for p, _ in pairs), tuple(s for _, s in pairs)
 
-    def step(state: tuple[Array, Array, Array]) -> tuple[tuple[Array, Array, Array], Array]:
-        theta, low, high = state
+    def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+        theta, low, high, last = state
         total, slope = rows.sums(*evaluate(theta))
         log_total = jnp.log(total)
         excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total)
@@ -244,16 +245,17 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
         low = jnp.where(total >= 1, theta, low)
         high = jnp.where(total < 1, theta, high)
         middle = low + (high - low) / 2
-        new = jnp.where((newton >= low) & (newton <= high), newton, middle)
+        slow = (beta > 1) & (jnp.abs(newton - theta) > last / 2)
+        new = jnp.where((newton >= low) & (newton <= high) & ~slow, newton, middle)
         moved = (jnp.abs(total - 1) > _threshold.tolerance(total)) & (new != theta)
-        return (jnp.where(moved, new, theta), low, high), moved
+        return (jnp.where(moved, new, theta), low, high, jnp.abs(new - theta)), moved
 
     # At most, all entries equal the maximum and share evenly.
     length = jnp.asarray(rows.length(gaps), beta.dtype)
     top = rows.max(gaps)
     theta = jnp.zeros_like(top + beta)
     high = jnp.zeros_like(theta) - _expm1_over(beta, -jnp.log(length))
-    theta, _, _ = _threshold.iterate(step, (theta, theta, high))
+    theta, *_ = _threshold.iterate(step, (theta, theta, high, high))
     return _threshold.normalized(rows, evaluate(theta)[0])
 
 

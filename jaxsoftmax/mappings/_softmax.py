@@ -8,6 +8,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import log1p
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form
@@ -268,7 +269,7 @@ def _log_sum_of_gaps(rows: Rows, gaps: Entries, lost: Entries) -> Array:
 
     at_top = rows.map(lambda gap: indicator(~(gap < 0), gap.dtype), [gaps])
     rest, tops = rows.sums(rows.map(below, [gaps, lost]), at_top)
-    return jnp.log1p(rest + (tops - 1))
+    return log1p(rest + (tops - 1))
 
 
 def _divided_by_zero(top: Array) -> Array:
