@@ -99,6 +99,11 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         leaves, treedef = jax.tree.flatten(tuple(primals))
         tangent_leaves = treedef.flatten_up_to(tuple(tangents))
         active = [i for i, t in enumerate(tangent_leaves) if _is_tangent(t)]
+        if not active:
+            # A loop asks this of what turns out constant. The answer stays wrapped, or an outer
+            # derivative would meet a bare `jax.custom_vjp`.
+            out = self._both(*self._with_static(static, primals))
+            return out, jax.tree.map(_zero_tangent, out)
 
         def reverse(*active_leaves: Any) -> Any:
             merged = list(leaves)
@@ -120,7 +125,7 @@ def _push_forward(pullback: Callable, out: Any, tangents: list[Any]) -> Any:
     """The tangent of `out`: the transpose of the pullback, applied to the tangents."""
     out_leaves, out_tree = jax.tree.flatten(out)
     smooth = [i for i, leaf in enumerate(out_leaves) if _has_tangent(leaf)]
-    result = [np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in out_leaves]
+    result = [None if i in smooth else _zero_tangent(x) for i, x in enumerate(out_leaves)]
 
     def pullback_of_smooth(*cotangents: Any) -> Any:
         merged = list(result)
@@ -132,6 +137,12 @@ def _push_forward(pullback: Callable, out: Any, tangents: list[Any]) -> Any:
     for i, tangent in zip(smooth, transpose(tuple(tangents)), strict=True):
         result[i] = tangent
     return jax.tree.unflatten(out_tree, result)
+
+
+def _zero_tangent(x: Any) -> Any:
+    if _has_tangent(x):
+        return jnp.zeros_like(x)
+    return np.zeros(jnp.shape(x), jax.dtypes.float0)
 
 
 def _has_tangent(x: Any) -> bool:
