@@ -105,7 +105,8 @@ def as_scores(x: ArrayLike, name: str = "x") -> Array:
     """The scores in the dtype that they are computed in: float32 for half precision."""
     x = jnp.asarray(x)
     check_real(name, x)
-    return x.astype(jnp.promote_types(output_dtype(x), jnp.float32))
+    dtype = output_dtype(x)
+    return x.astype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 def output_dtype(x: ArrayLike) -> Any:
