@@ -10,5 +10,14 @@ from jaxsoftmax.mappings import entmax15 as entmax15
 from jaxsoftmax.mappings import hardmax as hardmax
 from jaxsoftmax.mappings import log_softmax as log_softmax
 from jaxsoftmax.mappings import logsumexp as logsumexp
+from jaxsoftmax.mappings import sinkhorn as sinkhorn
 from jaxsoftmax.mappings import softmax as softmax
+from jaxsoftmax.mappings import softpick as softpick
 from jaxsoftmax.mappings import sparsemax as sparsemax
+from jaxsoftmax.mappings import stick_breaking as stick_breaking
+from jaxsoftmax.masks import min_p_mask as min_p_mask
+from jaxsoftmax.masks import top_k_mask as top_k_mask
+from jaxsoftmax.masks import top_p_mask as top_p_mask
+from jaxsoftmax.measures import shannon_entropy as shannon_entropy
+from jaxsoftmax.measures import support_size as support_size
+from jaxsoftmax.measures import tsallis_entropy as tsallis_entropy

@@ -85,9 +85,10 @@ def _look_at_axis(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_STATIC = ("axis", "num_segments", "num_iterations", "reverse")
+_STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k")
 _LOOKS = {
     "axis": _look_at_axis,
+    "axes": _look_at_axis,
     "temperature": _look_at_temperature,
     "alpha": _look_at_number,
     "budget": _look_at_number,
@@ -131,6 +132,14 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     if len(set(axes)) + len(set(names)) < len(members):
         raise ValueError(f"axis must not name an axis twice, got {axis!r}.")
     return axes, names
+
+
+def one_axis(axis: Axis, ndim: int) -> int:
+    """`axis`, where it has to be one array axis."""
+    axes, names = split_axis(axis, ndim)
+    if len(axes) != 1 or names:
+        raise ValueError(f"axis must be one array axis, got {axis!r}.")
+    return axes[0]
 
 
 @dataclasses.dataclass(frozen=True)

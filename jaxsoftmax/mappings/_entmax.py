@@ -274,7 +274,7 @@ def _expm1_over(beta: Array, x: Array) -> Array:
 
 @custom_vjp
 def _expm1_quotient(beta: Array, x: Array) -> Array:
-    none = beta < 1e-30
+    none = jnp.abs(beta) < 1e-30
     return jnp.where(none, x, jnp.expm1(beta * x) / jnp.where(none, 1, beta))
 
 

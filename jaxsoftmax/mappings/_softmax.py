@@ -179,24 +179,30 @@ def logsumexp(
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
-def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    # A rounding error in `score - top` is an error of the same size in the logarithm of the
-    # probability: 64 ulp where the difference is 80. A whole number is subtracted instead, so
-    # near to the maximum that no sum overflows and so far from it that next to no score that
-    # matters falls below it: such a difference is exact.
+def pivot(rows: Rows, scores: Entries) -> Array:
+    """What to subtract from scores before `exp`, such that the differences are exact.
+
+    A rounding error in `score - top` is an error of the same size in the logarithm of the
+    probability: 64 ulp where the difference is 80. Here it is a whole number, so near to the
+    maximum that no sum overflows and so far from it that next to no score that matters falls
+    below it: such a difference is exact.
+    """
     finfo = jnp.finfo(scores[0].dtype)
     room = math.floor(math.log(float(finfo.max)) - 2 - math.log(max(rows.length(scores), 1)))
     top = rows.max(scores)
     whole = jnp.maximum(jnp.floor(top) - room, 0) + jnp.minimum(jnp.ceil(top), 0)
-    pivot = jnp.where(jnp.abs(top) > 2.0**20, top, whole)  # beyond, whole numbers get sparse
-    pivot = jnp.clip(pivot, finfo.min, finfo.max)
+    near = jnp.where(jnp.abs(top) > 2.0**20, top, whole)  # beyond, whole numbers get sparse
+    return jnp.clip(near, finfo.min, finfo.max)
 
-    def weight(score: Array, pivot: Array) -> Array:
-        # Where the maximum is +inf, it and the pivot become the largest finite number.
-        return jnp.exp(jnp.minimum(score, finfo.max) - pivot)
 
-    weights = rows.map(weight, [scores], [pivot])
-    scale = 1 / jnp.maximum(rows.sum(weights), finfo.tiny)
+def weight(score: Array, pivot: Array) -> Array:
+    """`exp(score - pivot)`; where the maximum is +inf, it and the pivot are the largest number."""
+    return jnp.exp(jnp.minimum(score, jnp.finfo(score.dtype).max) - pivot)
+
+
+def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
+    weights = rows.map(weight, [scores], [pivot(rows, scores)])
+    scale = 1 / jnp.maximum(rows.sum(weights), jnp.finfo(scores[0].dtype).tiny)
     return rows.map(jnp.multiply, [weights], [scale])
 
 
