@@ -7,10 +7,12 @@ which nothing takes part is all 0; NaN among what takes part makes its row NaN; 
 `hardmax`.
 """
 
+from jaxsoftmax.mappings._budget import budget_sparsemax as budget_sparsemax
 from jaxsoftmax.mappings._entmax import entmax as entmax
 from jaxsoftmax.mappings._entmax import entmax15 as entmax15
 from jaxsoftmax.mappings._entmax import sparsemax as sparsemax
 from jaxsoftmax.mappings._hardmax import hardmax as hardmax
+from jaxsoftmax.mappings._normmax import normmax as normmax
 from jaxsoftmax.mappings._sinkhorn import sinkhorn as sinkhorn
 from jaxsoftmax.mappings._softmax import log_softmax as log_softmax
 from jaxsoftmax.mappings._softmax import logsumexp as logsumexp
