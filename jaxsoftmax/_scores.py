@@ -264,7 +264,7 @@ def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Ar
     """The scores in the limit of temperature 0: constant, and -inf below the maximum."""
 
     def cold(score: Array, top: Array, at_top: Array) -> Array:
-        return jnp.where(jnp.isnan(top), top, jnp.where(score == top, at_top, -jnp.inf))
+        return jnp.where(jnp.isnan(score), score, jnp.where(score == top, at_top, -jnp.inf))
 
     entries = (lax.stop_gradient(scores),)
     top = rows.max(entries)
@@ -274,6 +274,8 @@ def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Ar
 
 def _divide(scores: Array, divisor: Array) -> Array:
     """`scores / divisor`, whose gradient in the divisor ignores infinite scores."""
+    # An infinite divisor would make NaN of -inf.
+    divisor = jnp.minimum(divisor, jnp.finfo(divisor.dtype).max)
     return _quotient(scores, vary_like(divisor, scores))
 
 

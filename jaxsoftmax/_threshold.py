@@ -123,11 +123,11 @@ def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
         norm, slope = norm_and_slope(tau)
         grown = tau + (norm - 1) / jnp.where(slope == 0, 1, slope)
         moved = (norm > 1 + tolerance(tau)) & (grown > tau)
-        return jnp.where(moved, grown, tau), moved
+        return jnp.where(moved | jnp.isnan(norm), grown, tau), moved
 
     # One below the maximum, which is 0.
     tau = iterate(step, jnp.full_like(rows.max(gaps), -1))
-    return normalized(rows, rows.map(lambda u: u**q, [inside(tau)]))
+    return normalized(rows, rows.map(lambda u: u**q, [inside(tau)]), tau)
 
 
 def tolerance(x: Array) -> float:
@@ -154,7 +154,12 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
 _MAX_PASSES = 80
 
 
-def normalized(rows: Rows, weights: Entries) -> Entries:
-    """The weights over their sum, 0 in rows without weight."""
+def normalized(rows: Rows, weights: Entries, tau: Array | None = None) -> Entries:
+    """The weights over their sum, 0 in rows without weight, NaN where `tau` is.
+
+    Maxima, as XLA for CPU takes them of large arrays, may lose a NaN, and so the weights may.
+    """
     total = rows.sum(weights)
-    return rows.map(jnp.multiply, [weights], [1 / jnp.where(total == 0, 1, total)])
+    scale = 1 / jnp.where(total == 0, 1, total)
+    scale = scale if tau is None else jnp.where(jnp.isnan(tau), tau, scale)
+    return rows.map(jnp.multiply, [weights], [scale])

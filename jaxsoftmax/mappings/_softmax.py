@@ -54,13 +54,14 @@ def softmax(
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> jsm.softmax(jnp.array([0.0, 1.0, 2.0])).round(3)
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> jsm.softmax(jnp.array([0.0, 1.0, 2.0]))
       Array([0.09 , 0.245, 0.665], dtype=float32)
-      >>> jsm.softmax(jnp.array([0.0, 1.0, 2.0]), temperature=0.5).round(3)
+      >>> jsm.softmax(jnp.array([0.0, 1.0, 2.0]), temperature=0.5)
       Array([0.016, 0.117, 0.867], dtype=float32)
       >>> jsm.softmax(jnp.zeros(3), sink=0.0)
       Array([0.25, 0.25, 0.25], dtype=float32)
-      >>> jsm.softmax(jnp.zeros(5), segment_ids=jnp.array([0, 0, 1, 1, 1]), num_segments=2).round(3)
+      >>> jsm.softmax(jnp.zeros(5), segment_ids=jnp.array([0, 0, 1, 1, 1]), num_segments=2)
       Array([0.5  , 0.5  , 0.333, 0.333, 0.333], dtype=float32)
 
 
@@ -114,8 +115,9 @@ def log_softmax(
       The probability of the first class is 1 - 2.9e-20, and its logarithm says so.
 
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> print(jsm.log_softmax(jnp.array([45.0, 0.0])))
-      [-2.8625187e-20 -4.5000000e+01]
+      >>> log_p = jsm.log_softmax(jnp.array([45.0, 0.0]))
+      >>> print(f"{log_p[0]:.4e}")
+      -2.8625e-20
 
 
     References:
@@ -167,8 +169,8 @@ def logsumexp(
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> jsm.logsumexp(jnp.array([1000.0, 1000.0]))
-      Array(1000.6931, dtype=float32)
+      >>> jsm.logsumexp(jnp.array([1000.0, 1000.0])).round(2)
+      Array(1000.69, dtype=float32)
 
 
     References:
@@ -271,9 +273,9 @@ def _log_sum_of_gaps(rows: Rows, gaps: Entries, lost: Entries) -> Array:
     # answer are in the sum of the others.
     def below(gap: Array, lost: Array) -> Array:
         weight = jnp.exp(gap)
-        return jnp.where(gap < 0, weight + weight * lost, 0)
+        return jnp.where(gap == 0, 0, weight + weight * lost)
 
-    at_top = rows.map(lambda gap: indicator(~(gap < 0), gap.dtype), [gaps])
+    at_top = rows.map(lambda gap: indicator(gap == 0, gap.dtype), [gaps])
     rest, tops = rows.sums(rows.map(below, [gaps, lost]), at_top)
     return log1p(rest + (tops - 1))
 
