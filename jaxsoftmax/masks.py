@@ -58,7 +58,7 @@ def top_k_mask(x: Float[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[A
         return jnp.full_like(scores, k > 0, bool)
     scores = _nan_on_top(jnp.moveaxis(scores, axis, -1))
     least = lax.top_k(scores, k)[0][..., -1:]
-    return jnp.moveaxis(_first(scores, least, jnp.asarray(k)), -1, axis)
+    return jnp.moveaxis(_first(scores, least, jnp.int32(k)), -1, axis)
 
 
 def top_p_mask(

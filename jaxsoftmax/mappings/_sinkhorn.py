@@ -58,7 +58,8 @@ def sinkhorn(
       num_iterations: how often columns are normalized, at least 1.
 
     Returns:
-      Probabilities of the shape and dtype of `x`. Entries of +inf share their row.
+      Probabilities of the shape and dtype of `x`. Entries of +inf leave nothing to others in
+      their row.
 
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `num_iterations` not an integer.

@@ -81,13 +81,14 @@ def _breaks_or_hardmax(
 ) -> Array:
     # No scores make sticks break into equal parts wherever there are ties: at temperature 0 it is
     # another function, taken where it may be needed.
-    if isinstance(temperature, Fixed | Positive):
-        if temperature.value == 0:
-            return _threshold.apply(HARDMAX, rows, scores)[0]
-        return _pieces(rows.axes[0], reverse, scores[0])
-    cold = check_per_row("temperature", temperature, scores[0], rows) == 0
+    pieces = _pieces(rows.axes[0], reverse, scores[0])
+    if isinstance(temperature, Positive) or temperature == Fixed(1):
+        return pieces
     hard = _threshold.apply(HARDMAX, rows, scores)[0]
-    return jnp.where(cold, hard, _pieces(rows.axes[0], reverse, scores[0]))
+    if isinstance(temperature, Fixed):
+        return hard
+    cold = check_per_row("temperature", temperature, scores[0], rows) == 0
+    return jnp.where(cold, hard, pieces)
 
 
 def _pieces_of_any(axis: int, reverse: bool, scores: Array) -> Array:
