@@ -274,8 +274,8 @@ def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Ar
 
 def _divide(scores: Array, divisor: Array) -> Array:
     """`scores / divisor`, whose gradient in the divisor ignores infinite scores."""
-    # An infinite divisor would make NaN of -inf.
-    divisor = jnp.minimum(divisor, jnp.finfo(divisor.dtype).max)
+    # An infinite divisor would make NaN of -inf, and so would one whose reciprocal underflows.
+    divisor = jnp.minimum(divisor, jnp.finfo(divisor.dtype).max / 8)
     return _quotient(scores, vary_like(divisor, scores))
 
 
