@@ -1,13 +1,15 @@
 """Reverse rules that serve forward mode too: the one place that knows the trick."""
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.custom_derivatives import SymbolicZero
+from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.interpreters import ad, batching, mlir
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -21,14 +23,16 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
 
     1. The pullback `ct -> bwd(res, ct)` at a point is the transpose `J^T` of the Jacobian there.
     2. It is linear in `ct`, so `jax.linear_transpose` can turn it round: its transpose is `J`.
-    3. `J` applied to the tangents is all that `jax.custom_jvp` asks for. Hence `fun` is wrapped
-       twice: `jax.custom_vjp` inside, holding your rule, and `jax.custom_jvp` outside, whose rule
-       runs `jax.vjp` of the inside and transposes the pullback.
+    3. `J` applied to the tangents is all that forward mode asks for. So a call becomes a primitive
+       that holds the `jax.custom_vjp` with your rule, and whose own JVP rule runs `jax.vjp` of that
+       and transposes the pullback.
     4. Reverse mode transposes that JVP once more and so gets `bwd` back, the same operations and
        no more; `jax.grad` costs what it costs with `jax.custom_vjp`.
     5. Both directions are traced through `fwd` and `bwd`, so higher orders follow as long as
        `fwd` and `bwd` are differentiable: let `fwd` call the decorated function itself, not a
        solver, and second derivatives use the rule instead of unrolling the solver.
+    6. It is a primitive and not a `jax.custom_jvp`, because a `scan` that is linearized unpacks
+       the latter, and forward over reverse mode would meet a bare `jax.custom_vjp`.
 
     What it asks of `bwd`: it has to be linear in the cotangent, made of operations that JAX can
     transpose. Put `jax.checkpoint` around the body of a `scan` in `bwd`, or its transpose keeps
@@ -66,10 +70,10 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         functools.update_wrapper(self, fun)
         if isinstance(nondiff_argnums, int):
             nondiff_argnums = (nondiff_argnums,)
-        # Ascending: JAX hands the static arguments over in this order, and so they go back in.
+        # Ascending, so that they can be put back one after the other.
         self._nondiff_argnums = tuple(sorted(nondiff_argnums))
         self._reverse = jax.custom_vjp(fun, nondiff_argnums=self._nondiff_argnums)
-        self._both = jax.custom_jvp(self._reverse, nondiff_argnums=self._nondiff_argnums)
+        self._signature = inspect.signature(fun)
         self._has_rule = False
 
     def defvjp(self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False) -> None:
@@ -82,62 +86,99 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
           symbolic_zeros: as in `jax.custom_vjp`.
         """
         self._reverse.defvjp(fwd, bwd, symbolic_zeros=symbolic_zeros)
-        self._both.defjvp(self._jvp, symbolic_zeros=True)
         self._has_rule = True
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._has_rule:
             name = getattr(self, "__name__", "the function")
             raise AttributeError(f"no rule defined for custom_vjp function {name}: call defvjp.")
-        return self._both(*args, **kwargs)
+        bound = self._signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        static = {i: bound.args[i] for i in self._nondiff_argnums}
+        dynamic = [arg for i, arg in enumerate(bound.args) if i not in static]
+        leaves, tree = jax.tree.flatten(dynamic)
+        leaves = [jnp.asarray(x) if isinstance(x, complex | float | int) else x for x in leaves]
+        out_tree = None
+
+        def flat(*leaves: Any) -> list[Any]:
+            nonlocal out_tree
+            merged = jax.tree.unflatten(tree, leaves)
+            for i, value in static.items():
+                merged.insert(i, value)
+            out_leaves, out_tree = jax.tree.flatten(self._reverse(*merged))
+            return out_leaves
+
+        out = _call.bind(*leaves, **_trace(flat, leaves))
+        return jax.tree.unflatten(out_tree, out)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
         return self if instance is None else functools.partial(self, instance)
 
-    def _jvp(self, *args: Any) -> tuple[Any, Any]:
-        *static, primals, tangents = args
-        leaves, treedef = jax.tree.flatten(tuple(primals))
-        tangent_leaves = treedef.flatten_up_to(tuple(tangents))
-        active = [i for i, t in enumerate(tangent_leaves) if _is_tangent(t)]
 
-        def reverse(*active_leaves: Any) -> Any:
-            merged = list(leaves)
-            for i, leaf in zip(active, active_leaves, strict=True):
-                merged[i] = leaf
-            return self._reverse(*self._with_static(static, jax.tree.unflatten(treedef, merged)))
-
-        out, pullback = jax.vjp(reverse, *(leaves[i] for i in active))
-        return out, _push_forward(pullback, out, [tangent_leaves[i] for i in active])
-
-    def _with_static(self, static: Sequence[Any], dynamic: Sequence[Any]) -> list[Any]:
-        merged = list(dynamic)
-        for position, value in zip(self._nondiff_argnums, static, strict=True):
-            merged.insert(position, value)
-        return merged
+# A call of a function that has a reverse rule, `jaxpr`, and gets its JVP from that.
+_call = Primitive("custom_vjp_with_jvp")
+_call.multiple_results = True
 
 
-def _push_forward(pullback: Callable, out: Any, tangents: list[Any]) -> Any:
-    """The tangent of `out`: the transpose of the pullback, applied to the tangents."""
-    out_leaves, out_tree = jax.tree.flatten(out)
-    smooth = [i for i, leaf in enumerate(out_leaves) if _has_tangent(leaf)]
-    result = [np.zeros(jnp.shape(leaf), jax.dtypes.float0) for leaf in out_leaves]
+def _trace(fun: Callable, args: Sequence[Any]) -> dict[str, ClosedJaxpr]:
+    return {"jaxpr": jax.make_jaxpr(fun)(*args)}
+
+
+def _evaluate(*args: Any, jaxpr: ClosedJaxpr) -> list[Any]:
+    return jaxpr_as_fun(jaxpr)(*args)
+
+
+def _batch(axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: ClosedJaxpr):
+    if all(dim is None for dim in dims):
+        return _call.bind(*args, jaxpr=jaxpr), [None] * len(jaxpr.out_avals)
+    mapped = jax.vmap(
+        jaxpr_as_fun(jaxpr),
+        in_axes=tuple(dims),
+        axis_size=axis_data.size,
+        axis_name=axis_data.name,
+        spmd_axis_name=axis_data.spmd_name,
+    )
+    out = _call.bind(*args, **_trace(mapped, args))
+    return out, [0] * len(out)
+
+
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: ClosedJaxpr):
+    active = [i for i, t in enumerate(tangents) if _is_tangent(t)]
+
+    def of_active(*args: Any) -> list[Any]:
+        merged = list(primals)
+        for i, arg in zip(active, args, strict=True):
+            merged[i] = arg
+        return jaxpr_as_fun(jaxpr)(*merged)
+
+    out, pullback = jax.vjp(of_active, *(primals[i] for i in active))
+    return out, _push_forward(pullback, out, [tangents[i] for i in active])
+
+
+def _push_forward(pullback: Callable, out: Sequence[Any], tangents: Sequence[Any]) -> list[Any]:
+    """The tangents of `out`: the transpose of the pullback, applied to the tangents."""
+    smooth = [i for i, x in enumerate(out) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
     def pullback_of_smooth(*cotangents: Any) -> Any:
-        merged = list(result)
+        merged: list[Any] = [np.zeros(jnp.shape(x), jax.dtypes.float0) for x in out]
         for i, ct in zip(smooth, cotangents, strict=True):
             merged[i] = ct
-        return pullback(jax.tree.unflatten(out_tree, merged))
+        return pullback(merged)
 
-    transpose = jax.linear_transpose(pullback_of_smooth, *(out_leaves[i] for i in smooth))
+    transpose = jax.linear_transpose(pullback_of_smooth, *(out[i] for i in smooth))
+    result: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
     for i, tangent in zip(smooth, transpose(tuple(tangents)), strict=True):
         result[i] = tangent
-    return jax.tree.unflatten(out_tree, result)
-
-
-def _has_tangent(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.inexact)
+    return result
 
 
 def _is_tangent(tangent: Any) -> bool:
-    is_zero = isinstance(tangent, SymbolicZero)
+    is_zero = isinstance(tangent, ad.Zero)
     return not is_zero and getattr(tangent, "dtype", None) != jax.dtypes.float0
+
+
+_call.def_impl(_evaluate)
+_call.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+mlir.register_lowering(_call, mlir.lower_fun(_evaluate, multiple_results=True))
+batching.fancy_primitive_batchers[_call] = _batch
+ad.primitive_jvps[_call] = _jvp

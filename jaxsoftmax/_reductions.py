@@ -1,80 +1,173 @@
 """What a row is, and how numbers are gathered along it.
 
-Every mapping normalizes over rows, and `Rows` is the only thing that knows what a row is made of.
-A mapping sees two kinds of arrays: *entries*, of the shape of the scores, and *row values*, one
-number per row. `sum` and `max` lead from entries to row values, `spread` leads back. Written in
-these terms a mapping needs no change when a new kind of row arrives.
+Every mapping normalizes over rows, and `Rows` is the only thing that knows what a row is made of:
+array axes, mesh axes, the segments of one axis, a sink. A mapping sees two kinds of values:
+
+* *entries*, a tuple of arrays that hold one number per member of a row: one of the shape of the
+  scores, and a second one for the sink if there is one;
+* *row values*, one array with one number per row.
+
+`sum` and `max` lead from entries to row values, `map` leads back: it applies a function to entries
+and row values together. A mapping written in these terms runs on every kind of row.
 """
 
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+Entries = tuple[Array, ...]
+T = TypeVar("T")
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=(), meta_fields=("axes",))
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("segment_ids",),
+    meta_fields=("axes", "names", "num_segments"),
+)
 @dataclasses.dataclass(frozen=True)
 class Rows:
-    """Rows that run along array axes.
+    """Rows along array axes, mesh axes, or the segments of one array axis.
 
     Attributes:
-      axes: the normalized axes, not negative, ascending. Row values keep them with size 1.
+      axes: the normalized array axes, not negative, ascending. Row values keep them, with size 1
+        or `num_segments`.
+      names: the normalized mesh axes.
+      segment_ids: which row each position along the axis belongs to.
+      num_segments: how many rows there are along the axis.
     """
 
     axes: tuple[int, ...]
+    names: tuple[str, ...] = ()
+    segment_ids: Array | None = None
+    num_segments: int = 0
 
-    def sum(self, entries: Array) -> Array:
+    def sum(self, entries: Entries) -> Array:
         """The sum of each row. Linear, and so can be used in reverse rules."""
-        return jnp.sum(entries, self.axes, keepdims=True)
+        first, *sink = entries
+        if self.segment_ids is None:
+            local = jnp.sum(first, self.axes, keepdims=True)
+        else:
+            local = self._per_segment(jax.ops.segment_sum, first)
+        total = lax.psum(local, self.names) if self.names else local
+        return total + sink[0] if sink else total
 
-    def sums(self, first: Array, second: Array) -> tuple[Array, Array]:
+    def sums(self, entries: Entries, others: Entries) -> tuple[Array, Array]:
         """The sums of two arrays in one pass; for solvers, not for reverse rules."""
-        return lax.platform_dependent(first, second, cpu=self._sums_on_cpu, default=self._two_sums)
+        if self.segment_ids is not None:
+            return self.sum(entries), self.sum(others)
+        sums = lax.platform_dependent(
+            entries[0], others[0], cpu=self._sums_on_cpu, default=self._two_sums
+        )
+        if self.names:
+            sums = lax.psum(sums, self.names)
+        if len(entries) > 1:
+            return sums[0] + entries[1], sums[1] + others[1]
+        return sums
 
-    def max(self, entries: Array) -> Array:
+    def max(self, entries: Entries) -> Array:
         """The largest entry of each row, -inf in rows without entries."""
-        return jnp.max(entries, self.axes, keepdims=True, initial=-jnp.inf)
+        first, *sink = entries
+        if self.segment_ids is None:
+            local = jnp.max(first, self.axes, keepdims=True, initial=-jnp.inf)
+        else:
+            local = self._per_segment(jax.ops.segment_max, first)
+        top = lax.pmax(local, self.names) if self.names else local
+        return jnp.maximum(top, sink[0]) if sink else top
 
-    def spread(self, values: Array) -> Array:
-        """Row values in a shape that broadcasts against entries."""
-        return values
+    def map(
+        self,
+        function: Callable[..., T],
+        entries: Sequence[Entries],
+        row_values: Sequence[Array] = (),
+    ) -> tuple[T, ...]:
+        """`function` of entries and row values, entry by entry."""
+        first, *sinks = zip(*entries, strict=True)
+        spread = [self._spread(values) for values in row_values]
+        result = (function(*first, *spread),)
+        return (*result, *(function(*sink, *row_values) for sink in sinks))
 
     def flatten(self, values: Array) -> Array:
-        """Row values without the normalized axes, as losses return them."""
-        return jnp.squeeze(values, self.axes)
+        """Row values as they are returned to the caller: without the normalized axes."""
+        return jnp.squeeze(values, self.axes) if self.segment_ids is None else values
 
-    def length(self, entries: Array) -> int:
-        """The number of entries in a row."""
-        return math.prod(entries.shape[axis] for axis in self.axes)
+    def length(self, entries: Entries) -> int:
+        """The number of entries in a row, or more."""
+        local = math.prod(entries[0].shape[axis] for axis in self.axes)
+        return local * math.prod(lax.axis_size(name) for name in self.names) + len(entries) - 1
+
+    def shape(self, scores: Array) -> tuple[int, ...]:
+        """The shape of row values, given that of the scores."""
+        size = 1 if self.segment_ids is None else self.num_segments
+        return tuple(size if i in self.axes else n for i, n in enumerate(scores.shape))
+
+    def _spread(self, values: Array) -> Array:
+        """Row values in a shape that broadcasts against entries."""
+        if self.segment_ids is None or values.shape[self.axes[0]] == 1:
+            return values
+        # Ids out of range belong to no row; what they get is masked.
+        return jnp.take(values, self.segment_ids, self.axes[0], mode="clip")
+
+    def _per_segment(self, reduce: Callable[..., Array], x: Array) -> Array:
+        reduced = reduce(jnp.moveaxis(x, self.axes[0], 0), self.segment_ids, self.num_segments)
+        return jnp.moveaxis(reduced, 0, self.axes[0])
 
     def _two_sums(self, first: Array, second: Array) -> tuple[Array, Array]:
-        return self.sum(first), self.sum(second)
+        return (
+            jnp.sum(first, self.axes, keepdims=True),
+            jnp.sum(second, self.axes, keepdims=True),
+        )
 
     def _sums_on_cpu(self, first: Array, second: Array) -> tuple[Array, Array]:
-        # XLA for CPU reduces the minor axis one number at a time. Folded into (lanes-high, lanes),
-        # the same reduction runs over a middle axis, and LLVM vectorizes across the lanes.
+        # XLA for CPU reduces the minor axis one number at a time. Folded into (blocks, depth, lanes),
+        # the same reduction runs over a middle axis, and LLVM vectorizes across the lanes. What is
+        # left is a minor axis again. The depth is bounded for accuracy: an error grows with it.
         minor = first.ndim - 1
-        if minor not in self.axes or (lanes := _lanes(first.shape[minor])) == 1:
+        length = first.shape[minor]
+        if minor not in self.axes or (lanes := _lanes(length)) == 1:
             return _joint_sums((first, second), self.axes)
-        whole = first.shape[minor] // lanes * lanes
-        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, lanes) for x in (first, second)]
-        per_lane = _joint_sums(folded, self.axes)
-        sums = [jnp.squeeze(x, minor) for x in _joint_sums(per_lane, (minor + 1,))]
-        if whole < first.shape[minor]:
-            rest = _joint_sums([x[..., whole:] for x in (first, second)], self.axes)
-            sums = [x + y for x, y in zip(sums, rest, strict=True)]
-        return sums[0], sums[1]
+        depth = min(length // lanes, 64)
+        whole = length // (depth * lanes) * (depth * lanes)
+        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in (first, second)]
+        per_lane = _joint_sums(folded, (*self.axes[:-1], minor + 1))
+        shape = (*per_lane[0].shape[:minor], -1)
+        sums = self._sums_on_cpu(per_lane[0].reshape(shape), per_lane[1].reshape(shape))
+        if whole == length:
+            return sums
+        rest = self._sums_on_cpu(first[..., whole:], second[..., whole:])
+        return sums[0] + rest[0], sums[1] + rest[1]
+
+
+def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
+    """`x`, seen by `shard_map` as varying over the mesh axes that `other` varies over.
+
+    Outside of a custom rule, so that the sum over devices that this asks of the gradient is taken
+    by JAX and not by the rule.
+    """
+    missing = _varying(other) - _varying(x) - frozenset(but)
+    return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def _varying(x: Array) -> frozenset[str]:
+    aval: Any = jax.typeof(x)
+    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 
 def indicator(condition: Array, dtype: Any) -> Array:
     """1 where the condition holds and 0 elsewhere, to be counted by `Rows.sum`."""
     return jnp.where(condition, jnp.ones((), dtype), jnp.zeros((), dtype))
+
+
+def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
+    """Sums `x` down to `shape`: the transpose of broadcasting to the same number of axes."""
+    axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, shape, strict=True)) if n != m)
+    return jnp.sum(x, axes, keepdims=True)
 
 
 def _lanes(length: int) -> int:

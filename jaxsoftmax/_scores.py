@@ -8,22 +8,23 @@ import dataclasses
 import functools
 import inspect
 import numbers
+import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Rows
+from jaxsoftmax._reductions import Entries, Rows, sum_to, vary_like
 
 P = ParamSpec("P")
 R = TypeVar("R")
 
-Axis = int | tuple[int, ...] | None
+Axis = int | str | tuple[int | str, ...] | None
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
@@ -36,48 +37,77 @@ class Positive:
 
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
-class Zero:
-    """A number that was seen to be zero before it was traced."""
+class Fixed:
+    """A number that is known while tracing."""
+
+    value: float
 
 
-Temperature = ArrayLike | Positive | Zero
+Temperature = ArrayLike | Positive | Fixed
 
 
-def public(fun: Callable[P, R], static_argnames: tuple[str, ...] = ("axis",)) -> Callable[P, R]:
+def public(fun: Callable[P, R]) -> Callable[P, R]:
     """Jits a public function, after a look at what only the caller's Python values can tell."""
-    jitted = jax.jit(fun, static_argnames=static_argnames)
-    axis_position = list(inspect.signature(fun).parameters).index("axis")
+    positions = {name: i for i, name in enumerate(inspect.signature(fun).parameters)}
+    jitted = jax.jit(fun, static_argnames=[name for name in _STATIC if name in positions])
+    looks = {name: look for name, look in _LOOKS.items() if name in positions}
 
     @functools.wraps(fun)
     def checked(*args: Any, **kwargs: Any) -> Any:
-        temperature = kwargs.get("temperature")
-        if isinstance(temperature, numbers.Real):
-            kwargs["temperature"] = _look_at_temperature(float(temperature))
-            if kwargs["temperature"] is None:
-                del kwargs["temperature"]
-        if isinstance(kwargs.get("axis"), list):
-            kwargs["axis"] = tuple(kwargs["axis"])
-        elif len(args) > axis_position and isinstance(args[axis_position], list):
-            args = (*args[:axis_position], tuple(args[axis_position]), *args[axis_position + 1 :])
+        for name, look in looks.items():
+            if name in kwargs:
+                kwargs[name] = look(kwargs[name])
+            elif positions[name] < len(args):
+                i = positions[name]
+                args = (*args[:i], look(args[i]), *args[i + 1 :])
+        if kwargs.get("segment_ids") is not None and kwargs.get("num_segments") is None:
+            kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
         return jitted(*args, **kwargs)
 
     return cast(Callable[P, R], checked)
 
 
-def _look_at_temperature(value: float) -> Positive | Zero | None:
-    """None stands for 1, which changes nothing."""
+def _look_at_temperature(value: Any) -> Any:
+    if not isinstance(value, numbers.Real):
+        return value
+    value = float(value)
     if not value >= 0:
         raise ValueError(f"temperature must not be negative or NaN, got {value}.")
-    if value == 0:
-        return Zero()
-    return None if value == 1 else Positive(value)
+    # 0 and 1 are known while tracing; other numbers are traced, lest each be compiled for.
+    return Fixed(value) if value in (0, 1) else Positive(value)
+
+
+def _look_at_number(value: Any) -> Any:
+    return Fixed(float(value)) if isinstance(value, numbers.Real) else value
+
+
+def _look_at_axis(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+_STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k")
+_LOOKS = {
+    "axis": _look_at_axis,
+    "axes": _look_at_axis,
+    "temperature": _look_at_temperature,
+    "alpha": _look_at_number,
+    "budget": _look_at_number,
+}
+
+
+def _count_segments(segment_ids: ArrayLike) -> int:
+    if isinstance(segment_ids, core.Tracer):
+        raise ValueError("num_segments is needed where segment_ids is traced, got None.")
+    ids = np.asarray(segment_ids)
+    return int(ids.max(initial=-1)) + 1
 
 
 def as_scores(x: ArrayLike, name: str = "x") -> Array:
     """The scores in the dtype that they are computed in: float32 for half precision."""
     x = jnp.asarray(x)
     check_real(name, x)
-    return x.astype(jnp.promote_types(output_dtype(x), jnp.float32))
+    dtype = output_dtype(x)
+    return x.astype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
 
 
 def output_dtype(x: ArrayLike) -> Any:
@@ -86,52 +116,94 @@ def output_dtype(x: ArrayLike) -> Any:
     return dtype if jnp.issubdtype(dtype, jnp.floating) else jnp.result_type(float)
 
 
-def rows_of(x: Array, axis: Axis) -> Rows:
-    """The rows of `x` along `axis`."""
-    return Rows(canonical_axes(axis, x.ndim))
-
-
-def canonical_axes(axis: Axis, ndim: int) -> tuple[int, ...]:
-    """`axis` as ascending axes from 0 to `ndim - 1`."""
+def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """`axis` as ascending array axes from 0 to `ndim - 1`, and mesh axis names."""
     if axis is None:
-        return tuple(range(ndim))
-    axes = axis if isinstance(axis, tuple) else (axis,)
-    for a in axes:
+        return tuple(range(ndim)), ()
+    members = axis if isinstance(axis, tuple) else (axis,)
+    names = tuple(a for a in members if isinstance(a, str))
+    numbers_ = [a for a in members if not isinstance(a, str)]
+    for a in numbers_:
         if isinstance(a, bool) or not isinstance(a, int | np.integer):
-            raise TypeError(f"axis must be an int, a tuple of ints or None, got {axis!r}.")
+            raise TypeError(f"axis must be an int, a mesh axis name, a tuple or None, got {a!r}.")
         if not -ndim <= a < ndim:
             raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions.")
-    canonical = tuple(sorted(int(a) % ndim for a in axes))
-    if len(set(canonical)) < len(canonical):
+    axes = tuple(sorted(int(a) % ndim for a in numbers_))
+    if len(set(axes)) + len(set(names)) < len(members):
         raise ValueError(f"axis must not name an axis twice, got {axis!r}.")
-    return canonical
+    return axes, names
+
+
+def one_axis(axis: Axis, ndim: int) -> int:
+    """`axis`, where it has to be one array axis."""
+    axes, names = split_axis(axis, ndim)
+    if len(axes) != 1 or names:
+        raise ValueError(f"axis must be one array axis, got {axis!r}.")
+    return axes[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What may be said about rows beside their axis; see the public functions."""
+
+    where: ArrayLike | None = None
+    temperature: Temperature = 1.0
+    sink: ArrayLike | None = None
+    segment_ids: ArrayLike | None = None
+    num_segments: int | None = None
 
 
 def prepare(
     x: ArrayLike,
     axis: Axis,
-    where: ArrayLike | None,
-    temperature: Temperature,
+    options: Options,
     at_zero: Callable[[Array], Array] = jnp.zeros_like,
     name: str = "x",
-) -> tuple[Rows, Array]:
+) -> tuple[Rows, Entries]:
     """The rows and their scores, in which all that takes no part is -inf.
 
     Args:
       x: the scores as they came.
       axis: the normalized axes.
-      where: what takes part.
-      temperature: divides the scores.
+      options: masks, temperature, sink and segments.
       at_zero: the scores of a row's maxima at temperature 0, given the maximum. All others: -inf.
       name: what error messages call `x`.
     """
     scores = as_scores(x, name)
-    rows = rows_of(scores, axis)
-    if where is not None:
-        where = check_mask(where, scores.shape)
+    rows = _rows(scores, axis, options)
+    if options.where is not None:
         # Before the division: what is excluded, be it NaN, must not reach any derivative.
-        scores = jnp.where(where, scores, -jnp.inf)
-    return rows, _temper(rows, scores, temperature, at_zero)
+        scores = jnp.where(check_mask(options.where, scores.shape), scores, -jnp.inf)
+    if rows.segment_ids is not None:
+        known = (rows.segment_ids >= 0) & (rows.segment_ids < rows.num_segments)
+        shape = [-1 if i in rows.axes else 1 for i in range(scores.ndim)]
+        scores = jnp.where(known.reshape(shape), scores, -jnp.inf)
+    scores = _temper(rows, scores, options.temperature, at_zero)
+    if options.sink is None:
+        return rows, (scores,)
+    sink = check_per_row("sink", options.sink, scores, rows)
+    return rows, (scores, jnp.broadcast_to(sink, rows.shape(scores)))
+
+
+def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
+    axes, names = split_axis(axis, scores.ndim)
+    if options.segment_ids is None:
+        if options.num_segments is not None:
+            raise ValueError("num_segments goes with segment_ids, got None for that.")
+        return Rows(axes, names)
+    if len(axes) != 1 or names:
+        raise ValueError(f"axis must be one array axis where there are segment_ids, got {axis!r}.")
+    ids = jnp.asarray(options.segment_ids)
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids must be integers, got dtype {ids.dtype}.")
+    if ids.shape != (scores.shape[axes[0]],):
+        raise ValueError(
+            f"segment_ids must have shape {(scores.shape[axes[0]],)}, the length of the axis, got "
+            f"shape {ids.shape}."
+        )
+    if options.num_segments is None:
+        raise ValueError("num_segments is needed where segment_ids is traced, got None.")
+    return Rows(axes, (), ids, operator.index(options.num_segments))
 
 
 def check_mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
@@ -147,28 +219,28 @@ def check_mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
 def _temper(
     rows: Rows, scores: Array, temperature: Temperature, at_zero: Callable[[Array], Array]
 ) -> Array:
-    if isinstance(temperature, Zero):
-        return _coldest(rows, scores, at_zero)
+    if isinstance(temperature, Fixed | int | float):
+        known = temperature.value if isinstance(temperature, Fixed) else temperature
+        return _coldest(rows, scores, at_zero) if known == 0 else scores
     if isinstance(temperature, Positive):
-        return divide(scores, jnp.asarray(temperature.value, scores.dtype))
-    if isinstance(temperature, int | float):  # the default, untouched
-        return scores
+        return _divide(scores, jnp.full((1,) * scores.ndim, temperature.value, scores.dtype))
     divisor = check_per_row("temperature", temperature, scores, rows)
-    is_zero = divisor == 0
-    warm = divide(scores, jnp.where(is_zero, 1, divisor))
-    return jnp.where(is_zero, _coldest(rows, scores, at_zero), warm)
+    (divisor,) = rows.map(lambda _, t: t, [(scores,)], [divisor])
+    warm = _divide(scores, jnp.where(divisor == 0, 1, divisor))
+    return jnp.where(divisor == 0, _coldest(rows, scores, at_zero), warm)
 
 
 def check_per_row(name: str, value: ArrayLike, scores: Array, rows: Rows) -> Array:
     """A parameter that has one value per row, or fewer, in the dtype of the scores."""
     value = jnp.asarray(value)
     check_real(name, value)
-    shape = tuple(1 if i in rows.axes else n for i, n in enumerate(scores.shape))
+    shape = rows.shape(scores)
     if not _broadcasts(value.shape, shape):
         raise ValueError(
             f"{name} must broadcast to one value per row, shape {shape}, got shape {value.shape}."
         )
-    return _with_ndim(value, scores.ndim).astype(scores.dtype)
+    value = _with_ndim(value, scores.ndim).astype(scores.dtype)
+    return vary_like(value, scores, but=rows.names)
 
 
 def check_real(name: str, x: Array) -> None:
@@ -190,36 +262,38 @@ def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Array:
     """The scores in the limit of temperature 0: constant, and -inf below the maximum."""
-    scores = lax.stop_gradient(scores)
-    top = rows.max(scores)
+
+    def cold(score: Array, top: Array, at_top: Array) -> Array:
+        return jnp.where(jnp.isnan(score), score, jnp.where(score == top, at_top, -jnp.inf))
+
+    entries = (lax.stop_gradient(scores),)
+    top = rows.max(entries)
     at_top = jnp.where(top == -jnp.inf, top, at_zero(top))
-    cold = jnp.where(scores == rows.spread(top), rows.spread(at_top), -jnp.inf)
-    return jnp.where(rows.spread(jnp.isnan(top)), jnp.nan, cold)
+    return rows.map(cold, [entries], [top, at_top])[0]
+
+
+def _divide(scores: Array, divisor: Array) -> Array:
+    """`scores / divisor`, whose gradient in the divisor ignores infinite scores."""
+    # An infinite divisor would make NaN of -inf, and so would one whose reciprocal underflows.
+    divisor = jnp.minimum(divisor, jnp.finfo(divisor.dtype).max / 8)
+    return _quotient(scores, vary_like(divisor, scores))
 
 
 @custom_vjp
-def divide(scores: Array, divisor: Array) -> Array:
-    """`scores / divisor`, whose gradient in the divisor ignores infinite scores."""
+def _quotient(scores: Array, divisor: Array) -> Array:
     return scores / divisor
 
 
-def _divide_fwd(scores: Array, divisor: Array) -> tuple[Array, tuple[Array, Array]]:
-    quotient = divide(scores, divisor)
+def _quotient_fwd(scores: Array, divisor: Array) -> tuple[Array, tuple[Array, Array]]:
+    quotient = _quotient(scores, divisor)
     return quotient, (quotient, divisor)
 
 
-def _divide_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+def _quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     quotient, divisor = residuals
     ct_scores = ct / divisor
     finite = jnp.where(jnp.isfinite(quotient), quotient, 0)
-    return ct_scores, -_sum_to(ct_scores * finite, divisor.shape)
+    return ct_scores, -sum_to(ct_scores * finite, divisor.shape)
 
 
-def _sum_to(x: Array, shape: tuple[int, ...]) -> Array:
-    """Sums `x` down to `shape`: the transpose of broadcasting."""
-    if shape == ():
-        return jnp.sum(x)
-    return jnp.sum(x, tuple(i for i, n in enumerate(shape) if n == 1), keepdims=True)
-
-
-divide.defvjp(_divide_fwd, _divide_bwd)
+_quotient.defvjp(_quotient_fwd, _quotient_bwd)

@@ -6,19 +6,25 @@ the one number per row for which the row sums to its total. Differentiating the 
 
     J = diag(s) - s s^T / sum(s),
 
-which is symmetric. The slopes are all that the rule has to know of a mapping.
+which is symmetric. A parameter of `g` moves `p_i` by its partial derivative at fixed `tau`, less
+what `tau` gives back; a cotangent `ct` of `p` is worth `v = ct - sum(s ct) / sum(s)` to both.
 """
 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Rows, indicator
+from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to
+
+
+def _nothing(*_: Array) -> tuple[Array, ...]:
+    return ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,54 +32,70 @@ class Form:
     """What is particular to one mapping.
 
     Attributes:
-      name: for error messages and jaxprs.
-      probabilities: `(rows, scores) -> p`; never differentiated.
-      slope: `p -> s`, the slopes as a function of the probabilities.
+      name: for jaxprs.
+      probabilities: `(rows, scores, *params) -> p`; never differentiated.
+      slope: `(p, *params) -> s`, the slopes as a function of the probabilities.
+      partials: `(p, *params) -> (dp/dparam, ...)` at fixed `tau`.
+      totals: `(*params) -> (dtotal/dparam, ...)`, if the rows' totals are not just 1.
     """
 
     name: str
-    probabilities: Callable[[Rows, Array], Array]
-    slope: Callable[[Array], Array]
+    probabilities: Callable[..., Entries]
+    slope: Callable[..., Array]
+    partials: Callable[..., tuple[Array, ...]] = _nothing
+    totals: Callable[..., tuple[Array, ...]] = _nothing
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def apply(form: Form, rows: Rows, scores: Array) -> Array:
+def apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
     """The probabilities that `form` gives to `scores`, with the rule of the family."""
-    return form.probabilities(rows, scores)
+    return form.probabilities(rows, scores, *params)
 
 
-def _apply_fwd(form: Form, rows: Rows, scores: Array) -> tuple[Array, tuple[Rows, Array]]:
-    p = apply(form, rows, scores)
-    return p, (rows, p)
+def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Entries, Any]:
+    p = apply(form, rows, scores, *params)
+    return p, (rows, p, params)
 
 
-def _apply_bwd(form: Form, residuals: tuple[Rows, Array], ct: Array) -> tuple[None, Array]:
-    rows, p = residuals
-    return None, pull_back(rows, form.slope(p), ct)
+def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
+    rows, p, params = residuals
+    slope = rows.map(form.slope, [p], params)
+    mean = _mean(rows, ct, slope)
+    worth = rows.map(jnp.subtract, [ct], [mean])
+    ct_params = [jnp.zeros_like(mean)] * len(params)
+    for i, partial in enumerate(_transposed(rows.map(form.partials, [p], params))):
+        ct_params[i] += rows.sum(rows.map(jnp.multiply, [partial, worth]))
+    for i, total in enumerate(form.totals(*params)):
+        ct_params[i] += mean * total
+    ct_params = (sum_to(x, param.shape) for x, param in zip(ct_params, params, strict=True))
+    return None, rows.map(jnp.multiply, [slope, worth]), *ct_params
 
 
 apply.defvjp(_apply_fwd, _apply_bwd)
 
 
-def pull_back(rows: Rows, slope: Array, ct: Array) -> Array:
-    """`J^T ct` for `J = diag(s) - s s^T / sum(s)`; rows without slope have none."""
-    total = rows.sum(slope)
-    mean = rows.sum(slope * ct) / jnp.where(total == 0, 1, total)
-    return slope * (ct - rows.spread(mean))
+def _mean(rows: Rows, values: Entries, weights: Entries) -> Array:
+    """The weighted mean of each row, 0 in rows without weight."""
+    total = rows.sum(weights)
+    weighted = rows.sum(rows.map(jnp.multiply, [weights, values]))
+    return weighted / jnp.where(total == 0, 1, total)
 
 
-def below_top(rows: Rows, scores: Array) -> tuple[Array, Array]:
+def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
+    return list(zip(*entries, strict=True))
+
+
+def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     """The scores less their row's maximum, and that maximum.
 
     Exactly 0 at the maximum, be it infinite; -inf throughout a row in which nothing takes part.
     """
     top = rows.max(scores)
-    top = jnp.where(top == -jnp.inf, jnp.finfo(scores.dtype).min, top)
-    spread = rows.spread(top)
-    return jnp.where(scores == spread, 0, scores - spread), top
+    top = jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
+    return rows.map(lambda z, t: jnp.where(z == t, 0, z - t), [scores], [top]), top
 
 
-def solve_norm(rows: Rows, gaps: Array, q: int) -> Array:
+def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
     """The probabilities `[gaps - tau]_+ ** q` that sum to 1, for entmax of alpha = 1 + 1/q.
 
     Newton's method on the q-norm, `||[gaps - tau]_+||_q = 1`. The norm is convex in tau, so from
@@ -85,38 +107,59 @@ def solve_norm(rows: Rows, gaps: Array, q: int) -> Array:
       gaps: the scores times `alpha - 1`, less their row's maximum; at most 0.
       q: the power, 1 for sparsemax or 2 for entmax15.
     """
-    tolerance = 4 * jnp.finfo(gaps.dtype).eps
+
+    def inside(tau: Array) -> Entries:
+        return rows.map(lambda gap, t: jnp.maximum(gap - t, 0), [gaps], [tau])
 
     def norm_and_slope(tau: Array) -> tuple[Array, Array]:
-        inside = jnp.maximum(gaps - rows.spread(tau), 0)
+        u = inside(tau)
         if q == 1:
-            return rows.sums(inside, indicator(inside > 0, gaps.dtype))
-        squares, norm1 = rows.sums(inside * inside, inside)
+            return rows.sums(u, rows.map(lambda x: indicator(x > 0, x.dtype), [u]))
+        squares, norm1 = rows.sums(rows.map(jnp.square, [u]), u)
         norm2 = jnp.sqrt(squares)
         return norm2, norm1 / jnp.where(norm2 == 0, 1, norm2)
 
-    def go_on(state: tuple[Array, Array, Array]) -> Array:
-        _, moved, passes = state
-        return jnp.any(moved) & (passes < _MAX_PASSES)
-
-    def step(state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        tau, _, passes = state
+    def step(tau: Array) -> tuple[Array, Array]:
         norm, slope = norm_and_slope(tau)
         grown = tau + (norm - 1) / jnp.where(slope == 0, 1, slope)
-        moved = (norm > 1 + tolerance) & (grown > tau)
-        return jnp.where(moved, grown, tau), moved, passes + 1
+        moved = (norm > 1 + tolerance(tau)) & (grown > tau)
+        return jnp.where(moved | jnp.isnan(norm), grown, tau), moved
 
-    tau = jnp.full_like(rows.max(gaps), -1)  # one below the maximum, which is 0
-    state = tau, jnp.ones_like(tau, bool), jnp.zeros((), jnp.int32)
-    tau, _, _ = lax.while_loop(go_on, step, state)
-    return _normalized(rows, jnp.maximum(gaps - rows.spread(tau), 0) ** q)
-
-
-# Far beyond what any row takes: at worst about log2 of its length, for nearly equal scores.
-_MAX_PASSES = 64
+    # One below the maximum, which is 0.
+    tau = iterate(step, jnp.full_like(rows.max(gaps), -1))
+    return normalized(rows, rows.map(lambda u: u**q, [inside(tau)]), tau)
 
 
-def _normalized(rows: Rows, weights: Array) -> Array:
-    """The weights over their sum, 0 in rows without weight."""
+def tolerance(x: Array) -> float:
+    """How near to its total a row is brought; normalizing does the rest."""
+    return 4 * float(jnp.finfo(x.dtype).eps)
+
+
+def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
+    """Repeats `state, moved = step(state)` while any row moves, within bounds."""
+
+    def go_on(carry: tuple[Any, Array, Array]) -> Array:
+        _, moved, passes = carry
+        return jnp.any(moved) & (passes < _MAX_PASSES)
+
+    def body(carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
+        state, _, passes = carry
+        return *step(state), passes + 1
+
+    state, moved = step(start)
+    return lax.while_loop(go_on, body, (state, moved, jnp.ones((), jnp.int32)))[0]
+
+
+# More than bisection needs to pin down a float64.
+_MAX_PASSES = 80
+
+
+def normalized(rows: Rows, weights: Entries, tau: Array | None = None) -> Entries:
+    """The weights over their sum, 0 in rows without weight, NaN where `tau` is.
+
+    Maxima, as XLA for CPU takes them of large arrays, may lose a NaN, and so the weights may.
+    """
     total = rows.sum(weights)
-    return weights * rows.spread(1 / jnp.where(total == 0, 1, total))
+    scale = 1 / jnp.where(total == 0, 1, total)
+    scale = scale if tau is None else jnp.where(jnp.isnan(tau), tau, scale)
+    return rows.map(jnp.multiply, [weights], [scale])

@@ -11,17 +11,27 @@ and has the gradient `p - y`.
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
-from jaxsoftmax import _threshold, mappings
+from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Rows, indicator
-from jaxsoftmax._scores import Axis, check_real, output_dtype, prepare, public
+from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
+from jaxsoftmax._scores import (
+    Axis,
+    Fixed,
+    Options,
+    check_real,
+    output_dtype,
+    prepare,
+    public,
+)
 from jaxsoftmax._threshold import Form
+from jaxsoftmax.mappings import _entmax, _softmax
 
 
 @public
@@ -59,17 +69,22 @@ def cross_entropy(
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
       >>> scores = jnp.array([[2.0, 0.0], [0.0, 70.0]])
-      >>> print(jsm.cross_entropy(scores, jnp.array([0, 1])))
-      [1.2692800e-01 3.9754496e-31]
+      >>> for loss in jsm.cross_entropy(scores, jnp.array([0, 1])):
+      ...     print(f"{loss:.4g}")
+      0.1269
+      3.975e-31
 
     References:
       Good, 1952: Rational decisions; Blondel, Martins & Niculae, 2020 (arXiv:1901.02324).
     """
-    rows, z = prepare(scores, axis, where, temperature, name="scores")
+    rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
     target, known = _as_distribution(rows, z, targets)
-    log_p = mappings.log_probabilities(rows, z)
-    surprise = -jnp.where((log_p == -jnp.inf) & (target == 0), 0, log_p)
-    return _one_per_row(rows, rows.sum(target * surprise), known, scores)
+
+    def surprise(target: Array, log_p: Array) -> Array:
+        return target * -jnp.where((log_p == -jnp.inf) & (target == 0), 0, log_p)
+
+    log_p = _softmax.log_probabilities(rows, z)
+    return _one_per_row(rows, rows.sum(rows.map(surprise, [target, log_p])), known, scores)
 
 
 @public
@@ -116,29 +131,30 @@ def sparsemax_loss(
     return _loss(_GINI, scores, targets, axis, where, temperature)
 
 
-@functools.partial(public, static_argnames=("alpha", "axis"))
+@public
 def entmax_loss(
     scores: Float[ArrayLike, "*shape"],
     targets: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
-    alpha: float = 1.5,
+    alpha: ArrayLike = 1.5,
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, "*rows"]:
-    r"""The Fenchel-Young loss of entmax, here for `entmax15`: 0 as soon as the margin is 2.
+    r"""The Fenchel-Young loss of `entmax`: 0 as soon as the margin is `1 / (alpha - 1)`.
 
     .. math:: L(x, y) = \langle p - y, x/t \rangle
               + \frac{\sum_i y_i^\alpha - \sum_i p_i^\alpha}{\alpha (\alpha - 1)},
               \quad p = \mathrm{entmax}(x / t)
 
-    The gradient in `x/t` is `p - y`.
+    The gradient in `x/t` is `p - y`. At `alpha` 1 it is the Kullback-Leibler divergence of `p` from
+    the target, which for a class is `cross_entropy`; at 2 it is `sparsemax_loss`.
 
     Args:
       scores: scores of any shape and real dtype.
       targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
         the classes, of the shape of `scores`.
-      alpha: 1.5.
+      alpha: the shape, at least 1; a number or one value per row, differentiable.
       axis: the axis of the classes; several, or None for all, need a distribution as target.
       where: the classes that take part; a boolean mask that broadcasts to `scores`.
       temperature: divides the scores; a number or one value per row, not negative.
@@ -149,65 +165,97 @@ def entmax_loss(
 
     Raises:
       TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
-      ValueError: if shapes do not fit, `alpha` is not 1.5, or `temperature` is a negative number.
+      ValueError: if shapes do not fit, `alpha` is a number below 1, or `temperature` a negative
+        one.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> jsm.entmax_loss(jnp.array([[3.0, 0.0], [1.0, 0.0]]), jnp.array([0, 0])).round(4)
-      Array([0.    , 0.1155], dtype=float32)
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> jsm.entmax_loss(jnp.array([[3.0, 0.0], [1.0, 0.0]]), jnp.array([0, 0]))
+      Array([0.   , 0.062], dtype=float32)
 
     References:
       Peters, Niculae & Martins, 2019 (arXiv:1905.05702); Blondel, Martins & Niculae, 2020
       (arXiv:1901.02324).
     """
-    if alpha != 1.5:
-        raise ValueError(f"alpha must be 1.5, got {alpha}.")
-    return _loss(_TSALLIS15, scores, targets, axis, where, temperature)
+    known = alpha.value if isinstance(alpha, Fixed) else alpha
+    if isinstance(known, float) and known in _TSALLIS:
+        return _loss(_TSALLIS[known], scores, targets, axis, where, temperature)
+    return _loss(_ANY_TSALLIS, scores, targets, axis, where, temperature, alpha)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Regularizer:
-    """A mapping and what it is regularized by: `Omega(p) = sum(omega(p_i))`, up to a constant."""
+    """A mapping and what it is regularized by, `Omega(p) = sum(omega(p_i))` up to a constant."""
 
     form: Form
-    omega: Callable[[Array], Array]
+    omega: Callable[..., Array]
 
 
-_GINI = _Regularizer(mappings.SPARSEMAX, lambda p: p * p / 2)
-_TSALLIS15 = _Regularizer(mappings.ENTMAX15, lambda p: p * mappings.sqrt(p) / 0.75)
+_GINI = _Regularizer(_entmax.SPARSEMAX, lambda p: p * p / 2)
+_TSALLIS = {
+    1.0: _Regularizer(_softmax.SOFTMAX, lambda p: p * jnp.log(jnp.where(p > 0, p, 1))),
+    1.5: _Regularizer(_entmax.ENTMAX15, lambda p: p * _entmax.sqrt(p) / 0.75),
+    2.0: _GINI,
+}
+_ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _entmax.negentropy)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _fenchel_young(regularizer: _Regularizer, rows: Rows, scores: Array, target: Array) -> Array:
-    p = _threshold.apply(regularizer.form, rows, scores)
-    return _divergence(regularizer, rows, scores, p, target)
+def _fenchel_young(
+    regularizer: _Regularizer, rows: Rows, scores: Entries, target: Entries, *params: Array
+) -> Array:
+    p = _threshold.apply(regularizer.form, rows, scores, *params)
+    gaps, _ = _threshold.below_top(rows, scores)
+    return _divergence(regularizer, rows, gaps, p, target, *params)
 
 
 def _divergence(
-    regularizer: _Regularizer, rows: Rows, scores: Array, p: Array, target: Array
+    regularizer: _Regularizer,
+    rows: Rows,
+    gaps: Entries,
+    p: Entries,
+    target: Entries,
+    *params: Array,
 ) -> Array:
     # `p` and the target have the same sum, so any shift of the scores will do; the maximum at 0
     # keeps the digits.
+    def term(gap: Array, p: Array, target: Array, *params: Array) -> Array:
+        excess = p - target
+        change = regularizer.omega(target, *params) - regularizer.omega(p, *params)
+        return excess * jnp.where(excess == 0, 0, gap) + change
+
+    return jnp.maximum(rows.sum(rows.map(term, [gaps, p, target], params)), 0)
+
+
+def _fenchel_young_fwd(
+    regularizer: _Regularizer, rows: Rows, scores: Entries, target: Entries, *params: Array
+) -> tuple[Array, Any]:
+    p = _threshold.apply(regularizer.form, rows, scores, *params)
     gaps, _ = _threshold.below_top(rows, scores)
-    excess = p - target
-    linear = excess * jnp.where(excess == 0, 0, gaps)
-    total = rows.sum(linear + (regularizer.omega(target) - regularizer.omega(p)))
-    return jnp.maximum(total, 0)
+    loss = _divergence(regularizer, rows, gaps, p, target, *params)
+    return loss, (rows, gaps, p, target, params)
 
 
-def _fenchel_young_fwd(regularizer: _Regularizer, rows: Rows, scores: Array, target: Array):
-    p = _threshold.apply(regularizer.form, rows, scores)
-    gaps, _ = _threshold.below_top(rows, scores)
-    return _divergence(regularizer, rows, scores, p, target), (rows, p, target, gaps)
+def _fenchel_young_bwd(regularizer: _Regularizer, residuals: Any, ct: Array) -> tuple[Any, ...]:
+    rows, gaps, p, target, params = residuals
 
+    def change(p: Entries, target: Entries, *params: Array) -> Array:
+        """`Omega(target) - Omega(p)`: all that depends on the target and the parameters alone."""
 
-def _fenchel_young_bwd(regularizer: _Regularizer, residuals: tuple, ct: Array):
-    rows, p, target, gaps = residuals
-    ct = rows.spread(ct)
-    _, pull_back_omega = jax.vjp(regularizer.omega, target)
-    (ct_omega,) = pull_back_omega(jnp.broadcast_to(ct, target.shape))
-    ct_target = ct_omega - ct * jnp.where(gaps == -jnp.inf, 0, gaps)
-    return None, ct * (p - target), ct_target
+        def term(p: Array, target: Array, *params: Array) -> Array:
+            return regularizer.omega(target, *params) - regularizer.omega(p, *params)
+
+        return rows.sum(rows.map(term, [p, target], params))
+
+    # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
+    _, pull_back = jax.vjp(functools.partial(change, p), target, *params)
+    ct_target, *ct_params = pull_back(ct)
+    ct_target = rows.map(
+        lambda c, gap, ct: c - ct * jnp.where(gap == -jnp.inf, 0, gap), [ct_target, gaps], [ct]
+    )
+    ct_scores = rows.map(lambda p, y, ct: ct * (p - y), [p, target], [ct])
+    return None, ct_scores, ct_target, *ct_params
 
 
 _fenchel_young.defvjp(_fenchel_young_fwd, _fenchel_young_bwd)
@@ -220,14 +268,20 @@ def _loss(
     axis: Axis,
     where: ArrayLike | None,
     temperature: ArrayLike,
+    alpha: ArrayLike | Fixed | None = None,
 ) -> Array:
-    rows, z = prepare(scores, axis, where, temperature, name="scores")
+    rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
     target, known = _as_distribution(rows, z, targets)
-    return _one_per_row(rows, _fenchel_young(regularizer, rows, z, target), known, scores)
+    params = () if alpha is None else (_entmax.as_alpha(rows, z, alpha),)
+    loss = _fenchel_young(regularizer, rows, z, target, *params)
+    return _one_per_row(rows, loss, known, scores)
 
 
-def _as_distribution(rows: Rows, scores: Array, targets: ArrayLike) -> tuple[Array, Array | None]:
+def _as_distribution(
+    rows: Rows, entries: Entries, targets: ArrayLike
+) -> tuple[Entries, Array | None]:
     """The targets as a distribution, and for classes whether each is one of those there are."""
+    (scores,) = entries
     targets = jnp.asarray(targets)
     check_real("targets", targets)
     if jnp.issubdtype(targets.dtype, jnp.floating):
@@ -236,7 +290,7 @@ def _as_distribution(rows: Rows, scores: Array, targets: ArrayLike) -> tuple[Arr
                 f"targets must have the shape of scores {scores.shape} if they are distributions, "
                 f"got shape {targets.shape}."
             )
-        return targets.astype(scores.dtype), None
+        return (vary_like(targets.astype(scores.dtype), scores),), None
     if len(rows.axes) != 1:
         raise ValueError(
             f"targets must be distributions over {len(rows.axes)} axes, got integers, which name "
@@ -249,8 +303,11 @@ def _as_distribution(rows: Rows, scores: Array, targets: ArrayLike) -> tuple[Arr
             f"targets must have the shape of scores without axis {axis}, {wanted}, if they are "
             f"classes, got shape {targets.shape}."
         )
-    classes = lax.broadcasted_iota(targets.dtype, scores.shape, axis)
-    target = indicator(classes == jnp.expand_dims(targets, axis), scores.dtype)
+    classes = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+    if rows.names:  # each device has its stretch of the classes
+        classes += lax.axis_index(rows.names) * scores.shape[axis]
+    hits = classes == jnp.expand_dims(targets, axis).astype(jnp.int32)
+    target = (vary_like(indicator(hits, scores.dtype), scores),)
     return target, rows.sum(target) > 0
 
 

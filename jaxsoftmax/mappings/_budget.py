@@ -1,0 +1,304 @@
+"""Budget-sparsemax: sparsemax whose rows sum to a budget, with no entry above 1."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._scores import (
+    Axis,
+    Fixed,
+    Options,
+    Positive,
+    check_per_row,
+    output_dtype,
+    prepare,
+    public,
+)
+from jaxsoftmax._threshold import Form
+
+
+@public
+def budget_sparsemax(
+    x: Float[ArrayLike, "*shape"],
+    budget: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+) -> Float[Array, "*shape"]:
+    r"""Sparsemax for choosing several: each entry is between 0 and 1, each row sums to `budget`.
+
+    .. math:: p_i = \min(\max(x_i / t - \tau, 0), 1),
+              \quad \tau \text{ such that } \sum_i p_i = \text{budget}
+
+    It maximizes :math:`\langle p, x/t \rangle - \frac{1}{2} \|p\|^2` over all such rows; at budget
+    1 it is `sparsemax`. Jacobian in `x/t`: :math:`\mathrm{diag}(s) - s s^\top / \sum s`, with `s`
+    the indicator of the entries strictly between 0 and 1; in `budget`: :math:`s / \sum s`.
+
+    Args:
+      x: scores of any shape and real dtype.
+      budget: what each row sums to, from 0 to the number of entries; a number or one value per
+        row, differentiable. Where it exceeds the number of those that take part, all get 1.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative. At 0 the
+        largest scores get 1 as long as the budget lasts; ties share what is left.
+
+    Returns:
+      Numbers from 0 to 1, of the shape and dtype of `x`. Entries of +inf come first and get 1, or
+      share the budget.
+
+    Raises:
+      TypeError: if `x` is not real or `where` not boolean.
+      ValueError: if an axis is out of range, shapes do not fit, `temperature` is a negative
+        number, or `budget` a number below 0 or above the number of entries. A traced `budget` out
+        of range gives all 0 or all 1.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> x = jnp.array([3.0, 1.0, 0.5, -1.0])
+      >>> jsm.budget_sparsemax(x, 2)
+      Array([1.  , 0.75, 0.25, 0.  ], dtype=float32)
+      >>> jax.jacfwd(jsm.budget_sparsemax, argnums=1)(x, 2.0)
+      Array([0. , 0.5, 0.5, 0. ], dtype=float32)
+
+    References:
+      Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
+      Correia, Niculae, Aziz & Martins, 2020: Efficient marginalization of discrete and structured
+      latent variables via sparsity (arXiv:2007.01919).
+    """
+    rows, scores = prepare(x, axis, Options(where, temperature))
+    if isinstance(budget, Fixed):
+        _check_budget(budget.value, rows.length(scores))
+        budget = budget.value
+    total = check_per_row("budget", budget, scores[0], rows)
+    cold = _is_cold(rows, scores, temperature)
+    if cold is not None:
+        _, tied = prepare(x, axis, Options(where))
+        tied = _coldest(rows, tied, total)
+        scores = rows.map(lambda z, t, c: jnp.where(c, t, z), [scores, tied], [cold])
+    return _threshold.apply(BUDGET_SPARSEMAX, rows, scores, total)[0].astype(output_dtype(x))
+
+
+def _check_budget(budget: float, length: int) -> None:
+    # A row of length 0 has nothing to spend its budget on, and nothing to be wrong about.
+    if not budget >= 0 or budget > length > 0:
+        raise ValueError(
+            f"budget must be from 0 to the number of entries in a row, {length}, got {budget}."
+        )
+
+
+def _is_cold(rows: Rows, scores: Entries, temperature: Any) -> Array | None:
+    """Which rows have temperature 0; None if it is known that none has."""
+    if isinstance(temperature, Positive):
+        return None
+    if isinstance(temperature, Fixed | int | float):
+        known = temperature.value if isinstance(temperature, Fixed) else temperature
+        return jnp.full((1,) * scores[0].ndim, True) if known == 0 else None
+    return check_per_row("temperature", temperature, scores[0], rows) == 0
+
+
+def _coldest(rows: Rows, scores: Entries, budget: Array) -> Entries:
+    """The limit of temperature 0: +inf above the score at which the budget is spent, 0 at it.
+
+    That score is the largest one that at least `budget` entries reach. It is found by bisection of
+    the ordered numbers of all floats, and so after as many passes as a float has bits.
+    """
+    scores, budget = lax.stop_gradient((scores, budget))
+
+    def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+        low, high = state
+        middle = _middle(low, high)
+        mark = _from_ordered(middle)
+        reached = rows.map(lambda z, m: indicator(z >= m, z.dtype), [scores], [mark])
+        enough = rows.sum(reached) >= budget
+        low = jnp.where(enough, middle, low)
+        high = jnp.where(enough, high, middle - 1)
+        return (low, high), low < high
+
+    def limit(z: Array, mark: Array) -> Array:
+        tied = jnp.where((z == mark) & (mark > -jnp.inf), 0, -jnp.inf)
+        return jnp.where(jnp.isnan(z), z, jnp.where(z > mark, jnp.inf, tied))
+
+    top = rows.max(scores) + 0 * budget
+    low = _to_ordered(jnp.full_like(top, -jnp.inf))
+    high = _to_ordered(jnp.full_like(top, jnp.inf))
+    low, _ = _threshold.iterate(step, (low, high))
+    return rows.map(limit, [scores], [_from_ordered(low)])
+
+
+def _probabilities(rows: Rows, scores: Entries, budget: Array) -> Entries:
+    infinite = rows.map(lambda z: indicator(z == jnp.inf, z.dtype), [scores])
+    # Sums keep a NaN, which maxima may lose.
+    finite = rows.map(
+        lambda z: jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype)), [scores]
+    )
+    firsts, others = rows.sums(infinite, finite)
+    share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
+    left = budget - firsts
+    total = jnp.where((left > 0) & (left < others), left, jnp.nan)
+    spent = _spend(rows, rows.map(lambda z: jnp.where(z == jnp.inf, -jnp.inf, z), [scores]), total)
+
+    def settle(z: Array, p: Array, *row: Array) -> Array:
+        share, left, others, spoiled = row
+        p = jnp.where(left <= 0, 0, jnp.where(left >= others, indicator(z > -jnp.inf, p.dtype), p))
+        return jnp.where(spoiled, jnp.nan, jnp.where(z == jnp.inf, share, p))
+
+    spoiled = jnp.isnan(left + others)
+    return rows.map(settle, [scores, spent], [share, left, others, spoiled])
+
+
+def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
+    """`clip(scores - tau, 0, 1)` that sums to `total`; NaN where that is NaN.
+
+    The sum is piecewise linear in `tau`, with as its slope the number of entries between 0 and 1,
+    so that Newton's method ends as soon as it knows the piece. A bracket is kept, and halved where
+    a step leaves it or is not half of the last. From pass `_PATIENCE` on, it is halved in the
+    ordered numbers of floats, which pins down `tau` in as many passes as a float has bits.
+
+    A float is not fine enough for a `tau` far from 0: 1000 scores around 100 would miss their
+    total by 1%. Hence it is kept as the sum of two, `tau + rest`, and `scores - tau` is exact
+    where it matters. What is missing in the end is shared among the entries between 0 and 1.
+    """
+
+    def inside(tau: Array, rest: Array) -> Entries:
+        return rows.map(lambda z, t, r: (z - t) - r, [scores], [tau, rest])
+
+    def balance(tau: Array, rest: Array) -> tuple[Array, Array, Array]:
+        raw = inside(tau, rest)
+        full = rows.map(lambda u: indicator(u >= 1, u.dtype), [raw])
+        partly = rows.map(lambda u: jnp.where(u < 1, jnp.maximum(u, 0), 0), [raw])
+        # With both ends: an entry at an end leaves it to one side.
+        free = rows.map(lambda u: indicator((u >= 0) & (u <= 1), u.dtype), [raw])
+        held, number = rows.sums(partly, free)
+        # Apart from the others: the number of ones is exact, and so is what they leave.
+        ones, _ = rows.sums(full, free)
+        return held - (total - ones), held, number
+
+    def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+        tau, rest, low, high, last, passes, finishing = state
+        excess, held, free = balance(tau, rest)
+        low = jnp.where(excess >= 0, jnp.where(rest < 0, _next(tau, -1), tau), low)
+        high = jnp.where(excess <= 0, jnp.where(rest > 0, _next(tau, 1), tau), high)
+        middle = _from_ordered(_middle(_to_ordered(low), _to_ordered(high)))
+        tight = middle <= _next(low, 1)
+        early = passes < _PATIENCE
+        middle = jnp.where(early & ~tight, low + (high / 2 - low / 2), middle)
+
+        jump = excess / free
+        newton, newton_rest = _two_sum(tau, rest + jump)
+        fits = (newton >= low) & (newton <= high)
+        slow = jnp.abs(jump) > last / 2
+        follow = fits & (tight | (early & ~slow))
+        finishing = jnp.where(tight, finishing + 1, 0)
+        moved = jnp.abs(excess) > 8 * _threshold.tolerance(tau) * held
+        moved &= finishing <= _LAST_STEPS
+
+        new = jnp.where(follow, newton, middle)
+        new_rest = jnp.where(follow, newton_rest, 0)
+        new_last = jnp.where(follow, jnp.abs(jump), jnp.inf)
+        state = (
+            jnp.where(moved, new, tau),
+            jnp.where(moved, new_rest, rest),
+            low,
+            high,
+            new_last,
+            passes + 1,
+            finishing,
+        )
+        return state, moved
+
+    top = rows.max(scores)
+    bottom = -rows.max(rows.map(lambda z: jnp.where(z == -jnp.inf, z, -z), [scores]))
+    low = jnp.maximum(_next(bottom - 1, -1), jnp.finfo(top.dtype).min)
+    nothing = jnp.zeros_like(top + total)
+    start = (
+        jnp.maximum(top - 1, low) + nothing,
+        nothing,
+        low + nothing,
+        top + nothing,
+        nothing + jnp.inf,
+        jnp.zeros((), jnp.int32),
+        nothing,
+    )
+    tau, rest, *_ = _threshold.iterate(step, start)
+
+    # The mean of deviations is more exact than the sum of many entries that are nearly equal.
+    raw = inside(tau, rest)
+    full = rows.map(lambda u: indicator(u >= 1, u.dtype), [raw])
+    between = rows.map(lambda u: indicator((u > 0) & (u < 1), u.dtype), [raw])
+    ones, free = rows.sums(full, between)
+    free = jnp.maximum(free, 1)
+    share = (total - ones) / free
+    off = rows.map(lambda u, b, s: jnp.where(b > 0, u - s, 0), [raw, between], [share])
+    surplus = rows.sums(off, between)[0] / free
+    spent = rows.map(lambda u, b, s: jnp.clip(u - b * s, 0, 1), [raw, between], [surplus])
+    clear = _is_clear_cut(rows, scores, raw, total)
+    return rows.map(lambda p, c: jnp.where(c, jnp.round(p), p), [spent], [clear])
+
+
+def _is_clear_cut(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Array:
+    """Whether 0 and 1 are all that a row needs: the first `total` scores are 1 above the others.
+
+    Then many a `tau` will do, and rounding must not leave a speck on the entries at its ends.
+    """
+    chosen = rows.map(lambda u: u > 0.5, [raw])
+    count = rows.sum(rows.map(lambda c, z: indicator(c, z.dtype), [chosen, scores]))
+    least = -rows.max(rows.map(lambda c, z: jnp.where(c, -z, -jnp.inf), [chosen, scores]))
+    next_ = rows.max(rows.map(lambda c, z: jnp.where(c, -jnp.inf, z), [chosen, scores]))
+    return (count == total) & (least - next_ >= 1)
+
+
+# Rows that are not out to get us need fewer passes.
+_PATIENCE = 16
+# Between neighbouring floats there are few pieces left.
+_LAST_STEPS = 6
+
+
+def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """`x + y`, rounded, and the rounding error."""
+    total = x + y
+    virtual = total - x
+    return total, (x - (total - virtual)) + (y - virtual)
+
+
+def _next(x: Array, direction: int) -> Array:
+    """The next float up or down."""
+    return _from_ordered(_to_ordered(x) + direction)
+
+
+def _to_ordered(x: Array) -> Array:
+    """Floats as integers in the same order, one after the other."""
+    return _flip(lax.bitcast_convert_type(x, jnp.dtype(f"int{8 * x.dtype.itemsize}")))
+
+
+def _from_ordered(number: Array) -> Array:
+    return lax.bitcast_convert_type(_flip(number), jnp.dtype(f"float{8 * number.dtype.itemsize}"))
+
+
+def _flip(number: Array) -> Array:
+    """Reverses the order of negative floats' bits; its own inverse."""
+    return number ^ ((number >> (8 * number.dtype.itemsize - 1)) & jnp.iinfo(number.dtype).max)
+
+
+def _middle(low: Array, high: Array) -> Array:
+    """The mean of integers, rounded up, without overflow."""
+    return (low | high) - ((low ^ high) >> 1)
+
+
+def _slope(p: Array, budget: Array) -> Array:
+    del budget
+    return indicator((p > 0) & (p < 1), p.dtype)
+
+
+BUDGET_SPARSEMAX = Form(
+    "budget_sparsemax",
+    _probabilities,
+    _slope,
+    totals=lambda budget: (jnp.ones_like(budget),),
+)

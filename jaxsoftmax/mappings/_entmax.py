@@ -1,0 +1,339 @@
+"""Alpha-entmax: the family between softmax and sparsemax, and those two ends of it."""
+
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
+from jaxsoftmax._scores import Axis, Fixed, Options, check_per_row, output_dtype, prepare, public
+from jaxsoftmax._threshold import Form
+from jaxsoftmax.mappings._softmax import SOFTMAX
+
+
+@public
+def entmax(
+    x: Float[ArrayLike, "*shape"],
+    alpha: ArrayLike = 1.5,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    sink: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, " length"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Array, "*shape"]:
+    r"""Softmax at `alpha` 1, sparsemax at 2, and everything between and beyond.
+
+    .. math:: p_i = [1 + (\alpha - 1)(x_i / t - \tau)]_+^{1 / (\alpha - 1)},
+              \quad \tau \text{ such that } \sum_i p_i = 1
+
+    It maximizes :math:`\langle p, x/t \rangle + \frac{1}{\alpha (\alpha - 1)} \sum_i (p_i -
+    p_i^\alpha)` over the simplex. Jacobian in `x/t`: :math:`\mathrm{diag}(s) - s s^\top / \sum s`,
+    with :math:`s_i = p_i^{2 - \alpha}` on the support. It is smooth in `alpha`, at 1 too.
+
+    Args:
+      x: scores of any shape and real dtype.
+      alpha: the shape, at least 1; a number or one value per row, differentiable.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative.
+      sink: one virtual score, joined to each row after the division by the temperature, whose
+        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
+        of range take no part.
+      num_segments: how many segments there are; needed where `segment_ids` is traced.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
+      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
+        `temperature` is a negative number,
+        or `alpha` a number below 1. A traced `alpha` below 1 gives NaN.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> x = jnp.array([1.0, 0.5, -1.0])
+      >>> for alpha in (1.0, 1.3, 2.0):
+      ...     print(jsm.entmax(x, alpha))
+      [0.574 0.348 0.078]
+      [0.632 0.342 0.026]
+      [0.75 0.25 0.  ]
+      >>> print(jax.jacfwd(jsm.entmax, argnums=1)(x, 1.0))
+      [ 0.154  0.058 -0.212]
+
+
+    References:
+      Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
+      Gradient in alpha: Correia, Niculae & Martins, 2019 (arXiv:1909.00015).
+    """
+    options = Options(where, temperature, sink, segment_ids, num_segments)
+    rows, scores = prepare(x, axis, options)
+    return apply_entmax(rows, scores, alpha)[0].astype(output_dtype(x))
+
+
+@public
+def entmax15(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    sink: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, " length"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Array, "*shape"]:
+    r"""Half-way between softmax and sparsemax: sparse, with smooth edges.
+
+    .. math:: p_i = \max(x_i / 2t - \tau, 0)^2, \quad \tau \text{ such that } \sum_i p_i = 1
+
+    It maximizes :math:`\langle p, x/t \rangle - \frac{4}{3} \sum_i p_i^{3/2}` over the simplex: it
+    is `entmax` at alpha = 1.5, only faster. Jacobian in `x/t`:
+    :math:`\mathrm{diag}(s) - s s^\top / \sum s`, with :math:`s = \sqrt{p}`.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative.
+      sink: one virtual score, joined to each row after the division by the temperature, whose
+        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
+        of range take no part.
+      num_segments: how many segments there are; needed where `segment_ids` is traced.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
+      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
+        `temperature` is a negative number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> jsm.entmax15(jnp.array([2.0, 1.0, -1.0]))
+      Array([0.831, 0.169, 0.   ], dtype=float32)
+
+
+    References:
+      Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
+    """
+    options = Options(where, temperature, sink, segment_ids, num_segments)
+    rows, scores = prepare(x, axis, options)
+    return _threshold.apply(ENTMAX15, rows, scores)[0].astype(output_dtype(x))
+
+
+@public
+def sparsemax(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    sink: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, " length"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Array, "*shape"]:
+    r"""The point of the simplex nearest to the scores: few, exact non-zero probabilities.
+
+    .. math:: p_i = \max(x_i / t - \tau, 0), \quad \tau \text{ such that } \sum_i p_i = 1
+
+    It maximizes :math:`\langle p, x/t \rangle - \frac{1}{2} \|p\|^2` over the simplex: it is
+    `entmax` at alpha = 2, only faster. Jacobian in `x/t`:
+    :math:`\mathrm{diag}(s) - s s^\top / \sum s`, with `s` the indicator of the support.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative.
+      sink: one virtual score, joined to each row after the division by the temperature, whose
+        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
+        of range take no part.
+      num_segments: how many segments there are; needed where `segment_ids` is traced.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
+      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
+        `temperature` is a negative number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jsm.sparsemax(jnp.array([1.0, 0.5, -1.0]))
+      Array([0.75, 0.25, 0.  ], dtype=float32)
+
+
+    References:
+      Martins & Astudillo, 2016: From softmax to sparsemax (arXiv:1602.02068). Solved without a
+      sort: Michelot, 1986; Condat, 2016.
+    """
+    options = Options(where, temperature, sink, segment_ids, num_segments)
+    rows, scores = prepare(x, axis, options)
+    return _threshold.apply(SPARSEMAX, rows, scores)[0].astype(output_dtype(x))
+
+
+def apply_entmax(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Entries:
+    """Alpha-entmax of prepared scores, by the fastest form that `alpha` allows."""
+    if isinstance(alpha, Fixed | float):
+        known = alpha.value if isinstance(alpha, Fixed) else alpha
+        if known in _FIXED_FORMS:
+            return _threshold.apply(_FIXED_FORMS[known], rows, scores)
+    return _threshold.apply(ENTMAX, rows, scores, as_alpha(rows, scores, alpha))
+
+
+def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:
+    """`alpha` as one value per row, or fewer."""
+    if isinstance(alpha, Fixed | float):
+        alpha = alpha.value if isinstance(alpha, Fixed) else alpha
+        if not 1 <= alpha < jnp.inf:
+            raise ValueError(f"alpha must be at least 1 and finite, got {alpha}.")
+    return check_per_row("alpha", alpha, scores[0], rows)
+
+
+def _sparsemax_probabilities(rows: Rows, scores: Entries) -> Entries:
+    gaps, _ = _threshold.below_top(rows, scores)
+    return _threshold.solve_norm(rows, gaps, 1)
+
+
+def _entmax15_probabilities(rows: Rows, scores: Entries) -> Entries:
+    gaps, _ = _threshold.below_top(rows, scores)
+    return _threshold.solve_norm(rows, rows.map(lambda gap: gap / 2, [gaps]), 2)
+
+
+def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
+    """Newton's method on the q-norm, as `solve_norm` does it, written so that it has a limit.
+
+    With `beta = alpha - 1 = 1/q` the norm of the unnormalized entries is `S ** beta`, where `S` is
+    the sum of `p = (1 + beta (gap - theta)) ** (1 / beta)`. Taken as `(S ** beta - 1) / beta`, it
+    tends to `log S` as `beta` tends to 0, and the step to logsumexp. For `alpha > 2` the norm is
+    not convex, and its slope is infinite where an entry enters the support: there a bracket is
+    kept, and halved where a step leaves it or is not half of the last.
+    """
+    gaps, _ = _threshold.below_top(rows, scores)
+    beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
+
+    def p_and_slope(gap: Array, theta: Array, beta: Array) -> tuple[Array, Array]:
+        u = gap - theta
+        base = beta * u
+        # Below 1e-30 the quotient has nothing left to say, and at 0 it would be NaN.
+        log_p = jnp.where(beta < 1e-30, u, jnp.log1p(base) / beta)
+        p = jnp.where(base <= -1, 0, jnp.exp(log_p))
+        return p, jnp.where(p > 0, p / (1 + base), 0)
+
+    def evaluate(theta: Array) -> tuple[Entries, Entries]:
+        pairs = rows.map(p_and_slope, [gaps], [theta, beta])
+        return tuple(p for p, _ in pairs), tuple(s for _, s in pairs)
+
+    def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+        theta, low, high, last = state
+        total, slope = rows.sums(*evaluate(theta))
+        log_total = jnp.log(total)
+        excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total)
+        newton = theta + excess / slope
+        low = jnp.where(total >= 1, theta, low)
+        high = jnp.where(total < 1, theta, high)
+        middle = low + (high - low) / 2
+        slow = (beta > 1) & (jnp.abs(newton - theta) > last / 2)
+        new = jnp.where((newton >= low) & (newton <= high) & ~slow, newton, middle)
+        new = jnp.where(jnp.isnan(total), total, new)
+        moved = (jnp.abs(total - 1) > _threshold.tolerance(total)) & (new != theta)
+        new = jnp.where(moved | jnp.isnan(total), new, theta)
+        return (new, low, high, jnp.abs(new - theta)), moved
+
+    # At most, all entries equal the maximum and share evenly.
+    length = jnp.asarray(rows.length(gaps), beta.dtype)
+    top = rows.max(gaps)
+    theta = jnp.zeros_like(top + beta)
+    high = jnp.zeros_like(theta) - _expm1_over(beta, -jnp.log(length))
+    theta, *_ = _threshold.iterate(step, (theta, theta, high, high))
+    return _threshold.normalized(rows, evaluate(theta)[0], theta)
+
+
+def negentropy(p: Array, alpha: Array) -> Array:
+    """`(p ** alpha - p) / (alpha (alpha - 1))`, which is `p log p` at 1; smooth in `alpha`."""
+    beta = alpha - 1
+    inside = p * _expm1_over(beta, _safe_log(p)) / alpha
+    # 0 at 0, with the slope there.
+    return jnp.where(p > 0, inside, -p / (alpha * jnp.maximum(beta, jnp.finfo(p.dtype).eps)))
+
+
+def _expm1_over(beta: Array, x: Array) -> Array:
+    """`(exp(beta x) - 1) / beta`, which is `x` where beta is 0."""
+    return _expm1_quotient(vary_like(beta, x), x)
+
+
+@custom_vjp
+def _expm1_quotient(beta: Array, x: Array) -> Array:
+    none = jnp.abs(beta) < 1e-30
+    return jnp.where(none, x, jnp.expm1(beta * x) / jnp.where(none, 1, beta))
+
+
+def _expm1_quotient_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _expm1_quotient(beta, x), (beta, x)
+
+
+def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
+    beta, x = residuals
+    ct_x = ct * jnp.exp(beta * x)
+    return sum_to(-ct_x * x * x * _phi(beta * x), beta.shape), ct_x
+
+
+_expm1_quotient.defvjp(_expm1_quotient_fwd, _expm1_quotient_bwd)
+
+
+def _entmax_slope(p: Array, alpha: Array) -> Array:
+    """`p ** (2 - alpha)` on the support, short of overflow."""
+    slope = jnp.exp((2 - alpha) * _safe_log(p))
+    return jnp.where(p > 0, jnp.minimum(slope, jnp.finfo(p.dtype).max ** 0.5), 0)
+
+
+def _entmax_partials(p: Array, alpha: Array) -> tuple[Array]:
+    """`dp / dalpha` at fixed tau.
+
+    With `h = log p`, `u = (exp(beta h) - 1) / beta` and `y = beta h` it is
+    `p (1 - y - exp(-y)) / beta ** 2 = p h ** 2 phi(y)`.
+    """
+    h = _safe_log(p)
+    return (jnp.where(p > 0, p * h * h * _phi((alpha - 1) * h), 0),)
+
+
+def _phi(y: Array) -> Array:
+    """`(1 - y - exp(-y)) / y ** 2`, short of overflow."""
+    near = jnp.abs(y) < 0.1
+    # The Taylor series, where the difference would cancel.
+    series = jnp.zeros_like(y)
+    for k in range(9, 1, -1):
+        series = 1 / math.factorial(k) - y * series
+    far = jnp.where(near, 1, y)
+    quotient = (-jnp.expm1(-far) - far) / (far * far)
+    return jnp.where(near, -series, jnp.maximum(quotient, -(jnp.finfo(y.dtype).max ** 0.5)))
+
+
+def _safe_log(p: Array) -> Array:
+    return jnp.log(jnp.where(p > 0, p, 1))
+
+
+def sqrt(p: Array) -> Array:
+    """The square root, with derivative 0 at 0."""
+    positive = p > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, p, 1)), 0)
+
+
+ENTMAX = Form("entmax", _entmax_probabilities, _entmax_slope, _entmax_partials)
+ENTMAX15 = Form("entmax15", _entmax15_probabilities, slope=sqrt)
+SPARSEMAX = Form("sparsemax", _sparsemax_probabilities, lambda p: indicator(p > 0, p.dtype))
+_FIXED_FORMS = {1.0: SOFTMAX, 1.5: ENTMAX15, 2.0: SPARSEMAX}

@@ -1,0 +1,59 @@
+"""The limit of every mapping at temperature 0."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
+from jaxsoftmax._threshold import Form
+
+
+@public
+def hardmax(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+) -> Float[Array, "*shape"]:
+    r"""All probability on the largest score: the limit of every mapping at temperature 0.
+
+    .. math:: p_i = [x_i = \max_j x_j] / n, \quad n \text{ the number of such entries}
+
+    It maximizes :math:`\langle p, x \rangle` over the simplex. Its Jacobian is 0.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`; ties share.
+
+    Raises:
+      TypeError: if `x` is not real or `where` not boolean.
+      ValueError: if `axis` is out of range or `where` does not broadcast.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jsm.hardmax(jnp.array([3.0, 1.0, 3.0]))
+      Array([0.5, 0. , 0.5], dtype=float32)
+
+    References:
+      Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
+    """
+    rows, scores = prepare(x, axis, Options(where))
+    return _threshold.apply(HARDMAX, rows, scores)[0].astype(output_dtype(x))
+
+
+def _hardmax_probabilities(rows: Rows, scores: Entries) -> Entries:
+    gaps, _ = _threshold.below_top(rows, scores)
+
+    def at_top(gap: Array) -> Array:
+        return jnp.where(jnp.isnan(gap), gap, indicator(gap == 0, gap.dtype))
+
+    weights = rows.map(at_top, [gaps])
+    return _threshold.normalized(rows, weights, rows.sum(weights))
+
+
+HARDMAX = Form("hardmax", _hardmax_probabilities, slope=jnp.zeros_like)

@@ -1,0 +1,129 @@
+"""Sinkhorn's scaling of a matrix of scores."""
+
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._reductions import Rows, vary_like
+from jaxsoftmax._scores import (
+    Axis,
+    Fixed,
+    Options,
+    Temperature,
+    output_dtype,
+    prepare,
+    public,
+    split_axis,
+)
+from jaxsoftmax.mappings._softmax import SOFTMAX, log_sum
+
+_OneOrMore = int | str | tuple[int | str, ...]
+
+
+@public
+def sinkhorn(
+    x: Float[ArrayLike, "*shape"],
+    axes: tuple[_OneOrMore, _OneOrMore] = (-2, -1),
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    num_iterations: int = 20,
+) -> Float[Array, "*shape"]:
+    r"""Softmax over rows and columns at once: a matrix whose rows and columns have the same sums.
+
+    .. math:: p_{ij} = e^{x_{ij} / t + f_i + g_j}, \quad \sum_j p_{ij} = 1,
+              \quad \sum_i p_{ij} = \text{rows} / \text{columns}
+
+    It maximizes :math:`\langle p, x/t \rangle + H(p)` over such matrices, with Shannon's entropy
+    :math:`H`: a soft assignment, and transport with entropic regularization `t`. Rows and columns
+    are normalized in turn, as logarithms, and rows once more in the end: they are exact, the
+    columns as good as `num_iterations` makes them.
+
+    The derivative is that of the iterations themselves, exact for what is returned at any
+    `num_iterations`, of every order and in every mode. It keeps one potential per column and
+    iteration, no matrices.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axes: the axis whose members are the rows and that whose members are the columns: rows sum to
+        1 over the second. Each is an array axis, a mesh axis name, or a tuple of such.
+      where: what takes part; a boolean mask that broadcasts to `x`. Rows and columns in which
+        nothing takes part are 0 and do not count.
+      temperature: divides the scores; a positive number, or one value per matrix. A traced 0 gives
+        NaN: there is no limit that is a `hardmax`.
+      num_iterations: how often columns are normalized, at least 1.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`. Entries of +inf leave nothing to others in
+      their row.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `num_iterations` not an integer.
+      ValueError: if `axes` are not two different axes in range, shapes do not fit, `temperature`
+        is a number that is not positive, or `num_iterations` is below 1.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> p = jsm.sinkhorn(jnp.log(jnp.array([[4.0, 1.0], [1.0, 1.0]])))
+      >>> for row in p:
+      ...     print(f"{row[0]:.4f} {row[1]:.4f}")
+      0.6667 0.3333
+      0.3333 0.6667
+
+    References:
+      Sinkhorn, 1964; Cuturi, 2013: Sinkhorn distances (arXiv:1306.0895).
+      Mena, Belanger, Linderman & Snoek, 2018 (arXiv:1802.08665).
+    """
+    num_iterations = _check_iterations(num_iterations)
+    _check_temperature(temperature)
+    both, rows, columns = _rows_and_columns(axes, jnp.ndim(x))
+    options = Options(where, temperature)
+    _, (scores,) = prepare(x, both, options, at_zero=lambda top: jnp.full_like(top, jnp.nan))
+    scores = _below_top(rows, scores)
+
+    def normalize(g: Array, _: None) -> tuple[Array, None]:
+        f = -_finite_log_sum(rows, scores + g)
+        return -_finite_log_sum(columns, scores + f), None
+
+    # The columns' sum is left out: it moves g by a constant, which f takes back.
+    g = vary_like(jnp.zeros(columns.shape(scores), scores.dtype), scores, but=columns.names)
+    g, _ = lax.scan(jax.checkpoint(normalize), g, length=num_iterations)
+    return _threshold.apply(SOFTMAX, rows, (scores + g,))[0].astype(output_dtype(x))
+
+
+def _check_iterations(num_iterations: int) -> int:
+    number = operator.index(num_iterations)
+    if number < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {number}.")
+    return number
+
+
+def _check_temperature(temperature: Temperature) -> None:
+    if isinstance(temperature, Fixed) and temperature.value == 0:
+        raise ValueError("temperature must be positive, got 0, which has no limit in sinkhorn.")
+
+
+def _rows_and_columns(axes: tuple[_OneOrMore, _OneOrMore], ndim: int) -> tuple[Axis, Rows, Rows]:
+    if not isinstance(axes, tuple) or len(axes) != 2:
+        raise ValueError(f"axes must be two axes, got {axes!r}.")
+    both: Axis = tuple(a for axis in axes for a in (axis if isinstance(axis, tuple) else (axis,)))
+    split_axis(both, ndim)
+    return both, Rows(*split_axis(axes[1], ndim)), Rows(*split_axis(axes[0], ndim))
+
+
+def _below_top(rows: Rows, scores: Array) -> Array:
+    """The scores less their row's maximum, which changes no result. +inf leaves nothing else."""
+    top = rows.max((lax.stop_gradient(scores),))
+    moved = scores - jnp.where(jnp.abs(top) == jnp.inf, 0, top)
+    limit = jnp.where(scores == jnp.inf, 0, -jnp.inf)
+    return jnp.where(top == jnp.inf, limit, moved)
+
+
+def _finite_log_sum(rows: Rows, scores: Array) -> Array:
+    """Log-sum-exp, 0 where nothing takes part."""
+    total = log_sum(rows, (scores,))
+    return jnp.where(total == -jnp.inf, 0, total)

@@ -1,0 +1,284 @@
+"""Softmax, its logarithm, and the logarithm of its denominator."""
+
+import math
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import log1p
+from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
+from jaxsoftmax._threshold import Form
+
+
+@public
+def softmax(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    sink: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, " length"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Array, "*shape"]:
+    r"""The exponentials of the scores, normalized: positive, dense probabilities.
+
+    .. math:: p_i = \frac{e^{x_i / t}}{\sum_j e^{x_j / t}}
+
+    It maximizes :math:`\langle p, x/t \rangle + H(p)` over the simplex, with Shannon's entropy
+    :math:`H`. Jacobian in `x/t`: :math:`\mathrm{diag}(p) - p p^\top`.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative.
+      sink: one virtual score, joined to each row after the division by the temperature, whose
+        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
+        of range take no part.
+      num_segments: how many segments there are; needed where `segment_ids` is traced.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`. They are accurate also where they are tiny.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
+      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
+        `temperature` is a negative number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> jsm.softmax(jnp.array([0.0, 1.0, 2.0]))
+      Array([0.09 , 0.245, 0.665], dtype=float32)
+      >>> jsm.softmax(jnp.array([0.0, 1.0, 2.0]), temperature=0.5)
+      Array([0.016, 0.117, 0.867], dtype=float32)
+      >>> jsm.softmax(jnp.zeros(3), sink=0.0)
+      Array([0.25, 0.25, 0.25], dtype=float32)
+      >>> jsm.softmax(jnp.zeros(5), segment_ids=jnp.array([0, 0, 1, 1, 1]), num_segments=2)
+      Array([0.5  , 0.5  , 0.333, 0.333, 0.333], dtype=float32)
+
+
+    References:
+      Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
+      Sinks: Miller, 2023: Attention is off by one; Xiao et al., 2023 (arXiv:2309.17453).
+    """
+    options = Options(where, temperature, sink, segment_ids, num_segments)
+    rows, scores = prepare(x, axis, options)
+    return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
+
+
+@public
+def log_softmax(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    sink: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, " length"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Array, "*shape"]:
+    r"""The logarithm of `softmax`, exact also where one score dominates.
+
+    .. math:: \log p_i = x_i / t - \log \sum_j e^{x_j / t}
+
+    Jacobian in `x/t`: :math:`I - 1 p^\top`.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`. The rest gets -inf.
+      temperature: divides the scores; a number or one value per row, not negative.
+      sink: one virtual score, joined to each row after the division by the temperature, whose
+        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
+        of range take no part.
+      num_segments: how many segments there are; needed where `segment_ids` is traced.
+
+    Returns:
+      Log-probabilities of the shape and dtype of `x`.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
+      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
+        `temperature` is a negative number.
+
+    Example:
+      The probability of the first class is 1 - 2.9e-20, and its logarithm says so.
+
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> log_p = jsm.log_softmax(jnp.array([45.0, 0.0]))
+      >>> print(f"{log_p[0]:.4e}")
+      -2.8625e-20
+
+
+    References:
+      Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
+    """
+    options = Options(where, temperature, sink, segment_ids, num_segments)
+    rows, scores = prepare(x, axis, options)
+    return log_probabilities(rows, scores)[0].astype(output_dtype(x))
+
+
+@public
+def logsumexp(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    sink: ArrayLike | None = None,
+    segment_ids: Int[ArrayLike, " length"] | None = None,
+    num_segments: int | None = None,
+) -> Float[Array, "*rows"]:
+    r"""The logarithm of the sum of exponentials, the smooth maximum behind `softmax`.
+
+    .. math:: \log \sum_i e^{x_i / t}
+
+    The gradient in `x/t` is `softmax(x, temperature=t)`. Nothing is multiplied back: the smooth
+    maximum at temperature `t` is `t * logsumexp(x, temperature=t)`.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative.
+      sink: one virtual score, joined to each row after the division by the temperature, whose
+        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
+        of range take no part.
+      num_segments: how many segments there are; needed where `segment_ids` is traced.
+
+    Returns:
+      One value per row, in the dtype of `x`; -inf for a row in which nothing takes part. With
+      segments, `axis` has the length `num_segments`.
+
+    Raises:
+      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
+      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
+        `temperature` is a negative number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jsm.logsumexp(jnp.array([1000.0, 1000.0])).round(2)
+      Array(1000.69, dtype=float32)
+
+
+    References:
+      Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
+    """
+    options = Options(where, temperature, sink, segment_ids, num_segments)
+    rows, scores = prepare(x, axis, options, at_zero=_divided_by_zero)
+    return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
+
+
+def pivot(rows: Rows, scores: Entries) -> Array:
+    """What to subtract from scores before `exp`, such that the differences are exact.
+
+    A rounding error in `score - top` is an error of the same size in the logarithm of the
+    probability: 64 ulp where the difference is 80. Here it is a whole number, so near to the
+    maximum that no sum overflows and so far from it that next to no score that matters falls
+    below it: such a difference is exact.
+    """
+    finfo = jnp.finfo(scores[0].dtype)
+    room = math.floor(math.log(float(finfo.max)) - 2 - math.log(max(rows.length(scores), 1)))
+    top = rows.max(scores)
+    whole = jnp.maximum(jnp.floor(top) - room, 0) + jnp.minimum(jnp.ceil(top), 0)
+    near = jnp.where(jnp.abs(top) > 2.0**20, top, whole)  # beyond, whole numbers get sparse
+    return jnp.clip(near, finfo.min, finfo.max)
+
+
+def weight(score: Array, pivot: Array) -> Array:
+    """`exp(score - pivot)`; where the maximum is +inf, it and the pivot are the largest number."""
+    return jnp.exp(jnp.minimum(score, jnp.finfo(score.dtype).max) - pivot)
+
+
+def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
+    weights = rows.map(weight, [scores], [pivot(rows, scores)])
+    scale = 1 / jnp.maximum(rows.sum(weights), jnp.finfo(scores[0].dtype).tiny)
+    return rows.map(jnp.multiply, [weights], [scale])
+
+
+SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p)
+
+
+@custom_vjp
+def log_probabilities(rows: Rows, scores: Entries) -> Entries:
+    """Log-softmax of prepared scores."""
+    gaps, lost, _ = _exact_gaps(rows, scores)
+    log_sum = _log_sum_of_gaps(rows, gaps, lost)
+
+    def log_p(gap: Array, lost: Array, log_sum: Array) -> Array:
+        return jnp.where(gap == -jnp.inf, gap, gap + (lost - log_sum))
+
+    return rows.map(log_p, [gaps, lost], [log_sum])
+
+
+def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
+    log_p = log_probabilities(rows, scores)
+    return log_p, (rows, log_p)
+
+
+def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
+    rows, log_p = residuals
+    ct = rows.map(lambda c, lp: jnp.where(lp == -jnp.inf, 0, c), [ct, log_p])
+    return None, rows.map(lambda c, lp, s: c - jnp.exp(lp) * s, [ct, log_p], [rows.sum(ct)])
+
+
+log_probabilities.defvjp(_log_fwd, _log_bwd)
+
+
+@custom_vjp
+def log_sum(rows: Rows, scores: Entries) -> Array:
+    """Log-sum-exp of prepared scores, one value per row."""
+    gaps, lost, top = _exact_gaps(rows, scores)
+    return top + _log_sum_of_gaps(rows, gaps, lost)
+
+
+def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
+    return log_sum(rows, scores), (rows, _threshold.apply(SOFTMAX, rows, scores))
+
+
+def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
+    rows, p = residuals
+    return None, rows.map(jnp.multiply, [p], [ct])
+
+
+log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
+
+
+def _exact_gaps(rows: Rows, scores: Entries) -> tuple[Entries, Entries, Array]:
+    """The scores less their maximum, what rounding took from that (Knuth's two-sum), and it."""
+    gaps, top = _threshold.below_top(rows, scores)
+
+    def lost(score: Array, gap: Array, top: Array) -> Array:
+        high = gap - score
+        error = (score - (gap - high)) - (top + high)
+        return jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
+
+    return gaps, rows.map(lost, [scores, gaps], [top]), top
+
+
+def _log_sum_of_gaps(rows: Rows, gaps: Entries, lost: Entries) -> Array:
+    # The maxima count 1 each and are kept apart: where one score dominates, all the digits of the
+    # answer are in the sum of the others.
+    def below(gap: Array, lost: Array) -> Array:
+        weight = jnp.exp(gap)
+        return jnp.where(gap == 0, 0, weight + weight * lost)
+
+    at_top = rows.map(lambda gap: indicator(gap == 0, gap.dtype), [gaps])
+    rest, tops = rows.sums(rows.map(below, [gaps, lost]), at_top)
+    return log1p(rest + (tops - 1))
+
+
+def _divided_by_zero(top: Array) -> Array:
+    return jnp.where(top == 0, 0, top * jnp.inf)

@@ -1,0 +1,116 @@
+"""Softpick: softmax less what a score of 0 would get."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float
+
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._reductions import Entries, Rows
+from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
+from jaxsoftmax.mappings import _softmax
+
+
+@public
+def softpick(
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+) -> Float[Array, "*shape"]:
+    r"""Softmax that can pick nothing: only positive scores get a share, and all of them may be 0.
+
+    .. math:: p_i = \frac{\max(e^{x_i / t} - 1, 0)}{\sum_j |e^{x_j / t} - 1|}
+
+    Negative scores get nothing, yet take from the others: a row sums to at most 1. A row of zeros
+    gets 0. Jacobian in `x/t`: :math:`\mathrm{diag}(\max(s, 0)) - p s^\top`, with
+    :math:`s_i = \mathrm{sign}(x_i) e^{x_i / t} / \sum_j |e^{x_j / t} - 1|`; at a score of 0, where
+    there is a kink, the slope is taken as 0.
+
+    Args:
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what takes part; a boolean mask that broadcasts to `x`. What it excludes is not in the
+        denominator either, and so it is with scores of -inf.
+      temperature: divides the scores; a number or one value per row, not negative. 0 makes it
+        `hardmax`, also where no score is positive.
+
+    Returns:
+      Non-negative numbers of the shape and dtype of `x`, at most 1 in sum.
+
+    Raises:
+      TypeError: if `x` is not real or `where` not boolean.
+      ValueError: if an axis is out of range, shapes do not fit, or `temperature` is a negative
+        number.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> for p in jsm.softpick(jnp.array([2.0, 1.0, -1.0])):
+      ...     print(f"{p:.3f}")
+      0.731
+      0.197
+      0.000
+      >>> jsm.softpick(jnp.array([0.0, -1.0]))
+      Array([0., 0.], dtype=float32)
+
+    References:
+      Zuhri, Fuadi & Aji, 2025: Softpick (arXiv:2504.20966).
+    """
+    options = Options(where, temperature)
+    rows, scores = prepare(x, axis, options, at_zero=lambda top: jnp.full_like(top, jnp.inf))
+    p, _ = _shares_and_slopes(rows, scores)
+    return p[0].astype(output_dtype(x))
+
+
+@custom_vjp
+def _shares_and_slopes(rows: Rows, scores: Entries) -> tuple[Entries, Entries]:
+    """The shares `p` and, from the same denominator, the signed exponentials `s`.
+
+    With `D = sum(s dz)` they change by `dp = max(s, 0) dz - p D` and `ds = s dz - s D`, and so have
+    all derivatives between them.
+    """
+    pivot = jnp.maximum(_softmax.pivot(rows, scores), 0)
+
+    def excess(score: Array, pivot: Array) -> Array:
+        # (exp(score) - 1) exp(-pivot); far from 0 nothing cancels.
+        near = jnp.expm1(jnp.minimum(score, 1)) * jnp.exp(-pivot)
+        far = _softmax.weight(score, pivot) - jnp.exp(-pivot)
+        return jnp.where(score == -jnp.inf, 0, jnp.where(score < 1, near, far))
+
+    excesses = rows.map(excess, [scores], [pivot])
+    total = rows.sum(rows.map(jnp.abs, [excesses]))
+    total = jnp.where(total == 0, 1, total)
+
+    def share(excess: Array, total: Array) -> Array:
+        return jnp.maximum(excess, 0) / total
+
+    def slope(score: Array, excess: Array, pivot: Array, total: Array) -> Array:
+        return jnp.sign(excess) * _softmax.weight(score, pivot) / total
+
+    return (
+        rows.map(share, [excesses], [total]),
+        rows.map(slope, [scores, excesses], [pivot, total]),
+    )
+
+
+def _fwd(rows: Rows, scores: Entries) -> tuple[tuple[Entries, Entries], Any]:
+    p, slopes = _shares_and_slopes(rows, scores)
+    return (p, slopes), (rows, p, slopes)
+
+
+def _bwd(residuals: Any, cts: tuple[Entries, Entries]) -> tuple[None, Entries]:
+    rows, p, slopes = residuals
+
+    def weighed(p: Array, slope: Array, ct_p: Array, ct_slope: Array) -> Array:
+        return ct_p * p + ct_slope * slope
+
+    def pull_back(slope: Array, ct_p: Array, ct_slope: Array, total: Array) -> Array:
+        return ct_p * jnp.where(slope > 0, slope, 0) + slope * (ct_slope - total)
+
+    total = rows.sum(rows.map(weighed, [p, slopes, *cts]))
+    return None, rows.map(pull_back, [slopes, *cts], [total])
+
+
+_shares_and_slopes.defvjp(_fwd, _bwd)
