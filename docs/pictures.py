@@ -22,7 +22,7 @@ def mappings() -> None:
     axes = figure.subplots(1, len(MAPPINGS), sharey=True)
     for ax, mapping in zip(axes, MAPPINGS, strict=True):
         for k, (p, color) in enumerate(zip(mapping(scores).T, COLORS, strict=True)):
-            label = ("score t", "score 0.5", "score −0.2")[k]
+            label = ("score t", "score 0.5", "score -0.2")[k]
             # An exact zero is no line at all.
             ax.plot(first, jnp.where(p > 0, p, jnp.nan), color=color, lw=2.2, label=label)
         ax.set_title(mapping.__name__, fontsize=11)

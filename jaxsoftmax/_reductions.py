@@ -125,9 +125,9 @@ class Rows:
         )
 
     def _sums_on_cpu(self, first: Array, second: Array) -> tuple[Array, Array]:
-        # XLA for CPU reduces the minor axis one number at a time. Folded into (blocks, depth, lanes),
-        # the same reduction runs over a middle axis, and LLVM vectorizes across the lanes. What is
-        # left is a minor axis again. The depth is bounded for accuracy: an error grows with it.
+        # XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and
+        # lanes, it is reduced over the depth, and LLVM vectorizes across the lanes. What is left is
+        # a minor axis again. The depth is bounded for accuracy: an error grows with it.
         minor = first.ndim - 1
         length = first.shape[minor]
         if minor not in self.axes or (lanes := _lanes(length)) == 1:
