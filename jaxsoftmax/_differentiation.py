@@ -108,7 +108,7 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
             out_leaves, out_tree = jax.tree.flatten(self._reverse(*merged))
             return out_leaves
 
-        out = _call.bind(*leaves, **_trace(flat, leaves))
+        out = _bind(flat, leaves)
         return jax.tree.unflatten(out_tree, out)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -120,8 +120,17 @@ _call = Primitive("custom_vjp_with_jvp")
 _call.multiple_results = True
 
 
-def _trace(fun: Callable, args: Sequence[Any]) -> dict[str, ClosedJaxpr]:
-    return {"jaxpr": jax.make_jaxpr(fun)(*args)}
+def _bind(fun: Callable, args: Sequence[Any]) -> list[Any]:
+    jaxpr = jax.make_jaxpr(fun)(*args)
+    if not jaxpr.consts:
+        return _call.bind(*args, jaxpr=jaxpr)
+
+    # What `fun` closes over becomes an argument: a parameter must not hold a tracer.
+    def of_consts(consts: Sequence[Any], *args: Any) -> list[Any]:
+        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*args)
+
+    closed = jax.make_jaxpr(of_consts)(jaxpr.consts, *args)
+    return _call.bind(*jaxpr.consts, *args, jaxpr=closed)
 
 
 def _evaluate(*args: Any, jaxpr: ClosedJaxpr) -> list[Any]:
@@ -138,7 +147,7 @@ def _batch(axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: C
         axis_name=axis_data.name,
         spmd_axis_name=axis_data.spmd_name,
     )
-    out = _call.bind(*args, **_trace(mapped, args))
+    out = _bind(mapped, args)
     return out, [0] * len(out)
 
 
