@@ -180,7 +180,9 @@ def _check_fraction(p: ArrayLike) -> None:
 
 def _nan_on_top(scores: Array) -> Array:
     """Scores without NaN. It becomes the largest and is kept, for mappings to be NaN of it."""
-    return lax.stop_gradient(jnp.where(jnp.isnan(scores), jnp.inf, scores).astype(scores.dtype))
+    if not jnp.issubdtype(scores.dtype, jnp.floating):
+        return scores
+    return lax.stop_gradient(jnp.where(jnp.isnan(scores), jnp.inf, scores))
 
 
 def _first(scores: Array, least: Array, count: Array) -> Array:

@@ -39,8 +39,9 @@ def shannon_entropy(p: Float[ArrayLike, "*shape"], axis: Axis = -1) -> Float[Arr
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
       >>> print(jsm.shannon_entropy(jnp.array([[0.5, 0.5, 0.0], [1.0, 0.0, 0.0]])))
-      [0.6931472 0.       ]
+      [0.693 0.   ]
 
     References:
       Shannon, 1948: A mathematical theory of communication.

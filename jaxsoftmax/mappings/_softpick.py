@@ -47,11 +47,9 @@ def softpick(
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> for p in jsm.softpick(jnp.array([2.0, 1.0, -1.0])):
-      ...     print(f"{p:.3f}")
-      0.731
-      0.197
-      0.000
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> jsm.softpick(jnp.array([2.0, 1.0, -1.0]))
+      Array([0.731, 0.197, 0.   ], dtype=float32)
       >>> jsm.softpick(jnp.array([0.0, -1.0]))
       Array([0., 0.], dtype=float32)
 

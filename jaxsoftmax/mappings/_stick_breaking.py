@@ -94,8 +94,8 @@ def _breaks_or_hardmax(
 def _pieces_of_any(axis: int, reverse: bool, scores: Array) -> Array:
     left = _sum_before(jax.nn.log_sigmoid(-scores), axis, reverse)
     p = jnp.exp(jax.nn.log_sigmoid(scores) + left)
-    top = jnp.max(scores, axis, keepdims=True, initial=-jnp.inf)
-    return jnp.where(jnp.isnan(top), top, p)
+    total = jnp.sum(p, axis, keepdims=True)
+    return jnp.where(jnp.isnan(total), total, p)
 
 
 _pieces = custom_vjp(_pieces_of_any, nondiff_argnums=(0, 1))
