@@ -129,8 +129,8 @@ class Rows:
         # lanes, it is reduced over the depth, and LLVM vectorizes across the lanes. What is left is
         # a minor axis again. The depth is bounded for accuracy: an error grows with it.
         minor = first.ndim - 1
-        length = first.shape[minor]
-        if minor not in self.axes or (lanes := _lanes(length)) == 1:
+        length = first.shape[minor] if minor in self.axes else 1
+        if (lanes := _lanes(length)) == 1:
             return _joint_sums((first, second), self.axes)
         depth = min(length // lanes, 64)
         whole = length // (depth * lanes) * (depth * lanes)

@@ -104,6 +104,8 @@ def _count_segments(segment_ids: ArrayLike) -> int:
 
 def as_scores(x: ArrayLike, name: str = "x") -> Array:
     """The scores in the dtype that they are computed in: float32 for half precision."""
+    if not (hasattr(x, "dtype") or isinstance(x, complex | float | int)):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
     x = jnp.asarray(x)
     check_real(name, x)
     dtype = output_dtype(x)
@@ -125,7 +127,8 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     numbers_ = [a for a in members if not isinstance(a, str)]
     for a in numbers_:
         if isinstance(a, bool) or not isinstance(a, int | np.integer):
-            raise TypeError(f"axis must be an int, a mesh axis name, a tuple or None, got {a!r}.")
+            kinds = "an int, a mesh axis name, a tuple of such or None"
+            raise TypeError(f"axis must be {kinds}, got {axis!r}.")
         if not -ndim <= a < ndim:
             raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions.")
     axes = tuple(sorted(int(a) % ndim for a in numbers_))

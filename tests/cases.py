@@ -1,0 +1,186 @@
+"""The mappings and losses that the tests run over. A new one adds a row here and gets them all."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Literal
+
+import numpy as np
+import scipy.special
+
+import jaxsoftmax as jsm
+
+
+def project_by_sorting(z):
+    """The nearest point of the simplex: Held, Wolfe & Crowder's algorithm, row by row."""
+    z = z - z.max(-1, keepdims=True)
+    descending = np.sort(z, -1)[..., ::-1]
+    sums = np.cumsum(descending, -1)
+    ranks = np.arange(1, z.shape[-1] + 1)
+    size = np.sum(1 + ranks * descending > sums, -1, keepdims=True)
+    tau = (np.take_along_axis(sums, size - 1, -1) - 1) / size
+    return np.maximum(z - tau, 0)
+
+
+def entmax_by_bisection(z, alpha):
+    """Alpha-entmax, `alpha > 1`, by halving the interval that holds the threshold."""
+    z = (alpha - 1) * (z - z.max(-1, keepdims=True))
+    low, high = np.full_like(z[..., :1], -1), np.zeros_like(z[..., :1])
+    for _ in range(100):
+        middle = (low + high) / 2
+        total = np.sum(np.maximum(z - middle, 0) ** (1 / (alpha - 1)), -1, keepdims=True)
+        low, high = np.where(total >= 1, middle, low), np.where(total >= 1, high, middle)
+    p = np.maximum(z - low, 0) ** (1 / (alpha - 1))
+    return p / p.sum(-1, keepdims=True)
+
+
+def share_the_top(z):
+    """Hardmax: the largest score gets all, ties share."""
+    top = z == z.max(-1, keepdims=True)
+    return top / top.sum(-1, keepdims=True)
+
+
+# Two rows whose supports, under each sparse mapping here, stay the same nearby. So do their maxima.
+SCORES = np.array([[1.0, 0.6, -0.9, 0.1], [0.2, -2.0, 1.4, 1.1]])
+
+
+@dataclasses.dataclass(frozen=True)
+class Mapping:
+    """What the tests have to know of a mapping, or of logsumexp, which takes the same arguments.
+
+    Attributes:
+      name: its public name.
+      fun: the function.
+      reference: the same along the last axis, in NumPy, by another method.
+      gives: what it returns.
+      sparse: whether probabilities can be exactly 0 for finite scores.
+      smooth: where it has derivatives of all orders: "everywhere", or "inside" the regions of
+        scores in which the support stays the same; "nowhere" has derivative 0 wherever it has one.
+      temperature: whether it has that argument.
+      scores: (2, 4), away from where derivatives of any order jump.
+    """
+
+    name: str
+    fun: Callable
+    reference: Callable
+    gives: Literal["probabilities", "logarithms", "row value"] = "probabilities"
+    sparse: bool = False
+    smooth: Literal["everywhere", "inside", "nowhere"] = "everywhere"
+    temperature: bool = True
+    scores: np.ndarray = dataclasses.field(default_factory=lambda: SCORES, repr=False)
+
+    def probabilities(self, *args, **kwargs):
+        """The probabilities, also of a mapping that gives logarithms."""
+        out = self.fun(*args, **kwargs)
+        return np.exp(out) if self.gives == "logarithms" else np.asarray(out)
+
+
+MAPPINGS = [
+    Mapping("softmax", jsm.softmax, lambda z: scipy.special.softmax(z, -1)),
+    Mapping(
+        "log_softmax",
+        jsm.log_softmax,
+        lambda z: scipy.special.log_softmax(z, -1),
+        gives="logarithms",
+    ),
+    Mapping("sparsemax", jsm.sparsemax, project_by_sorting, sparse=True, smooth="inside"),
+    Mapping(
+        "entmax15",
+        jsm.entmax15,
+        lambda z: entmax_by_bisection(z, 1.5),
+        sparse=True,
+        smooth="inside",
+    ),
+    Mapping(
+        "hardmax", jsm.hardmax, share_the_top, sparse=True, smooth="nowhere", temperature=False
+    ),
+]
+
+# Those that reduce a row to a number obey the same rules of differentiation.
+FUNCTIONS = [
+    *MAPPINGS,
+    Mapping(
+        "logsumexp",
+        jsm.logsumexp,
+        lambda z: scipy.special.logsumexp(z, -1),
+        gives="row value",
+    ),
+]
+
+
+def fenchel_young(mapping, omega):
+    """The Fenchel-Young loss by its definition, in NumPy."""
+
+    def loss(z, y):
+        def value(p):
+            return np.sum(p * z - omega(p), -1)
+
+        return value(mapping(z)) - value(y)
+
+    return loss
+
+
+def _sparsemax_of_margin(s):
+    return np.where(s >= 1, 0, np.where(s <= -1, -s, (s - 1) ** 2 / 4))
+
+
+def _entmax15_of_margin(s):
+    # With p = (u^2, v^2): u - v = s / 2 and u^2 + v^2 = 1, as long as both are positive.
+    inside = np.clip(s, -2, 2)
+    u = (inside + np.sqrt(8 - inside**2)) / 4
+    v = u - inside / 2
+    loss = (u**2 - 1) * inside + (1 - u**3 - v**3) / 0.75
+    return np.where(s >= 2, 0, np.where(s <= -2, -s, loss))
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """What the tests have to know of a loss.
+
+    Attributes:
+      name: its public name.
+      fun: the function.
+      mapping: the NumPy reference of the mapping whose partner it is.
+      reference: the loss of scores and distributions along the last axis, in NumPy.
+      of_margin: the loss of two classes by how far the target's score is above the other.
+      margin: the margin from which on it is 0.
+    """
+
+    name: str
+    fun: Callable
+    mapping: Callable
+    reference: Callable
+    of_margin: Callable
+    margin: float
+
+
+LOSSES = [
+    Loss(
+        "cross_entropy",
+        jsm.cross_entropy,
+        mapping=lambda z: scipy.special.softmax(z, -1),
+        reference=lambda z, y: -np.sum(y * scipy.special.log_softmax(z, -1), -1),
+        of_margin=lambda s: np.logaddexp(0, -s),
+        margin=np.inf,
+    ),
+    Loss(
+        "sparsemax_loss",
+        jsm.sparsemax_loss,
+        mapping=project_by_sorting,
+        reference=fenchel_young(project_by_sorting, lambda p: p**2 / 2),
+        of_margin=_sparsemax_of_margin,
+        margin=1.0,
+    ),
+    Loss(
+        "entmax_loss",
+        jsm.entmax_loss,
+        mapping=lambda z: entmax_by_bisection(z, 1.5),
+        reference=fenchel_young(lambda z: entmax_by_bisection(z, 1.5), lambda p: p**1.5 / 0.75),
+        of_margin=_entmax15_of_margin,
+        margin=2.0,
+    ),
+]
+
+
+def named(table):
+    """The arguments of `pytest.mark.parametrize` after the name."""
+    return {"argvalues": table, "ids": [case.name for case in table]}

@@ -1,0 +1,400 @@
+"""What every mapping promises at the edges, and what it says to those who call it wrongly."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as jsm
+from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, named
+
+every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
+every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
+every_loss = pytest.mark.parametrize("case", **named(LOSSES))
+tempered = pytest.mark.parametrize("case", **named([c for c in FUNCTIONS if c.temperature]))
+tempered_mapping = pytest.mark.parametrize("case", **named([c for c in MAPPINGS if c.temperature]))
+
+INF, NAN = np.inf, np.nan
+close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+equal = np.testing.assert_array_equal
+
+# All rows of three such scores, under all masks: 5,832 rows.
+EXTREMES = [-INF, -1e300, -1.0, 0.0, 0.5, 1e-300, 1e300, INF, NAN]
+ROWS = np.array(list(itertools.product(EXTREMES, repeat=3)))
+MASKS = np.array(list(itertools.product([False, True], repeat=3)))
+ROWS, MASKS = np.repeat(ROWS, len(MASKS), 0), np.tile(MASKS, (len(ROWS), 1))
+HIDDEN = np.where(MASKS, ROWS, -INF)
+HAS_NAN = np.any(MASKS & np.isnan(ROWS), -1)
+IS_EMPTY = np.all(HIDDEN == -INF, -1)
+
+
+def row_by_row(reference, row):
+    """What the contract says of one row, masked scores being -inf."""
+    if np.any(np.isnan(row)):
+        return np.full_like(row, NAN)
+    if np.all(row == -INF):
+        return np.zeros_like(row)
+    if np.any(row == INF):
+        return (row == INF) / np.sum(row == INF)
+    p = np.zeros_like(row)
+    p[row > -INF] = reference(row[row > -INF])
+    return p
+
+
+@every_mapping
+def test_all_extreme_rows_under_all_masks(case):
+    def reference(row):
+        with np.errstate(over="ignore"):
+            out = case.reference(row)
+        return np.exp(out) if case.gives == "logarithms" else out
+
+    expected = np.array([row_by_row(reference, row) for row in HIDDEN])
+    p = case.probabilities(ROWS, where=MASKS)
+    # An excluded entry beside a NaN: the row has no answer, whatever stands there.
+    undefined = HAS_NAN[:, None] & ~MASKS
+    np.testing.assert_allclose(
+        np.where(undefined, 0, p), np.where(undefined, 0, expected), rtol=1e-12, atol=1e-15
+    )
+    assert np.all(p[~MASKS & ~HAS_NAN[:, None]] == 0)
+    assert np.all(p[(HIDDEN == -INF) & ~HAS_NAN[:, None]] == 0)
+
+
+@every_function
+def test_gradients_of_all_extreme_rows_under_all_masks(case):
+    """Never NaN where the row is not, and 0 for what is excluded even there."""
+    out, pull_back = jax.vjp(lambda x: case.fun(x, where=MASKS), ROWS)
+    cotangent = np.cos(np.arange(out.size)).reshape(out.shape)
+    (gradient,) = pull_back(cotangent)
+    assert np.all(np.isfinite(gradient[~HAS_NAN]))
+    assert np.all(gradient[~MASKS] == 0)
+    assert np.all(gradient[IS_EMPTY] == 0)
+    assert np.all(np.asarray(gradient)[(HIDDEN == -INF) & ~HAS_NAN[:, None]] == 0)
+
+
+@every_mapping
+def test_forward_mode_of_all_extreme_rows_under_all_masks(case):
+    tangent = np.broadcast_to(np.array([1.0, -0.3, 2.0]), ROWS.shape)
+    along = jax.jvp(lambda x: case.fun(x, where=MASKS), (ROWS,), (tangent,))[1]
+    assert np.all(np.isfinite(along[~HAS_NAN]))
+    assert np.all(along[IS_EMPTY] == 0)
+    if case.gives == "probabilities":
+        assert np.all(np.asarray(along)[~MASKS & ~HAS_NAN[:, None]] == 0)
+
+
+@tempered
+def test_gradients_in_temperature_of_all_extreme_rows(case):
+    temperature = np.full((len(ROWS), 1), 0.7)
+    fun = lambda t: case.fun(ROWS, where=MASKS, temperature=t)  # noqa: E731
+    out, pull_back = jax.vjp(fun, temperature)
+    (gradient,) = pull_back(jnp.where(jnp.isfinite(out), jnp.ones_like(out), 0))
+    assert np.all(np.isfinite(gradient[~HAS_NAN]))
+    assert np.all(gradient[IS_EMPTY] == 0)
+    along = jax.jvp(fun, (temperature,), (np.ones_like(temperature),))[1]
+    assert np.all(np.isfinite(along[~HAS_NAN]))
+
+
+@every_mapping
+def test_nan_stays_in_its_row(case):
+    x = np.array([[1.0, NAN, 2.0], [1.0, 0.5, -INF]])
+    p = case.probabilities(x)
+    assert np.all(np.isnan(p[0]))
+    close(p[1], case.probabilities(x[1]))
+    gradient = jax.grad(lambda x: jnp.sum(jnp.sin(case.fun(x))[1, :2]))(x)
+    assert np.all(np.isfinite(gradient[1]))
+
+
+@every_function
+@pytest.mark.parametrize("shape", [(5000, 3), (40, 600)], ids=str)
+def test_nan_is_not_lost_in_large_arrays(case, shape):
+    """XLA reduces large arrays by other code, whose maximum ignores NaN."""
+    rows = np.arange(shape[0])
+    x = np.zeros(shape)
+    x[rows, rows * 7 % shape[1]] = NAN
+    x[::2] = 0.0
+    for kwargs in [{}, {"temperature": 0.0}] if case.temperature else [{}]:
+        out = case.fun(x, **kwargs)
+        assert np.all(np.isnan(out[1::2]))
+        assert not np.any(np.isnan(out[::2]))
+
+
+@every_mapping
+def test_nothing_takes_part(case):
+    x = np.array([[1.0, 2.0], [-INF, -INF]])
+    empty = -INF if case.gives == "logarithms" else 0.0
+    equal(case.fun(x, where=False), np.full((2, 2), empty))
+    equal(case.fun(x)[1], np.full(2, empty))
+    finite = case.fun(x[:1])
+    close(case.fun(x, where=np.array([[True], [False]]))[:1], finite)
+
+
+def test_logsumexp_at_the_edges():
+    x = np.array([[NAN, 1, 2], [-INF, -INF, -INF], [INF, 1, INF], [-INF, 1, -INF]])
+    equal(jsm.logsumexp(x), [NAN, -INF, INF, 1])
+    equal(jsm.logsumexp(x, where=np.array([False, True, False])), [1, -INF, 1, 1])
+    equal(jsm.logsumexp(x, where=False), np.full(4, -INF))
+    equal(jsm.logsumexp(np.zeros((4, 0))), np.full(4, -INF))
+    gradient = jax.grad(lambda x: jnp.sum(jsm.logsumexp(x)[1:]))(x)
+    equal(gradient[1:], [[0, 0, 0], [0.5, 0, 0.5], [0, 1, 0]])
+
+
+@every_function
+@pytest.mark.parametrize("shape", [(0,), (3, 0), (0, 3), (2, 0, 3)], ids=str)
+def test_axes_of_length_0(case, shape):
+    x = np.zeros(shape)
+    for axis in (-1, None):
+        out = case.fun(x, axis=axis)
+        expected = x.sum(axis).shape if case.gives == "row value" else shape
+        assert out.shape == expected
+        assert out.dtype == x.dtype
+    jacobian = jax.jit(jax.jacrev(case.fun))(x)
+    assert jacobian.shape == (*case.fun(x).shape, *shape)
+
+
+@every_function
+def test_scalars_need_axis_none(case):
+    for value in (3.0, np.float64(-2.0), jnp.array(0.5)):
+        expected = {"probabilities": 1.0, "logarithms": 0.0, "row value": value}
+        assert case.fun(value, axis=None) == expected[case.gives]
+        assert case.fun(value, axis=None).shape == ()
+    slope = 1.0 if case.gives == "row value" else 0.0
+    assert jax.grad(functools.partial(case.fun, axis=None))(3.0) == slope
+    with pytest.raises(ValueError, match="axis -1 is out of range for an array of 0 dimensions"):
+        case.fun(3.0)
+
+
+@every_function
+@pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "int64"])
+def test_integers_become_the_default_float(case, dtype):
+    x = np.array([[1, 0, 3], [2, 2, 5]], dtype)
+    out = case.fun(x)
+    assert out.dtype == np.float64
+    close(out, case.fun(x.astype(float)))
+    with jax.enable_x64(False):
+        x = x.astype("int32" if dtype == "int64" else dtype)
+        assert case.fun(x).dtype == np.float32
+
+
+@every_function
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
+def test_dtype_in_is_dtype_out(case, dtype):
+    x = jax.ShapeDtypeStruct((2, 3), dtype)
+    mask = np.array([True, False, True])
+    assert jax.eval_shape(case.fun, x).dtype == dtype
+    assert jax.eval_shape(lambda x: case.fun(x, where=mask), x).dtype == dtype
+    if case.temperature:
+        for t in (0.5, 0.0, jnp.float32(2), np.ones((2, 1)), jnp.ones((), "bfloat16"), np.int32(2)):
+            assert jax.eval_shape(lambda x, t=t: case.fun(x, temperature=t), x).dtype == dtype
+
+
+# Temperature 0.
+
+
+@tempered_mapping
+def test_temperature_zero_is_hardmax(case):
+    x = np.array([[1.0, 3.0, 3.0], [INF, 2.0, INF], [-INF, -INF, -INF], [-4.0, -INF, -5.0]])
+    where = np.array([True, True, False])
+    hard = jsm.hardmax(x)
+    for zero in (0, 0.0, -0.0, np.float32(0), np.int64(0), jnp.array(0.0), np.zeros((4, 1))):
+        equal(case.probabilities(x, temperature=zero), hard)
+    hard = jsm.hardmax(x, where=where)
+    for zero in (0, jnp.array(0.0)):
+        equal(case.probabilities(x, where=where, temperature=zero), hard)
+        assert np.all(np.isnan(case.fun(np.array([1.0, NAN]), temperature=zero)))
+
+
+@tempered
+def test_temperature_zero_has_no_gradient(case):
+    x = np.array([[1.0, 3.0, 3.0], [INF, 2.0, INF], [-INF, -INF, -INF], [-4.0, -INF, -5.0]])
+    for t in (0.0, jnp.array(0.0), np.zeros((4, 1))):
+        out, pull_back = jax.vjp(lambda x, t=t: case.fun(x, temperature=t), x)
+        equal(pull_back(jnp.ones_like(out))[0], np.zeros_like(x))
+        along = jax.jvp(lambda x, t=t: case.fun(x, temperature=t), (x,), (np.ones_like(x),))[1]
+        equal(along, np.zeros_like(along))
+    by_temperature = jax.grad(
+        lambda t: jnp.sum(jnp.where(jnp.isfinite(out := case.fun(x, temperature=t)), out, 0))
+    )(np.zeros((4, 1)))
+    equal(by_temperature, np.zeros((4, 1)))
+
+
+@tempered
+def test_temperature_zero_in_some_rows(case):
+    x = np.array([[1.0, 3.0, 2.5], [1.0, 3.0, 2.5]])
+    t = np.array([[0.0], [2.0]])
+    out = case.fun(x, temperature=t)
+    equal(out[0], case.fun(x[0], temperature=0.0))
+    close(out[1], case.fun(x[1], temperature=2.0))
+    gradient = jax.grad(lambda x: jnp.sum(case.fun(x, temperature=t)[1]))(x)
+    equal(gradient[0], np.zeros(3))
+    expected = jax.grad(lambda x: jnp.sum(case.fun(x, temperature=2.0)))(x[1])
+    close(gradient[1], expected)
+
+
+def test_logsumexp_at_temperature_zero():
+    x = np.array([[2.0, 1.0], [-2.0, -3.0], [-INF, -INF], [0.0, -1.0], [0.0, 0.0]])
+    for zero in (0.0, jnp.array(0.0)):
+        close(jsm.logsumexp(x, temperature=zero), [INF, -INF, -INF, 0, np.log(2)])
+
+
+@tempered
+@pytest.mark.parametrize("t", [-1, -0.5, np.float32(-2), np.int32(-1), -INF, NAN], ids=repr)
+def test_negative_temperature(case, t):
+    with pytest.raises(ValueError, match=r"temperature must not be negative or NaN, got -?[\d.in]"):
+        case.fun(np.ones(3), temperature=t)
+
+
+# Wrong calls: each is told what it passed and what was wanted.
+
+X = np.ones((2, 3))
+WRONG_CALLS = {
+    "axis too large": ({"axis": 2}, ValueError, "axis 2 is out of range for an array of 2 dim"),
+    "axis too small": ({"axis": -3}, ValueError, "axis -3 is out of range for an array of 2 dim"),
+    "one of several axes": ({"axis": (0, 5)}, ValueError, "axis 5 is out of range"),
+    "axis twice": ({"axis": (0, -2)}, ValueError, r"axis must not name an axis twice, got \(0, -2"),
+    "axis a float": ({"axis": 1.0}, TypeError, r"axis must be an int.* or None, got 1\.0"),
+    "axis a boolean": ({"axis": True}, TypeError, "axis must be an int.* or None, got True"),
+    "axis of floats": ({"axis": (0.5,)}, TypeError, r"axis must be an int.*, got \(0\.5,\)"),
+    "axis nested": ({"axis": ((0,),)}, TypeError, "axis must be an int"),
+    "where of floats": ({"where": X}, TypeError, "where must be boolean, got dtype float64"),
+    "where of integers": (
+        {"where": np.ones(3, "int32")},
+        TypeError,
+        "where must be boolean, got dtype int32",
+    ),
+    "where too long": (
+        {"where": np.ones(4, bool)},
+        ValueError,
+        r"where must broadcast to shape \(2, 3\), got shape \(4,\)",
+    ),
+    "where too deep": (
+        {"where": np.ones((1, 2, 3), bool)},
+        ValueError,
+        r"where must broadcast to shape \(2, 3\), got shape \(1, 2, 3\)",
+    ),
+    "x complex": ({"x": X * 1j}, TypeError, "x must be real numbers, got dtype complex128"),
+    "x boolean": ({"x": X > 0}, TypeError, "x must be real numbers, got dtype bool"),
+}
+WRONG_TEMPERATURES = {
+    "complex": (np.array(1j), TypeError, "temperature must be real numbers, got dtype complex128"),
+    "a Python complex": (1j, TypeError, "temperature must be real numbers, got dtype complex128"),
+    "boolean": (np.array(True), TypeError, "temperature must be real numbers, got dtype bool"),
+    "one per score": (
+        np.ones((2, 3)),
+        ValueError,
+        r"temperature must broadcast to one value per row, shape \(2, 1\), got shape \(2, 3\)",
+    ),
+    "one per column": (
+        np.ones(3),
+        ValueError,
+        r"temperature must broadcast to one value per row, shape \(2, 1\), got shape \(3,\)",
+    ),
+    "without the axis": (
+        np.ones(2),
+        ValueError,
+        r"temperature must broadcast to one value per row, shape \(2, 1\), got shape \(2,\)",
+    ),
+}
+
+
+@every_function
+@pytest.mark.parametrize("wrong", WRONG_CALLS)
+def test_wrong_call(case, wrong):
+    kwargs, error, message = WRONG_CALLS[wrong]
+    kwargs = {"x": X, **kwargs}
+    with pytest.raises(error, match=message):
+        case.fun(**kwargs)
+    if "axis" not in kwargs:
+        with pytest.raises(error, match=message):
+            jax.jit(case.fun)(**kwargs)
+        with pytest.raises(error, match=message):
+            jax.eval_shape(case.fun, **kwargs)
+
+
+@tempered
+@pytest.mark.parametrize("wrong", WRONG_TEMPERATURES)
+def test_wrong_temperature(case, wrong):
+    temperature, error, message = WRONG_TEMPERATURES[wrong]
+    with pytest.raises(error, match=message):
+        case.fun(X, temperature=temperature)
+
+
+@every_function
+@pytest.mark.parametrize("x", ["scores", None, [1.0, 2.0], (1, 2), {"a": 1.0}, "a key"], ids=repr)
+def test_x_that_is_no_array(case, x):
+    x = jax.random.key(0) if x == "a key" else x
+    # A string gets no further than jit, which says "path x".
+    with pytest.raises(TypeError, match=r"x must be|path x"):
+        case.fun(x)
+
+
+@every_function
+def test_calls_that_python_refuses(case):
+    with pytest.raises(TypeError, match="positional"):
+        case.fun(X, -1, None, 2.0)  # temperature is for keywords
+    with pytest.raises(TypeError, match="tau"):
+        case.fun(X, tau=2.0)
+
+
+def test_hardmax_has_no_temperature():
+    with pytest.raises(TypeError, match="temperature"):
+        jsm.hardmax(X, temperature=2.0)
+
+
+@every_function
+def test_axis_may_be_a_list_or_a_numpy_integer(case):
+    x = np.arange(6.0).reshape(2, 3)
+    equal(case.fun(x, axis=[0, 1]), case.fun(x, axis=(0, 1)))
+    equal(case.fun(x, [0, 1]), case.fun(x, axis=(0, 1)))
+    equal(case.fun(x, axis=np.int64(0)), case.fun(x, axis=0))
+
+
+WRONG_LOSS_CALLS = {
+    "a class too many": (
+        (X, np.zeros(3, int)),
+        ValueError,
+        r"targets must have the shape of scores without axis 1, \(2,\), if they are classes, "
+        r"got shape \(3,\)",
+    ),
+    "one-hot integers": ((X, np.eye(2, 3, dtype=int)), ValueError, "targets .* got shape .2, 3"),
+    "classes as floats": (
+        (X, np.zeros(2)),
+        ValueError,
+        r"targets must have the shape of scores \(2, 3\) if they are distributions, got shape "
+        r"\(2,\)",
+    ),
+    "classes along two axes": (
+        (X, np.array(0), None),
+        ValueError,
+        "targets must be distributions over 2 axes, got integers",
+    ),
+    "complex scores": ((X * 1j, np.zeros(2, int)), TypeError, "scores must be real numbers"),
+    "complex targets": ((X, X * 1j), TypeError, "targets must be real numbers, got dtype complex"),
+    "boolean targets": ((X, X > 0), TypeError, "targets must be real numbers, got dtype bool"),
+    "axis": ((X, np.zeros(2, int), 7), ValueError, "axis 7 is out of range"),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("wrong", WRONG_LOSS_CALLS)
+def test_wrong_call_of_a_loss(case, wrong):
+    (scores, targets, *axis), error, message = WRONG_LOSS_CALLS[wrong]
+    with pytest.raises(error, match=message):
+        case.fun(scores, targets, **({"axis": axis[0]} if axis else {}))
+
+
+@every_loss
+def test_wrong_options_of_a_loss(case):
+    targets = np.zeros(2, int)
+    with pytest.raises(ValueError, match="temperature must not be negative or NaN, got -1"):
+        case.fun(X, targets, temperature=-1)
+    with pytest.raises(TypeError, match="where must be boolean"):
+        case.fun(X, targets, where=X)
+    with pytest.raises(ValueError, match="temperature must broadcast to one value per row"):
+        case.fun(X, targets, temperature=X)
+
+
+def test_alpha_of_entmax_loss():
+    with pytest.raises(ValueError, match=r"alpha must be 1\.5, got 2"):
+        jsm.entmax_loss(X, np.zeros(2, int), alpha=2.0)

@@ -1,0 +1,291 @@
+"""Losses against optax, closed forms and their definition; exactness, edges and derivatives."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.test_util import check_grads
+
+import jaxsoftmax as jsm
+from tests.cases import LOSSES, SCORES, named
+
+every_loss = pytest.mark.parametrize("case", **named(LOSSES))
+close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
+LABELS = np.array([1, 3])
+MASK = np.array([[True, True, True, False], [False, True, True, True]])
+
+
+def one_hot(labels, length):
+    return np.eye(length)[labels]
+
+
+# Values.
+
+
+@every_loss
+@pytest.mark.parametrize("scale", [0.1, 1.0, 20.0])
+def test_equals_its_definition(case, scale, rng):
+    scores = scale * rng.normal(size=(6, 9))
+    for targets in (rng.dirichlet(np.ones(9), size=6), one_hot(rng.integers(9, size=6), 9)):
+        close(case.fun(scores, targets), case.reference(scores, targets), atol=1e-12)
+
+
+def test_cross_entropy_equals_optax(rng):
+    scores, labels = rng.normal(size=(6, 9)), rng.integers(9, size=6)
+    targets = rng.dirichlet(np.ones(9), size=6)
+    close(
+        jsm.cross_entropy(scores, labels),
+        optax.softmax_cross_entropy_with_integer_labels(scores, labels),
+    )
+    close(jsm.cross_entropy(scores, targets), optax.softmax_cross_entropy(scores, targets))
+    theirs = jax.grad(lambda s: jnp.sum(optax.softmax_cross_entropy(s, targets)))(scores)
+    close(jax.grad(lambda s: jnp.sum(jsm.cross_entropy(s, targets)))(scores), theirs)
+
+
+def test_sparsemax_loss_equals_optax():
+    s = np.linspace(-4, 4, 81)
+    scores = np.stack([s / 2, -s / 2], -1)
+    close(
+        jsm.sparsemax_loss(scores, np.zeros(81, int)),
+        optax.losses.sparsemax_loss(s, np.ones(81)),
+    )
+
+
+@every_loss
+def test_two_classes(case):
+    s = np.linspace(-6, 6, 121)
+    scores = np.stack([s - 3, np.full_like(s, -3)], -1)
+    close(case.fun(scores, np.zeros(121, int)), case.of_margin(s), atol=2e-15)
+    close(case.fun(scores, np.ones(121, int)), case.of_margin(-s), atol=2e-15)
+
+
+@every_loss
+def test_classes_are_one_hot_distributions(case, rng):
+    scores, labels = 3 * rng.normal(size=(4, 5, 6)), rng.integers(6, size=(4, 5))
+    dense = case.fun(scores, one_hot(labels, 6))
+    for dtype in ("int8", "int32", "int64", "uint8"):
+        close(case.fun(scores, labels.astype(dtype)), dense)
+
+
+@every_loss
+def test_axes(case, rng):
+    scores, labels = rng.normal(size=(3, 4, 5)), rng.integers(4, size=(3, 5))
+    expected = case.reference(scores.swapaxes(1, 2), one_hot(labels, 4))
+    close(case.fun(scores, labels, axis=1), expected)
+    close(case.fun(scores, labels, axis=-2), expected)
+    close(case.fun(scores, one_hot(labels, 4).swapaxes(1, 2), axis=1), expected)
+    targets = rng.dirichlet(np.ones(20), size=3).reshape(3, 4, 5)
+    expected = case.reference(scores.reshape(3, 20), targets.reshape(3, 20))
+    close(case.fun(scores, targets, axis=(-1, 1)), expected)
+    total = case.fun(scores, targets / 3, axis=None)
+    close(total, case.reference(scores.ravel(), targets.ravel() / 3))
+    assert total.shape == ()
+
+
+@every_loss
+def test_temperature_divides_the_scores(case, rng):
+    scores, labels = rng.normal(size=(4, 5)), rng.integers(5, size=4)
+    t = rng.uniform(0.5, 2, size=(4, 1))
+    close(case.fun(scores, labels, temperature=t), case.fun(scores / t, labels))
+    close(case.fun(scores, labels, temperature=0.3), case.fun(scores / 0.3, labels))
+
+
+@every_loss
+def test_masking_is_removal(case, rng):
+    scores, where = rng.normal(size=(4, 5)), np.array([True, False, True, True, False])
+    labels = np.array([0, 2, 3, 0])
+    kept = np.cumsum(where) - 1
+    hidden = np.where(where, scores, np.array([0, np.nan, 0, 0, np.inf]))
+    expected = case.fun(scores[:, where], kept[labels])
+    close(case.fun(hidden, labels, where=where), expected)
+    close(case.fun(hidden, one_hot(labels, 5), where=where), expected)
+    # With a mask per row: only the gradient of what takes part.
+    gradient = jax.grad(lambda s: jnp.sum(case.fun(s, labels, where=where)))(hidden)
+    assert np.all(np.asarray(gradient)[:, ~where] == 0)
+    assert np.all(np.isfinite(gradient))
+
+
+# What makes them losses.
+
+
+@every_loss
+def test_is_never_negative(case, rng):
+    for dtype in ("float32", "float64"):
+        scores = jnp.asarray(rng.normal(size=(300, 8)) * np.logspace(-6, 4, 300)[:, None], dtype)
+        assert np.all(case.fun(scores, rng.integers(8, size=300)) >= 0)
+
+
+@every_loss
+def test_is_zero_from_its_margin_on(case):
+    """For distributions as targets: at the scores that the mapping turns into them."""
+    margin = min(case.margin, 800.0)
+    scores = np.array([[margin, 0.0, -5.0], [margin + 1e-9, 0.0, 0.0]])
+    np.testing.assert_array_equal(case.fun(scores, np.zeros(2, int)), np.zeros(2))
+    below = case.fun(scores[:1] - np.array([1e-3 * margin, 0, 0]), np.zeros(1, int))
+    assert np.isinf(case.margin) or below > 0
+
+
+@pytest.mark.parametrize("name", ["sparsemax_loss", "entmax_loss"])
+def test_is_zero_at_its_target(name, rng):
+    case = next(case for case in LOSSES if case.name == name)
+    scores = rng.normal(size=(20, 6))
+    loss = case.fun(scores, case.mapping(scores))
+    assert np.all(loss >= 0)
+    close(loss, np.zeros(20), atol=1e-14)
+
+
+def test_cross_entropy_is_the_entropy_at_its_target(rng):
+    scores = rng.normal(size=(20, 6))
+    p = np.asarray(jsm.softmax(scores))
+    close(jsm.cross_entropy(scores, p), -np.sum(p * np.log(p), -1))
+
+
+@every_loss
+def test_gradient_is_prediction_minus_target(case, rng):
+    scores, labels = rng.normal(size=(6, 5)), rng.integers(5, size=6)
+    for targets in (labels, rng.dirichlet(np.ones(5), size=6)):
+        y = one_hot(targets, 5) if targets.ndim == 1 else targets
+        expected = case.mapping(scores) - y
+        scalar = lambda s, y=targets: jnp.sum(case.fun(s, y))  # noqa: E731
+        close(jax.grad(scalar)(scores), expected)
+        close(jax.jacfwd(scalar)(scores), expected)
+        tempered = jax.grad(lambda s, y=targets: jnp.sum(case.fun(s, y, temperature=2.0)))(scores)
+        close(tempered, (case.mapping(scores / 2) - y) / 2)
+
+
+def test_gradient_of_cross_entropy_for_targets_of_another_sum(rng):
+    scores, targets = rng.normal(size=(3, 5)), rng.uniform(size=(3, 5))
+    gradient = jax.grad(lambda s: jnp.sum(jsm.cross_entropy(s, targets)))(scores)
+    p = np.asarray(jsm.softmax(scores))
+    close(gradient, p * targets.sum(-1, keepdims=True) - targets)
+
+
+@every_loss
+def test_first_and_second_derivatives_equal_finite_differences(case):
+    """In the scores, in distributions as targets and in the temperature, under a mask."""
+    temperature = np.array([[0.7], [1.3]])
+    targets = np.where(MASK, 0.4, 0) * np.array([1.0, 0.5, 1.5, 1.0])
+    targets /= targets.sum(-1, keepdims=True)
+
+    @jax.jit
+    def loss(scores, targets, temperature):
+        # What is excluded has no share in the target, nor may it get one.
+        return case.fun(scores, jnp.where(MASK, targets, 0), where=MASK, temperature=temperature)
+
+    check_grads(loss, (SCORES, targets, temperature), order=1, modes=("fwd", "rev"))
+    check_grads(loss, (SCORES, targets, temperature), order=2, modes=("rev",))
+
+
+@every_loss
+def test_derivatives_for_classes(case):
+    loss = jax.jit(lambda scores: case.fun(scores, LABELS))
+    check_grads(loss, (SCORES,), order=2, modes=("fwd", "rev"))
+    by_row = jax.jit(jax.vmap(jax.hessian(case.fun)))(SCORES, LABELS)
+    whole = jax.jit(jax.hessian(lambda s: jnp.sum(case.fun(s, LABELS))))(SCORES)
+    close(by_row[0], whole[0, :, 0])
+    close(by_row[1], whole[1, :, 1])
+
+
+@every_loss
+def test_convex_in_the_scores(case):
+    hessian = jax.jit(jax.vmap(jax.hessian(case.fun)))(SCORES, LABELS)
+    assert np.min(np.linalg.eigvalsh(hessian)) >= -1e-14
+
+
+# Exactness.
+
+
+def test_cross_entropy_of_what_is_nearly_certain():
+    scores = jnp.array([[70.0, 0.0], [0.0, 70.0]], jnp.float32)
+    loss = jsm.cross_entropy(scores, np.array([0, 1]))
+    np.testing.assert_allclose(loss.astype(float), np.exp(-70.0), rtol=2e-7)
+    assert np.all(loss < 1e-30)
+    far = jsm.cross_entropy(np.array([600.0, 0.0]), np.array(0))
+    np.testing.assert_allclose(far, np.exp(-600.0), rtol=1e-14)
+
+
+@every_loss
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_half_precision_is_rounded_once(case, dtype, rng):
+    scores = jnp.asarray(rng.normal(size=(200, 7)), dtype)
+    labels = rng.integers(7, size=200)
+    loss = case.fun(scores, labels)
+    assert loss.dtype == dtype
+    exact = case.reference(np.asarray(scores, float), one_hot(labels, 7))
+    finfo = jnp.finfo(dtype)
+    _, exponent = np.frexp(np.maximum(exact, 0.01))
+    unit = np.ldexp(1.0, exponent - 1 - finfo.nmant)
+    assert np.max(np.abs(np.asarray(loss, float) - exact) / unit) <= 0.51
+
+
+@every_loss
+def test_large_scores_keep_their_digits(case):
+    scores = np.array([[1e8, 1e8 - 0.5], [-1e8, -1e8 - 0.5]])
+    close(case.fun(scores, np.zeros(2, int)), np.full(2, case.of_margin(0.5)), rtol=1e-7)
+
+
+# Edges.
+
+
+@every_loss
+@pytest.mark.parametrize("bad", [-1, 4, 100, -4])
+def test_class_out_of_range_is_nan_without_gradient(case, bad):
+    scores = np.array([[1.0, 2.0, 0.5, -1.0]] * 2)
+    labels = np.array([bad, 0])
+    loss, gradient = jax.value_and_grad(lambda s: jnp.nansum(case.fun(s, labels)))(scores)
+    out = case.fun(scores, labels)
+    assert np.isnan(out[0])
+    close(out[1], loss)
+    np.testing.assert_array_equal(gradient[0], np.zeros(4))
+    assert np.any(gradient[1] != 0)
+    # Also where its NaN is not left out of the sum.
+    (gradient,) = jax.vjp(lambda s: case.fun(s, labels), scores)[1](jnp.ones(2))
+    np.testing.assert_array_equal(gradient[0], np.zeros(4))
+
+
+@every_loss
+def test_excluded_class_is_infinitely_far(case):
+    out = case.fun(np.array([1.0, 2.0, 3.0]), np.array(0), where=np.array([False, True, True]))
+    assert out == np.inf
+    out = case.fun(np.array([-np.inf, 2.0, 3.0]), np.array(0))
+    assert out == np.inf
+
+
+@every_loss
+def test_nan_and_infinite_scores(case):
+    scores = np.array([[np.nan, 0.0, 1.0], [-np.inf, 0.0, 1.0], [0.3, 0.0, 1.0]])
+    labels = np.array([1, 1, 1])
+    loss, pull_back = jax.vjp(lambda s: case.fun(s, labels), scores)
+    assert np.isnan(loss[0])
+    close(loss[1], case.fun(np.array([0.0, 1.0]), np.array(0)))
+    (gradient,) = pull_back(jnp.ones(3))
+    assert np.all(np.isfinite(gradient[1:]))
+    assert gradient[1, 0] == 0
+    by_temperature = jax.grad(lambda t: jnp.sum(case.fun(scores[1:], labels[1:], temperature=t)))
+    assert np.isfinite(by_temperature(1.5))
+
+
+@every_loss
+def test_no_rows(case):
+    out = case.fun(np.zeros((0, 3)), np.zeros(0, int))
+    assert out.shape == (0,)
+    assert case.fun(np.zeros((2, 3)), np.zeros((2, 3))).shape == (2,)
+
+
+@every_loss
+def test_integer_scores(case):
+    close(case.fun(np.array([2, 0]), np.array(1)), case.fun(np.array([2.0, 0.0]), np.array(1)))
+
+
+@every_loss
+def test_batches_jit_and_vmap_agree(case, rng):
+    scores, labels = rng.normal(size=(3, 4, 5)), rng.integers(5, size=(3, 4))
+    out = case.fun(scores, labels)
+    assert out.shape == (3, 4)
+    close(jax.vmap(case.fun)(scores, labels), out)
+    close(jax.vmap(case.fun, in_axes=(1, 1), out_axes=1)(scores, labels), out)
+    close(jax.jit(case.fun)(scores, labels), out)
+    close(case.fun(scores[1, 2], labels[1, 2]), out[1, 2])

@@ -1,0 +1,358 @@
+"""Mappings against truth from outside, and the properties that they all have."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+import pytest
+import scipy.special
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
+import jaxsoftmax as jsm
+from tests.cases import (
+    FUNCTIONS,
+    MAPPINGS,
+    entmax_by_bisection,
+    named,
+    project_by_sorting,
+    share_the_top,
+)
+from tests.tools import exact_log_softmax, exact_log_sum_exp, ulp_error
+
+every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
+every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
+tempered = pytest.mark.parametrize("case", **named([c for c in FUNCTIONS if c.temperature]))
+tempered_mapping = pytest.mark.parametrize("case", **named([c for c in MAPPINGS if c.temperature]))
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+
+
+# Truth from outside.
+
+
+@every_function
+@pytest.mark.parametrize("length", [1, 2, 600])
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_equals_its_reference(case, length, scale, rng):
+    x = scale * rng.normal(size=(4, length))
+    close(case.fun(x), case.reference(x))
+
+
+@every_function
+def test_equals_its_reference_on_rows_full_of_ties(case, rng):
+    x = rng.integers(-2, 3, size=(50, 40)) / 4
+    close(case.fun(x), case.reference(x))
+    close(case.fun(np.ones((2, 40))), case.reference(np.ones((2, 40))))
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "logsumexp"])
+def test_equals_jax(name, rng):
+    x = rng.normal(size=(5, 40))
+    where = rng.random((5, 40)) < 0.5
+    theirs = getattr(jax.scipy.special if name == "logsumexp" else jax.nn, name)
+    theirs = jax.jit(theirs, static_argnames="axis")
+    ours = getattr(jsm, name)
+    close(ours(x), theirs(x, axis=-1))
+    close(ours(x, where=where), theirs(x, axis=-1, where=where))
+    jacobian = jax.jit(jax.jacfwd(functools.partial(theirs, axis=-1)))(x[0])
+    close(jax.jit(jax.jacfwd(ours))(x[0]), jacobian)
+
+
+def test_two_classes_are_the_sigmoid():
+    s = np.linspace(-40, 40, 161)
+    p = jsm.softmax(np.stack([s, np.zeros_like(s)], -1))
+    close(p[:, 0], scipy.special.expit(s), atol=0)
+    log_p = jsm.log_softmax(np.stack([s, np.zeros_like(s)], -1))
+    close(log_p[:, 0], scipy.special.log_expit(s), atol=0)
+    slope = jax.vmap(jax.grad(lambda s: jsm.softmax(jnp.stack([s, 0.0]))[0]))(s)
+    close(slope, scipy.special.expit(s) * scipy.special.expit(-s), atol=2e-16)
+
+
+def test_two_classes_of_sparsemax_are_the_hard_sigmoid():
+    s = np.linspace(-3, 3, 61)
+    p = jsm.sparsemax(np.stack([s, np.zeros_like(s)], -1))
+    close(p[:, 0], np.clip((s + 1) / 2, 0, 1))
+
+
+@pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize(
+    "row",
+    [
+        -(2.0 ** np.arange(60)),  # geometric scores: support of one, many passes for Michelot
+        -(0.5 ** np.arange(60)),
+        np.r_[np.zeros(3000), 1e-3],
+        np.r_[1e4, np.linspace(-1, 0, 3000)],  # one outlier
+        np.linspace(0, 1e-4, 5000),  # nearly equal
+        np.repeat([0.0, -1e-3, -0.5], 1000),  # huge ties
+        1 + 1e-7 * np.arange(4096),
+        1e30 * np.arange(5),
+    ],
+    ids=["doubling", "halving", "tied", "outlier", "flat", "steps", "offset", "huge"],
+)
+def test_adversarial_rows(name, dtype, row):
+    row = jnp.asarray(row, dtype)
+    alpha = {"sparsemax": 2, "entmax15": 1.5}[name]
+    exact = entmax_by_bisection(np.asarray(row, np.float64), alpha)
+    p = np.asarray(getattr(jsm, name)(row), np.float64)
+    # The threshold is as exact as the differences of scores, some ulp of the largest.
+    np.testing.assert_allclose(p, exact, atol=8 * float(jnp.finfo(dtype).eps), rtol=1e-3)
+    np.testing.assert_allclose(p.sum(), 1, rtol=20 * float(jnp.finfo(dtype).eps))
+
+
+def test_sparsemax_is_the_nearest_point_of_the_simplex(rng):
+    z = 2 * rng.normal(size=30)
+    p = np.asarray(jsm.sparsemax(z))
+    others = rng.dirichlet(np.full(30, 0.1), size=1000)
+    assert np.all(np.sum((others - z) ** 2, -1) >= np.sum((p - z) ** 2) - 1e-12)
+    # Optimality: <z - p, q - p> <= 0 for every q of the simplex, that is for every corner.
+    assert np.max(z - p) <= np.dot(z - p, p) + 1e-12
+
+
+# Accuracy.
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("scale", [1, 10, 100])
+@pytest.mark.parametrize("shape", [(20, 10), (8, 200), (2, 1000)], ids=str)
+def test_accuracy_in_ulp(dtype, scale, shape):
+    # Fixed seeds, among them the worst of some hundred.
+    x = np.stack([np.random.default_rng(seed).normal(size=shape[1]) for seed in range(shape[0])])
+    x = jnp.asarray(scale * x, dtype)
+    tops = np.argmax(x, -1)
+    with mpmath.workdps(40):
+        exact = np.array([exact_log_softmax(row) for row in x])
+        totals = [exact_log_sum_exp(row) for row in x]
+        of_tops = np.array([row[top] for row, top in zip(exact, tops, strict=True)])
+        assert ulp_error(jsm.log_softmax(x), exact) <= 2
+        assert ulp_error(jsm.cross_entropy(x, tops), -of_tops) <= 2
+        assert ulp_error(jsm.cross_entropy(x, np.zeros_like(tops)), -exact[:, 0]) <= 2
+        assert ulp_error(jsm.logsumexp(x), totals) <= 2
+        assert ulp_error(jsm.softmax(x), [mpmath.exp(z) for z in exact.ravel()]) <= 5
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("shift", [0.0, 3.7, -81.3, 1000.1])
+@pytest.mark.parametrize("gap", [0.5, 5.0, 20.0, 45.0, 80.0])
+def test_accuracy_where_one_class_dominates(dtype, shift, gap, rng):
+    x = shift + rng.uniform(-1, 0, size=50)
+    x[7] = shift + gap
+    x = jnp.asarray(x, dtype)
+    with mpmath.workdps(40):
+        exact = exact_log_softmax(x)
+        assert ulp_error(jsm.log_softmax(x), exact) <= 2
+        assert ulp_error(jsm.cross_entropy(x, 7), [-exact[7]]) <= 2
+        one_hot = jnp.zeros_like(x).at[7].set(1)
+        assert ulp_error(jsm.cross_entropy(x, one_hot), [-exact[7]]) <= 2
+        assert ulp_error(jsm.softmax(x), [mpmath.exp(z) for z in exact]) <= 5
+
+
+@every_function
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("scale", [0.1, 1, 10])
+def test_half_precision_is_rounded_once(case, dtype, scale, rng):
+    x = jnp.asarray(scale * rng.normal(size=(20, 33)), dtype)
+    out = case.fun(x)
+    assert out.dtype == dtype
+    # float64 is exact enough to tell 0.5 from 0.51 of these units. Below the normal numbers they
+    # are those of the smallest one; float16 gets there.
+    exact = case.reference(np.asarray(x, np.float64))
+    finfo = jnp.finfo(dtype)
+    _, exponent = np.frexp(np.maximum(np.abs(exact), float(finfo.tiny)))
+    unit = np.ldexp(1.0, exponent - 1 - finfo.nmant)
+    assert np.max(np.abs(np.asarray(out, np.float64) - exact) / unit) <= 0.51
+
+
+@every_mapping
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rows_sum_to_one(case, dtype, rng):
+    x = jnp.asarray(3 * rng.normal(size=(50, 200)), dtype)
+    p = case.probabilities(x)
+    assert np.all(p >= 0)
+    total = p.astype(np.float64).sum(-1)
+    np.testing.assert_allclose(total, 1, rtol=20 * float(jnp.finfo(dtype).eps))
+
+
+# Properties. Rows of one shape, so that everything compiles once; fractions of 64, so that the sum
+# of two is exact.
+
+scores = st.integers(-3200, 3200).map(lambda n: n / 64)
+rows = arrays(np.float64, (3, 6), elements=scores)
+hypothesis_settings = settings(max_examples=25, deadline=None, derandomize=True, database=None)
+
+
+@every_function
+@hypothesis_settings
+@given(x=rows, shift=scores)
+def test_shift_invariance(case, x, shift):
+    moved = case.fun(x + shift)
+    expected = case.fun(x)
+    if case.gives == "row value":
+        expected = expected + shift
+    close(moved, expected, atol=1e-12, rtol=1e-11)
+
+
+@every_function
+@hypothesis_settings
+@given(x=rows, order=st.permutations(range(6)))
+def test_permutation_equivariance(case, x, order):
+    permuted = case.fun(x[:, order])
+    expected = case.fun(x)
+    if case.gives != "row value":
+        expected = expected[:, np.array(order)]
+    close(permuted, expected, atol=1e-13)
+
+
+@every_mapping
+@hypothesis_settings
+@given(x=rows)
+def test_greater_scores_get_no_less(case, x):
+    order = np.argsort(x, -1)
+    p = np.take_along_axis(case.probabilities(x), order, -1)
+    assert np.all(np.diff(p, axis=-1) >= 0)
+    assert np.all(p[:, -1] > 0)
+
+
+@every_function
+@hypothesis_settings
+@given(x=rows, where=arrays(bool, (6,)).filter(np.any))
+def test_masking_is_removal(case, x, where):
+    masked = case.fun(x, where=where)
+    kept = case.reference(x[:, where])
+    if case.gives == "row value":
+        close(masked, kept)
+        return
+    close(masked[:, where], kept)
+    assert np.all(masked[:, ~where] == (-np.inf if case.gives == "logarithms" else 0))
+
+
+@every_function
+def test_masks_broadcast(case, rng):
+    x = rng.normal(size=(2, 3, 4))
+    for shape in [(), (4,), (2, 1, 1)]:
+        mask = rng.random(shape) < 0.8
+        full = np.broadcast_to(mask, x.shape)
+        np.testing.assert_array_equal(case.fun(x, where=mask), case.fun(x, where=full))
+
+
+@tempered
+@pytest.mark.parametrize("t", [0.25, 3.0, np.float32(2.0), 2])
+def test_temperature_divides_the_scores(case, t, rng):
+    x = rng.normal(size=(3, 5))
+    close(case.fun(x, temperature=t), case.reference(x / t))
+    close(case.fun(x, temperature=jnp.asarray(t, float)), case.reference(x / t))
+
+
+@tempered
+def test_temperature_per_row(case, rng):
+    x = rng.normal(size=(2, 3, 4))
+    for shape in [(3, 1), (2, 1, 1), (2, 3, 1)]:
+        t = rng.uniform(0.5, 2, size=shape)
+        close(case.fun(x, temperature=t), case.reference(x / t))
+    t = rng.uniform(0.5, 2, size=(4,))
+    expected = case.fun(np.moveaxis(x, 1, -1) / t[:, None])
+    if case.gives != "row value":
+        expected = np.moveaxis(expected, -1, 1)
+    close(case.fun(x, axis=1, temperature=t), expected)
+
+
+@tempered_mapping
+def test_limits_of_temperature(case, rng):
+    x = rng.normal(size=(4, 7))
+    x[:, :2] = 3.0  # a tie at the top
+    where = np.arange(7) != 6
+    hard = share_the_top(x)
+    uniform = np.full_like(x, 1 / 7)
+    for cold in (1e-3, 1e-100, 1e-300, 0.0):
+        close(case.probabilities(x, temperature=cold), hard)
+        close(case.probabilities(x, temperature=jnp.array(cold)), hard)
+    for hot in (1e15, 1e300, np.inf):
+        close(case.probabilities(x, temperature=hot), uniform)
+        close(case.probabilities(x, temperature=jnp.array(hot)), uniform)
+        close(case.probabilities(x, where=where, temperature=hot), where / 6 + 0 * x)
+
+
+def test_logsumexp_at_temperature_is_not_multiplied_back():
+    assert jsm.logsumexp(np.array([4.0, 4.0]), temperature=2.0) == 2 + np.log(2)
+
+
+# Axes.
+
+
+@every_function
+@pytest.mark.parametrize("axis", [0, -2, (2,), (-1, -3), None], ids=str)
+def test_axes(case, axis, rng):
+    x = rng.normal(size=(2, 3, 4))
+    axes = (0, 1, 2) if axis is None else tuple(np.atleast_1d(axis) % 3)
+    others = [i for i in range(3) if i not in axes]
+    order = [*others, *axes]
+    kept = tuple(x.shape[i] for i in others)
+    expected = case.reference(x.transpose(order).reshape(*kept, -1))
+    if case.gives != "row value":
+        shape = tuple(x.shape[i] for i in order)
+        expected = expected.reshape(shape).transpose(np.argsort(order))
+    out = case.fun(x, axis=axis)
+    assert out.shape == expected.shape
+    close(out, expected)
+    np.testing.assert_array_equal(case.fun(x, axis), out)  # positional, as in NumPy
+
+
+@every_function
+def test_derivatives_along_several_axes(case, rng):
+    x = rng.normal(size=(2, 3, 4))
+    along_axes = functools.partial(case.fun, axis=(0, 2))
+    flat = lambda x: case.fun(x.transpose(1, 0, 2).reshape(3, 8))  # noqa: E731
+    tangent = np.cos(x)
+    along = jax.jvp(along_axes, (x,), (tangent,))[1]
+    expected = jax.jvp(flat, (x,), (tangent,))[1]
+    if case.gives != "row value":
+        expected = expected.reshape(3, 2, 4).transpose(1, 0, 2)
+    close(along, expected)
+    squares = [jax.grad(lambda x, f=f: jnp.sum(f(x) ** 2))(x) for f in (along_axes, flat)]
+    close(*squares)
+
+
+@every_function
+def test_no_axes_make_rows_of_one(case):
+    x = np.array([[2.0, -3.0]])
+    p = case.fun(x, axis=())
+    expected = {"probabilities": np.ones_like(x), "logarithms": np.zeros_like(x), "row value": x}
+    np.testing.assert_array_equal(p, expected[case.gives])
+
+
+@every_function
+def test_layout_of_the_batch_does_not_matter(case, rng):
+    x = rng.normal(size=(4, 6, 40))
+    out = case.fun(x)
+    flat = case.fun(x.reshape(24, 40))
+    close(flat.reshape(out.shape), out)
+    close(case.fun(x[2, 3]), out[2, 3])
+    close(jax.vmap(case.fun, in_axes=1, out_axes=1)(x), out)
+
+
+@every_mapping
+@pytest.mark.parametrize("length", [33, 700])
+def test_lengths_around_those_where_the_sums_change(case, length, rng):
+    """Sums over short and long rows take other paths; no path may drop the rest of a row."""
+    x = rng.normal(size=(3, length))
+    x[np.arange(3), [0, length // 2, length - 1]] += 10
+    close(case.fun(x), case.reference(x))
+
+
+def test_sparse_mappings_reach_zero_and_dense_ones_do_not(rng):
+    x = 5 * rng.normal(size=(10, 30))
+    for case in MAPPINGS:
+        assert np.any(case.probabilities(x) == 0) == case.sparse
+
+
+def test_supports_are_nested(rng):
+    """The larger alpha, the smaller the support."""
+    x = rng.normal(size=(20, 30))
+    hard, sparse, half = (f(x) > 0 for f in (jsm.hardmax, jsm.sparsemax, jsm.entmax15))
+    assert np.all(hard <= sparse)
+    assert np.all(sparse <= half)
+    np.testing.assert_array_equal(sparse, project_by_sorting(x) > 0)

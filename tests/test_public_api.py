@@ -1,0 +1,142 @@
+"""Every public name is documented, its example runs, and importing it imports little else."""
+
+import doctest
+import inspect
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+import jaxsoftmax as jsm
+
+HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex")
+
+
+def public_objects():
+    """All names of the package, and what its public module defines."""
+    for module in (jsm, jsm.calibration):
+        for name, value in vars(module).items():
+            is_ours = getattr(value, "__module__", "").startswith(module.__name__)
+            if is_ours and not name.startswith("_") and callable(value):
+                yield pytest.param(name, value, id=f"{module.__name__}.{name}")
+
+
+OBJECTS = list(public_objects())
+FUNCTIONS = [p for p in OBJECTS if p.values[0] != "ReliabilityCurve"]
+
+
+def test_public_objects_are_found():
+    assert len(OBJECTS) >= 13
+
+
+@pytest.mark.parametrize(("name", "value"), OBJECTS)
+def test_is_documented(name, value):
+    doc = inspect.getdoc(value) or ""
+    assert doc, f"{name} has no docstring"
+    first = doc.splitlines()[0]
+    assert first.endswith((".", "?"))
+    if isinstance(value, type) and issubclass(value, tuple):
+        for field in value._fields:
+            assert f"{field}:" in doc
+        return
+    for heading in ("Args:", "Example:", "References:"):
+        assert f"\n{heading}\n" in doc, f"{name} has no section {heading}"
+    if not isinstance(value, type):
+        assert "\nReturns:\n" in doc
+        assert "\nRaises:\n" in doc
+    arguments = doc.split("\nArgs:\n")[1].split("\n\n")[0]
+    for parameter in inspect.signature(value).parameters:
+        assert f"  {parameter}: " in arguments, f"{name} does not say what {parameter} is"
+
+
+@pytest.mark.parametrize(("name", "value"), FUNCTIONS)
+def test_example_is_found(name, value):
+    """What is decorated can escape doctest, unless it looks like a function of its module."""
+    home = sys.modules[value.__module__]
+    found = [test for test in doctest.DocTestFinder().find(home) if test.examples]
+    assert f"{home.__name__}.{value.__name__}" in [test.name for test in found]
+    (example,) = [test for test in found if test.name.endswith(f".{value.__name__}")]
+    calls = "".join(e.source for e in example.examples)
+    assert name in calls
+    assert any(e.want for e in example.examples), "an example that shows nothing"
+
+
+def test_pytest_collects_the_examples(request):
+    """The configuration of the tests asks for them."""
+    root = pathlib.Path(request.config.rootpath)
+    out = subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "--collect-only",
+            "-q",
+            "-n",
+            "0",
+            "jaxsoftmax",
+            "--ignore=jaxsoftmax/_demo",
+        ],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for parameter in FUNCTIONS:
+        _, value = parameter.values
+        assert f"::{value.__module__}.{value.__qualname__}\n" in out
+
+
+def test_import_is_light():
+    code = f"import sys, jaxsoftmax; print([m for m in {HIDDEN_MODULES} if m in sys.modules])"
+    run = [sys.executable, "-W", "error", "-c", code]
+    out = subprocess.run(run, capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_import_runs_nothing():
+    """No device is looked for, and no array made, before the first call."""
+    code = "import jaxsoftmax; from jax._src import xla_bridge as b; print(b._backends)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "{}"
+
+
+def test_names_are_those_of_the_contract():
+    expected = {
+        "custom_vjp",
+        "calibration",
+        "softmax",
+        "log_softmax",
+        "logsumexp",
+        "sparsemax",
+        "entmax15",
+        "hardmax",
+        "cross_entropy",
+        "sparsemax_loss",
+        "entmax_loss",
+    }
+    assert expected <= {name for name in vars(jsm) if not name.startswith("_")}
+
+
+@pytest.mark.parametrize(
+    ("name", "signature"),
+    [
+        ("softmax", "(x, axis, where, *, temperature)"),
+        ("log_softmax", "(x, axis, where, *, temperature)"),
+        ("logsumexp", "(x, axis, where, *, temperature)"),
+        ("sparsemax", "(x, axis, where, *, temperature)"),
+        ("entmax15", "(x, axis, where, *, temperature)"),
+        ("hardmax", "(x, axis, where)"),
+        ("cross_entropy", "(scores, targets, axis, where, *, temperature)"),
+        ("sparsemax_loss", "(scores, targets, axis, where, *, temperature)"),
+        ("entmax_loss", "(scores, targets, alpha, axis, where, *, temperature)"),
+    ],
+)
+def test_signatures_begin_as_in_the_contract(name, signature):
+    parameters = inspect.signature(getattr(jsm, name)).parameters.values()
+    names = []
+    for p in parameters:
+        if p.kind is p.KEYWORD_ONLY and "*" not in names:
+            names.append("*")
+        names.append(p.name)
+    assert f"({', '.join(names)})".startswith(signature[:-1])

@@ -1,0 +1,85 @@
+"""Measures that several tests need: errors in ulp, and operations in a jaxpr."""
+
+import collections
+
+import jax
+import jax.extend
+import jax.numpy as jnp
+import mpmath
+import numpy as np
+
+
+def ulp_error(actual, exact):
+    """The largest error in units of the last place of `exact`, itself of any precision.
+
+    XLA flushes to zero what is below the smallest normal number: there, that number is the unit.
+    """
+    finfo = jnp.finfo(actual.dtype)
+    worst = 0.0
+    for value, truth in zip(np.ravel(actual), np.ravel(exact), strict=True):
+        unit = mpmath.mpf(float(finfo.tiny))
+        if abs(truth) >= unit:
+            unit = mpmath.ldexp(1, int(mpmath.floor(mpmath.log(abs(truth), 2))) - finfo.nmant)
+        error = float(abs(mpmath.mpf(float(value)) - truth) / unit)
+        if not error <= worst:  # a NaN must not pass
+            worst = error
+    return worst
+
+
+def exact_log_sum_exp(row):
+    """Log-sum-exp of a row of floats, as a number of `mpmath`."""
+    top, rest = _top_and_rest(row)
+    return top + rest
+
+
+def exact_log_softmax(row):
+    """Log-softmax of a row of floats, as numbers of `mpmath`; no digits are lost to 1 - p."""
+    top, rest = _top_and_rest(row)
+    return [(mpmath.mpf(float(z)) - top) - rest for z in row]
+
+
+def _top_and_rest(row):
+    row = sorted(mpmath.mpf(float(z)) for z in row)
+    top = row.pop()
+    return top, mpmath.log1p(mpmath.fsum(mpmath.exp(z - top) for z in row))
+
+
+def operations(closed_jaxpr):
+    """How often each primitive is used, calls looked into rather than counted."""
+    counts = collections.Counter()
+
+    def count(jaxpr):
+        for eqn in jaxpr.eqns:
+            inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
+            if not inner:
+                counts[eqn.primitive.name] += 1
+            for sub in inner:
+                count(sub)
+
+    count(closed_jaxpr.jaxpr)
+    return counts
+
+
+def primitives(closed_jaxpr):
+    """The names of all primitives, those that hold others included."""
+    names = set()
+
+    def visit(jaxpr):
+        for eqn in jaxpr.eqns:
+            names.add(eqn.primitive.name)
+            for value in eqn.params.values():
+                for sub in _jaxprs(value):
+                    visit(sub)
+
+    visit(closed_jaxpr.jaxpr)
+    return names
+
+
+def _jaxprs(value):
+    if isinstance(value, jax.extend.core.ClosedJaxpr):
+        return [value.jaxpr]
+    if isinstance(value, jax.extend.core.Jaxpr):
+        return [value]
+    if isinstance(value, tuple | list):
+        return [sub for item in value for sub in _jaxprs(item)]
+    return []
