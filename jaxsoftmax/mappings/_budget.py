@@ -254,8 +254,8 @@ def _is_clear_cut(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Ar
     return (count == total) & (least - next_ >= 1)
 
 
-# Rows that are not out to get us need fewer passes.
-_PATIENCE = 16
+# Most rows need fewer passes, and what is left of the bound is enough for a float64.
+_PATIENCE = 10
 # Between neighbouring floats there are few pieces left.
 _LAST_STEPS = 6
 

@@ -53,9 +53,9 @@ def normmax(
       >>> x = jnp.array([1.0, 0.6, -1.0])
       >>> for alpha in (1.3, 2.0, 8.0):
       ...     print(jsm.normmax(x, alpha).round(3))
-      [0.847 0.153 0.   ]
-      [0.667 0.333 0.   ]
-      [0.538 0.462 0.   ]
+      [0.85200006 0.148      0.        ]
+      [0.647      0.35300002 0.        ]
+      [0.528      0.47200003 0.        ]
 
     References:
       Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
