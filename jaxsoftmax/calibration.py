@@ -79,7 +79,9 @@ def fit_temperature(
 
     def objective(log_ratio: Array) -> Array:
         ratio = jnp.exp(jnp.clip(log_ratio, -jnp.log(_MAX_RATIO), jnp.log(_MAX_RATIO)))
-        losses = loss(scores / (scale * ratio), jnp.asarray(labels))
+        # Infinite scores stay what they are, and out of the derivative.
+        tempered = jnp.where(finite, jnp.where(finite, scores, 0) / (scale * ratio), scores)
+        losses = loss(tempered, jnp.asarray(labels))
         return jnp.sum(jnp.where(counted, losses, 0)) / num_rows
 
     log_ratio = _minimize(objective, jnp.zeros((), scores.dtype))

@@ -129,6 +129,9 @@ def support_size(p: Float[ArrayLike, "*shape"], axis: Axis = -1) -> Int[Array, "
       >>> p = jsm.sparsemax(jnp.array([[1.0, 0.5, -1.0], [3.0, 0.0, 0.0]]))
       >>> print(jsm.support_size(p))
       [2 1]
+
+    References:
+      Martins & Astudillo, 2016: From softmax to sparsemax (arXiv:1602.02068).
     """
     rows, values = _rows_of(p, axis)
     count = rows.sum((indicator(values > 0, jnp.int32),))

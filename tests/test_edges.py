@@ -208,10 +208,11 @@ def test_temperature_zero_is_hardmax(case):
 @tempered
 def test_temperature_zero_has_no_gradient(case):
     x = np.array([[1.0, 3.0, 3.0], [INF, 2.0, INF], [-INF, -INF, -INF], [-4.0, -INF, -5.0]])
-    for t in (0.0, jnp.array(0.0), np.zeros((4, 1))):
-        out, pull_back = jax.vjp(lambda x, t=t: case.fun(x, temperature=t), x)
+    for t in (0.0, np.zeros((4, 1))):
+        fun = functools.partial(case.fun, temperature=t)
+        out, pull_back = jax.vjp(fun, x)
         equal(pull_back(jnp.ones_like(out))[0], np.zeros_like(x))
-        along = jax.jvp(lambda x, t=t: case.fun(x, temperature=t), (x,), (np.ones_like(x),))[1]
+        along = jax.jvp(fun, (x,), (np.ones_like(x),))[1]
         equal(along, np.zeros_like(along))
     by_temperature = jax.grad(
         lambda t: jnp.sum(jnp.where(jnp.isfinite(out := case.fun(x, temperature=t)), out, 0))
@@ -396,5 +397,5 @@ def test_wrong_options_of_a_loss(case):
 
 
 def test_alpha_of_entmax_loss():
-    with pytest.raises(ValueError, match=r"alpha must be 1\.5, got 2"):
-        jsm.entmax_loss(X, np.zeros(2, int), alpha=2.0)
+    with pytest.raises(ValueError, match=r"alpha must be at least 1 and finite, got 0\.5"):
+        jsm.entmax_loss(X, np.zeros(2, int), alpha=0.5)

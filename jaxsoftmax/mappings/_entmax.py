@@ -63,7 +63,7 @@ def entmax(
       >>> for alpha in (1.0, 1.3, 2.0):
       ...     print(jsm.entmax(x, alpha))
       [0.574 0.348 0.078]
-      [0.632 0.342 0.026]
+      [0.643 0.344 0.014]
       [0.75 0.25 0.  ]
       >>> print(jax.jacfwd(jsm.entmax, argnums=1)(x, 1.0))
       [ 0.154  0.058 -0.212]

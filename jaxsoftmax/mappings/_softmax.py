@@ -1,9 +1,12 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
@@ -199,13 +202,31 @@ def pivot(rows: Rows, scores: Entries) -> Array:
 
 def weight(score: Array, pivot: Array) -> Array:
     """`exp(score - pivot)`; where the maximum is +inf, it and the pivot are the largest number."""
-    return jnp.exp(jnp.minimum(score, jnp.finfo(score.dtype).max) - pivot)
+    # Not by a minimum, which may lose NaN: XLA for CPU does, in some shapes.
+    return jnp.exp(jnp.where(score == jnp.inf, jnp.finfo(score.dtype).max, score) - pivot)
 
 
 def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    weights = rows.map(weight, [scores], [pivot(rows, scores)])
-    scale = 1 / jnp.maximum(rows.sum(weights), jnp.finfo(scores[0].dtype).tiny)
-    return rows.map(jnp.multiply, [weights], [scale])
+    finfo = jnp.finfo(scores[0].dtype)
+
+    def shares(weight: Callable[..., Array], scores: Entries, pivot: Array) -> Entries:
+        weights = rows.map(weight, [scores], [pivot])
+        # A row in which nothing takes part has no weight; to all others this adds nothing.
+        scale = 1 / (rows.sum(weights) + finfo.tiny)
+        return rows.map(jnp.multiply, [weights], [scale])
+
+    def finite_weight(score: Array, pivot: Array) -> Array:
+        return jnp.exp(score - pivot)
+
+    # To look at each score for +inf takes half as long again, and so one look is taken at the rows.
+    shift = pivot(rows, scores)
+    return lax.cond(
+        jnp.any(shift == finfo.max),
+        functools.partial(shares, weight),
+        functools.partial(shares, finite_weight),
+        scores,
+        shift,
+    )
 
 
 SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p)
@@ -218,7 +239,8 @@ def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     log_sum = _log_sum_of_gaps(rows, gaps, lost)
 
     def log_p(gap: Array, lost: Array, log_sum: Array) -> Array:
-        return jnp.where(gap == -jnp.inf, gap, gap + (lost - log_sum))
+        absent = (gap == -jnp.inf) & ~jnp.isnan(log_sum)
+        return jnp.where(absent, gap, gap + (lost - log_sum))
 
     return rows.map(log_p, [gaps, lost], [log_sum])
 
