@@ -66,7 +66,7 @@ def entmax(
       [0.643 0.344 0.014]
       [0.75 0.25 0.  ]
       >>> print(jax.jacfwd(jsm.entmax, argnums=1)(x, 1.0))
-      [ 0.154  0.058 -0.212]
+      [ 0.219 -0.007 -0.212]
 
 
     References:
