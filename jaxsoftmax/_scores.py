@@ -74,7 +74,13 @@ def _look_at_temperature(value: Any) -> Any:
     if not value >= 0:
         raise ValueError(f"temperature must not be negative or NaN, got {value}.")
     # 0 and 1 are known while tracing; other numbers are traced, lest each be compiled for.
-    return Fixed(value) if value in (0, 1) else Positive(value)
+    if value < _COLD:
+        return Fixed(0.0)
+    return Fixed(value) if value == 1 else Positive(value)
+
+
+# Below this a temperature is taken as 0: quotients would overflow, and differ no more.
+_COLD = 1e-30
 
 
 def _look_at_number(value: Any) -> Any:
@@ -229,8 +235,9 @@ def _temper(
         return _divide(scores, jnp.full((1,) * scores.ndim, temperature.value, scores.dtype))
     divisor = check_per_row("temperature", temperature, scores, rows)
     (divisor,) = rows.map(lambda _, t: t, [(scores,)], [divisor])
-    warm = _divide(scores, jnp.where(divisor == 0, 1, divisor))
-    return jnp.where(divisor == 0, _coldest(rows, scores, at_zero), warm)
+    is_cold = jnp.abs(divisor) < _COLD
+    warm = _divide(scores, jnp.where(is_cold, 1, divisor))
+    return jnp.where(is_cold, _coldest(rows, scores, at_zero), warm)
 
 
 def check_per_row(name: str, value: ArrayLike, scores: Array, rows: Rows) -> Array:

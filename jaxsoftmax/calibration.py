@@ -32,8 +32,8 @@ def fit_temperature(
 
     Found by L-BFGS with a line search, on the logarithm of the temperature. It is sought between
     1/1000 and 1000 times the spread of the logits (the root mean square of their distance from
-    their row's mean), and ends at a limit of that range where there is no optimum inside: at the
-    lower one if every example is classified rightly, at the upper one if the logits mislead.
+    their row's mean), and stays finite where there is no optimum inside: it goes down, as far as
+    the loss still falls, if every example is classified rightly, and up if the logits mislead.
     Where there is nothing to fit, as with constant logits or no rows, it is 1.
 
     Args:

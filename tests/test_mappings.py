@@ -118,14 +118,15 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex(rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("scale", [1, 10, 100])
-@pytest.mark.parametrize("shape", [(20, 10), (8, 200), (2, 1000)], ids=str)
-def test_accuracy_in_ulp(dtype, scale, shape):
-    # Fixed seeds, among them the worst of some hundred.
-    x = np.stack([np.random.default_rng(seed).normal(size=shape[1]) for seed in range(shape[0])])
+@pytest.mark.parametrize("length", [10, 200, 1000])
+def test_accuracy_in_ulp(dtype, scale, length):
+    # The long rows are few, for mpmath is slow: they are the worst of the first eight seeds.
+    seeds = {10: range(20), 200: range(9), 1000: (0, 6)}[length]
+    x = np.stack([np.random.default_rng(seed).normal(size=length) for seed in seeds])
     x = jnp.asarray(scale * x, dtype)
     tops = np.argmax(x, -1)
-    # XLA's own exponential is less exact in float64, and with it all that is made of it.
-    of_logs, of_shares = (2, 5) if dtype == "float32" else (3.5, 6)
+    # What XLA's own exponentials and sums allow, and a tenth of the error of jax.nn.
+    of_logs, of_shares = (2, 6) if dtype == "float32" else (3.5, 6)
     with mpmath.workdps(40):
         exact = np.array([exact_log_softmax(row) for row in x])
         totals = [exact_log_sum_exp(row) for row in x]
