@@ -234,11 +234,13 @@ def test_a_budget_that_is_clear_cut_leaves_no_specks():
 
 @pytest.mark.usefixtures("x64")
 def test_gradients(name, mapping):
-    check_grads(mapping, (X,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-5)
+    check_grads(mapping, (X,), order=2, modes=("rev",), rtol=1e-4, atol=1e-5)
+    check_grads(mapping, (X,), order=1, modes=("fwd",), rtol=1e-4, atol=1e-5)
     p = mapping(X, where=MASK)
     np.testing.assert_allclose(p, reference(name, X, MASK), atol=1e-13)
     masked = functools.partial(mapping, where=MASK)
-    check_grads(masked, (X,), order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-5)
+    check_grads(masked, (X,), order=2, modes=("rev",), rtol=1e-4, atol=1e-5)
+    check_grads(masked, (X,), order=1, modes=("fwd",), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -253,7 +255,8 @@ def test_gradients_in_parameters(fun, values, per_row):
 
     for value in [np.reshape(values, (3, 1))] if per_row else values:
         args = (X, jnp.asarray(value), jnp.full((3, 1) if per_row else (), 0.9))
-        check_grads(tempered, args, order=2, modes=("fwd", "rev"), rtol=1e-4, atol=1e-5)
+        check_grads(tempered, args, order=2, modes=("rev",), rtol=1e-4, atol=1e-5)
+        check_grads(tempered, args, order=1, modes=("fwd",), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.usefixtures("x64")

@@ -119,7 +119,9 @@ def test_gradients(mapping, where, x64):
     def f(x, t):
         return mapping(x, where=where, temperature=t)
 
-    check_grads(f, (X, np.array([[0.7]])), 2, modes=["fwd", "rev"], atol=1e-6, rtol=1e-6)
+    args = X, np.array([[0.7]])
+    check_grads(f, args, 2, modes=["rev"], atol=1e-6, rtol=1e-6)
+    check_grads(f, args, 1, modes=["fwd"], atol=1e-6, rtol=1e-6)
 
 
 def test_third_derivative(mapping, x64):
