@@ -26,6 +26,7 @@ from jaxsoftmax._scores import (
     Fixed,
     Options,
     check_real,
+    known_number,
     output_dtype,
     prepare,
     public,
@@ -178,8 +179,8 @@ def entmax_loss(
       Peters, Niculae & Martins, 2019 (arXiv:1905.05702); Blondel, Martins & Niculae, 2020
       (arXiv:1901.02324).
     """
-    known = alpha.value if isinstance(alpha, Fixed) else alpha
-    if isinstance(known, float) and known in _TSALLIS:
+    known = known_number(alpha)
+    if known in _TSALLIS:
         return _loss(_TSALLIS[known], scores, targets, axis, where, temperature)
     return _loss(_ANY_TSALLIS, scores, targets, axis, where, temperature, alpha)
 
@@ -190,6 +191,10 @@ class _Regularizer:
 
     form: Form
     omega: Callable[..., Array]
+
+    def change(self, p: Array, target: Array, *params: Array) -> Array:
+        """`omega(target) - omega(p)`, entry by entry."""
+        return self.omega(target, *params) - self.omega(p, *params)
 
 
 _GINI = _Regularizer(_entmax.SPARSEMAX, lambda p: p * p / 2)
@@ -205,51 +210,34 @@ _ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _entmax.negentropy)
 def _fenchel_young(
     regularizer: _Regularizer, rows: Rows, scores: Entries, target: Entries, *params: Array
 ) -> Array:
-    p = _threshold.apply(regularizer.form, rows, scores, *params)
-    gaps, _ = _threshold.below_top(rows, scores)
-    return _divergence(regularizer, rows, gaps, p, target, *params)
-
-
-def _divergence(
-    regularizer: _Regularizer,
-    rows: Rows,
-    gaps: Entries,
-    p: Entries,
-    target: Entries,
-    *params: Array,
-) -> Array:
-    # `p` and the target have the same sum, so any shift of the scores will do; the maximum at 0
-    # keeps the digits.
-    def term(gap: Array, p: Array, target: Array, *params: Array) -> Array:
-        excess = p - target
-        change = regularizer.omega(target, *params) - regularizer.omega(p, *params)
-        return excess * jnp.where(excess == 0, 0, gap) + change
-
-    return jnp.maximum(rows.sum(rows.map(term, [gaps, p, target], params)), 0)
+    return _fenchel_young_fwd(regularizer, rows, scores, target, *params)[0]
 
 
 def _fenchel_young_fwd(
     regularizer: _Regularizer, rows: Rows, scores: Entries, target: Entries, *params: Array
 ) -> tuple[Array, Any]:
     p = _threshold.apply(regularizer.form, rows, scores, *params)
+    # `p` and the target have the same sum, so any shift of the scores will do; the maximum at 0
+    # keeps the digits.
     gaps, _ = _threshold.below_top(rows, scores)
-    loss = _divergence(regularizer, rows, gaps, p, target, *params)
+
+    def term(gap: Array, p: Array, target: Array, *params: Array) -> Array:
+        excess = p - target
+        linear = excess * jnp.where(excess == 0, 0, gap)
+        return linear + regularizer.change(p, target, *params)
+
+    loss = jnp.maximum(rows.sum(rows.map(term, [gaps, p, target], params)), 0)
     return loss, (rows, gaps, p, target, params)
 
 
 def _fenchel_young_bwd(regularizer: _Regularizer, residuals: Any, ct: Array) -> tuple[Any, ...]:
     rows, gaps, p, target, params = residuals
 
-    def change(p: Entries, target: Entries, *params: Array) -> Array:
-        """`Omega(target) - Omega(p)`: all that depends on the target and the parameters alone."""
-
-        def term(p: Array, target: Array, *params: Array) -> Array:
-            return regularizer.omega(target, *params) - regularizer.omega(p, *params)
-
-        return rows.sum(rows.map(term, [p, target], params))
+    def change(target: Entries, *params: Array) -> Array:
+        return rows.sum(rows.map(regularizer.change, [p, target], params))
 
     # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
-    _, pull_back = jax.vjp(functools.partial(change, p), target, *params)
+    _, pull_back = jax.vjp(change, target, *params)
     ct_target, *ct_params = pull_back(ct)
     ct_target = rows.map(
         lambda c, gap, ct: c - ct * jnp.where(gap == -jnp.inf, 0, gap), [ct_target, gaps], [ct]
@@ -306,7 +294,10 @@ def _as_distribution(
     classes = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
     if rows.names:  # each device has its stretch of the classes
         classes += lax.axis_index(rows.names) * scores.shape[axis]
-    hits = classes == jnp.expand_dims(targets, axis).astype(jnp.int32)
+    wanted_class = jnp.expand_dims(targets, axis)
+    number = wanted_class.astype(jnp.int32)
+    # What the conversion changes was out of range, and must not become a neighbour.
+    hits = (classes == number) & (number.astype(targets.dtype) == wanted_class)
     target = (vary_like(indicator(hits, scores.dtype), scores),)
     return target, rows.sum(target) > 0
 

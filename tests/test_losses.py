@@ -235,7 +235,7 @@ def test_large_scores_keep_their_digits(case):
 
 
 @every_loss
-@pytest.mark.parametrize("bad", [-1, 4, 100, -4])
+@pytest.mark.parametrize("bad", [-1, 4, 100, -4, 2**32 + 1])
 def test_class_out_of_range_is_nan_without_gradient(case, bad):
     scores = np.array([[1.0, 2.0, 0.5, -1.0]] * 2)
     labels = np.array([bad, 0])
