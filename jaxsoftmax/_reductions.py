@@ -52,7 +52,7 @@ class Rows:
         """The sum of each row. Linear, and so can be used in reverse rules."""
         first, *sink = entries
         if self.segment_ids is None:
-            local = jnp.sum(first, self.axes, keepdims=True)
+            local = self._local_sum(first)
         else:
             local = self._per_segment(jax.ops.segment_sum, first)
         total = lax.psum(local, self.names) if self.names else local
@@ -118,11 +118,11 @@ class Rows:
         reduced = reduce(jnp.moveaxis(x, self.axes[0], 0), self.segment_ids, self.num_segments)
         return jnp.moveaxis(reduced, 0, self.axes[0])
 
+    def _local_sum(self, x: Array) -> Array:
+        return jnp.sum(x, self.axes, keepdims=True)
+
     def _two_sums(self, first: Array, second: Array) -> tuple[Array, Array]:
-        return (
-            jnp.sum(first, self.axes, keepdims=True),
-            jnp.sum(second, self.axes, keepdims=True),
-        )
+        return self._local_sum(first), self._local_sum(second)
 
     def _sums_on_cpu(self, first: Array, second: Array) -> tuple[Array, Array]:
         # XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and

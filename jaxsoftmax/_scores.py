@@ -130,14 +130,14 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
         return tuple(range(ndim)), ()
     members = axis if isinstance(axis, tuple) else (axis,)
     names = tuple(a for a in members if isinstance(a, str))
-    numbers_ = [a for a in members if not isinstance(a, str)]
-    for a in numbers_:
+    positions = [a for a in members if not isinstance(a, str)]
+    for a in positions:
         if isinstance(a, bool) or not isinstance(a, int | np.integer):
             kinds = "an int, a mesh axis name, a tuple of such or None"
             raise TypeError(f"axis must be {kinds}, got {axis!r}.")
         if not -ndim <= a < ndim:
             raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions.")
-    axes = tuple(sorted(int(a) % ndim for a in numbers_))
+    axes = tuple(sorted(int(a) % ndim for a in positions))
     if len(set(axes)) + len(set(names)) < len(members):
         raise ValueError(f"axis must not name an axis twice, got {axis!r}.")
     return axes, names
@@ -228,21 +228,38 @@ def check_mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
 def _temper(
     rows: Rows, scores: Array, temperature: Temperature, at_zero: Callable[[Array], Array]
 ) -> Array:
-    if isinstance(temperature, Fixed | int | float):
-        known = temperature.value if isinstance(temperature, Fixed) else temperature
-        return _coldest(rows, scores, at_zero) if known == 0 else scores
+    cold = is_cold(rows, scores, temperature)
+    if cold is True:
+        return _coldest(rows, scores, at_zero)
     if isinstance(temperature, Positive):
         return _divide(scores, jnp.full((1,) * scores.ndim, temperature.value, scores.dtype))
-    divisor = check_per_row("temperature", temperature, scores, rows)
-    (divisor,) = rows.map(lambda _, t: t, [(scores,)], [divisor])
-    is_cold = jnp.abs(divisor) < _COLD
-    warm = _divide(scores, jnp.where(is_cold, 1, divisor))
-    return jnp.where(is_cold, _coldest(rows, scores, at_zero), warm)
+    if cold is False:
+        return scores
+    divisor = jnp.where(cold, 1, check_per_row("temperature", temperature, scores, rows))
+    ((divisor, cold),) = rows.map(lambda _, *values: values, [(scores,)], [divisor, cold])
+    return jnp.where(cold, _coldest(rows, scores, at_zero), _divide(scores, divisor))
 
 
-def check_per_row(name: str, value: ArrayLike, scores: Array, rows: Rows) -> Array:
+def is_cold(rows: Rows, scores: Array, temperature: Temperature) -> bool | Array:
+    """Whether the temperature is 0; row values if that is not known while tracing."""
+    known = known_number(temperature)
+    if known is not None:
+        return known == 0
+    if isinstance(temperature, Positive):
+        return False
+    return jnp.abs(check_per_row("temperature", temperature, scores, rows)) < _COLD
+
+
+def known_number(value: Any) -> float | None:
+    """The number that a parameter is, if it is known while tracing."""
+    if isinstance(value, Fixed):
+        return value.value
+    return float(value) if isinstance(value, int | float) else None
+
+
+def check_per_row(name: str, value: ArrayLike | Fixed, scores: Array, rows: Rows) -> Array:
     """A parameter that has one value per row, or fewer, in the dtype of the scores."""
-    value = jnp.asarray(value)
+    value = jnp.asarray(value.value if isinstance(value, Fixed) else value)
     check_real(name, value)
     shape = rows.shape(scores)
     if not _broadcasts(value.shape, shape):

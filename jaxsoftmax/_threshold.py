@@ -15,6 +15,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -136,7 +137,10 @@ def tolerance(x: Array) -> float:
 
 
 def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
-    """Repeats `state, moved = step(state)` while any row moves, within bounds."""
+    """Repeats `state, moved = step(state)` while any row moves, within bounds.
+
+    The state, or what comes first in it, is a row value.
+    """
 
     def go_on(carry: tuple[Any, Array, Array]) -> Array:
         _, moved, passes = carry
@@ -146,8 +150,8 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
         state, _, passes = carry
         return *step(state), passes + 1
 
-    state, moved = step(start)
-    return lax.while_loop(go_on, body, (state, moved, jnp.ones((), jnp.int32)))[0]
+    moved = jnp.ones_like(jax.tree.leaves(start)[0], bool)
+    return lax.while_loop(go_on, body, (start, moved, jnp.zeros((), jnp.int32)))[0]
 
 
 # More than bisection needs to pin down a float64.

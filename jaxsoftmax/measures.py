@@ -9,6 +9,7 @@ from jaxsoftmax._scores import (
     Fixed,
     as_scores,
     check_per_row,
+    known_number,
     output_dtype,
     public,
     split_axis,
@@ -144,9 +145,8 @@ def _rows_of(p: ArrayLike, axis: Axis) -> tuple[Rows, Array]:
 
 
 def _as_shape(rows: Rows, values: Array, alpha: ArrayLike | Fixed) -> Array:
-    if isinstance(alpha, Fixed):
-        alpha = alpha.value
-        if not 0 < alpha < jnp.inf:
-            raise ValueError(f"alpha must be positive and finite, got {alpha}.")
+    known = known_number(alpha)
+    if known is not None and not 0 < known < jnp.inf:
+        raise ValueError(f"alpha must be positive and finite, got {known}.")
     shape = check_per_row("alpha", alpha, values, rows)
     return jnp.where(shape > 0, shape, jnp.nan)

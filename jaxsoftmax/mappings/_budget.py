@@ -1,6 +1,5 @@
 """Budget-sparsemax: sparsemax whose rows sum to a budget, with no entry above 1."""
 
-from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
@@ -10,10 +9,10 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import (
     Axis,
-    Fixed,
     Options,
-    Positive,
     check_per_row,
+    is_cold,
+    known_number,
     output_dtype,
     prepare,
     public,
@@ -73,34 +72,23 @@ def budget_sparsemax(
       latent variables via sparsity (arXiv:2007.01919).
     """
     rows, scores = prepare(x, axis, Options(where, temperature))
-    if isinstance(budget, Fixed):
-        _check_budget(budget.value, rows.length(scores))
-        budget = budget.value
+    _check_budget(known_number(budget), rows.length(scores))
     total = check_per_row("budget", budget, scores[0], rows)
-    cold = _is_cold(rows, scores, temperature)
-    if cold is not None:
+    cold = is_cold(rows, scores[0], temperature)
+    if cold is not False:
         _, tied = prepare(x, axis, Options(where))
         tied = _coldest(rows, tied, total)
+        cold = jnp.broadcast_to(cold, total.shape)
         scores = rows.map(lambda z, t, c: jnp.where(c, t, z), [scores, tied], [cold])
     return _threshold.apply(BUDGET_SPARSEMAX, rows, scores, total)[0].astype(output_dtype(x))
 
 
-def _check_budget(budget: float, length: int) -> None:
+def _check_budget(budget: float | None, length: int) -> None:
     # A row of length 0 has nothing to spend its budget on, and nothing to be wrong about.
-    if not budget >= 0 or budget > length > 0:
+    if budget is not None and (not budget >= 0 or budget > length > 0):
         raise ValueError(
             f"budget must be from 0 to the number of entries in a row, {length}, got {budget}."
         )
-
-
-def _is_cold(rows: Rows, scores: Entries, temperature: Any) -> Array | None:
-    """Which rows have temperature 0; None if it is known that none has."""
-    if isinstance(temperature, Positive):
-        return None
-    if isinstance(temperature, Fixed | int | float):
-        known = temperature.value if isinstance(temperature, Fixed) else temperature
-        return jnp.full((1,) * scores[0].ndim, True) if known == 0 else None
-    return check_per_row("temperature", temperature, scores[0], rows) == 0
 
 
 def _coldest(rows: Rows, scores: Entries, budget: Array) -> Entries:

@@ -8,7 +8,16 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
-from jaxsoftmax._scores import Axis, Fixed, Options, check_per_row, output_dtype, prepare, public
+from jaxsoftmax._scores import (
+    Axis,
+    Fixed,
+    Options,
+    check_per_row,
+    known_number,
+    output_dtype,
+    prepare,
+    public,
+)
 from jaxsoftmax._threshold import Form
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
@@ -68,7 +77,6 @@ def entmax(
       >>> print(jax.jacfwd(jsm.entmax, argnums=1)(x, 1.0))
       [ 0.219 -0.007 -0.212]
 
-
     References:
       Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
       Gradient in alpha: Correia, Niculae & Martins, 2019 (arXiv:1909.00015).
@@ -123,7 +131,6 @@ def entmax15(
       >>> jsm.entmax15(jnp.array([2.0, 1.0, -1.0]))
       Array([0.831, 0.169, 0.   ], dtype=float32)
 
-
     References:
       Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
     """
@@ -176,7 +183,6 @@ def sparsemax(
       >>> jsm.sparsemax(jnp.array([1.0, 0.5, -1.0]))
       Array([0.75, 0.25, 0.  ], dtype=float32)
 
-
     References:
       Martins & Astudillo, 2016: From softmax to sparsemax (arXiv:1602.02068). Solved without a
       sort: Michelot, 1986; Condat, 2016.
@@ -188,19 +194,17 @@ def sparsemax(
 
 def apply_entmax(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Entries:
     """Alpha-entmax of prepared scores, by the fastest form that `alpha` allows."""
-    if isinstance(alpha, Fixed | float):
-        known = alpha.value if isinstance(alpha, Fixed) else alpha
-        if known in _FIXED_FORMS:
-            return _threshold.apply(_FIXED_FORMS[known], rows, scores)
+    known = known_number(alpha)
+    if known in _FIXED_FORMS:
+        return _threshold.apply(_FIXED_FORMS[known], rows, scores)
     return _threshold.apply(ENTMAX, rows, scores, as_alpha(rows, scores, alpha))
 
 
 def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:
     """`alpha` as one value per row, or fewer."""
-    if isinstance(alpha, Fixed | float):
-        alpha = alpha.value if isinstance(alpha, Fixed) else alpha
-        if not 1 <= alpha < jnp.inf:
-            raise ValueError(f"alpha must be at least 1 and finite, got {alpha}.")
+    known = known_number(alpha)
+    if known is not None and not 1 <= known < jnp.inf:
+        raise ValueError(f"alpha must be at least 1 and finite, got {known}.")
     return check_per_row("alpha", alpha, scores[0], rows)
 
 

@@ -52,8 +52,7 @@ def _hardmax_probabilities(rows: Rows, scores: Entries) -> Entries:
     def at_top(gap: Array) -> Array:
         return jnp.where(jnp.isnan(gap), gap, indicator(gap == 0, gap.dtype))
 
-    weights = rows.map(at_top, [gaps])
-    return _threshold.normalized(rows, weights, rows.sum(weights))
+    return _threshold.normalized(rows, rows.map(at_top, [gaps]))
 
 
 HARDMAX = Form("hardmax", _hardmax_probabilities, slope=jnp.zeros_like)

@@ -9,7 +9,15 @@ from jaxtyping import Array, ArrayLike, Bool, Float
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import Entries, Rows, sum_to
-from jaxsoftmax._scores import Axis, Fixed, Options, check_per_row, output_dtype, prepare, public
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    check_per_row,
+    known_number,
+    output_dtype,
+    prepare,
+    public,
+)
 from jaxsoftmax.mappings._entmax import ENTMAX
 
 
@@ -63,12 +71,11 @@ def normmax(
       (arXiv:2402.13725).
     """
     rows, scores = prepare(x, axis, Options(where, temperature))
-    if isinstance(alpha, Fixed | float):
-        alpha = alpha.value if isinstance(alpha, Fixed) else alpha
-        if not 1 < alpha < jnp.inf:
-            raise ValueError(f"alpha must be above 1 and finite, got {alpha}.")
+    known = known_number(alpha)
+    if known is not None and not 1 < known < jnp.inf:
+        raise ValueError(f"alpha must be above 1 and finite, got {known}.")
     order = check_per_row("alpha", alpha, scores[0], rows)
-    is_two = isinstance(alpha, float) and alpha == 2
+    is_two = known == 2
     return _apply(is_two, rows, scores, order)[0].astype(output_dtype(x))
 
 

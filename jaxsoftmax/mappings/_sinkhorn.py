@@ -11,9 +11,9 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Rows, vary_like
 from jaxsoftmax._scores import (
     Axis,
-    Fixed,
     Options,
     Temperature,
+    known_number,
     output_dtype,
     prepare,
     public,
@@ -103,7 +103,7 @@ def _check_iterations(num_iterations: int) -> int:
 
 
 def _check_temperature(temperature: Temperature) -> None:
-    if isinstance(temperature, Fixed) and temperature.value == 0:
+    if known_number(temperature) == 0:
         raise ValueError("temperature must be positive, got 0, which has no limit in sinkhorn.")
 
 

@@ -67,7 +67,6 @@ def softmax(
       >>> jsm.softmax(jnp.zeros(5), segment_ids=jnp.array([0, 0, 1, 1, 1]), num_segments=2)
       Array([0.5  , 0.5  , 0.333, 0.333, 0.333], dtype=float32)
 
-
     References:
       Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
       Sinks: Miller, 2023: Attention is off by one; Xiao et al., 2023 (arXiv:2309.17453).
@@ -122,7 +121,6 @@ def log_softmax(
       >>> print(f"{log_p[0]:.4e}")
       -2.8625e-20
 
-
     References:
       Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
     """
@@ -174,7 +172,6 @@ def logsumexp(
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
       >>> jsm.logsumexp(jnp.array([1000.0, 1000.0])).round(2)
       Array(1000.69, dtype=float32)
-
 
     References:
       Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.

@@ -12,11 +12,9 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import (
     Axis,
-    Fixed,
     Options,
-    Positive,
     Temperature,
-    check_per_row,
+    is_cold,
     one_axis,
     output_dtype,
     prepare,
@@ -82,13 +80,10 @@ def _breaks_or_hardmax(
     # No scores make sticks break into equal parts wherever there are ties: at temperature 0 it is
     # another function, taken where it may be needed.
     pieces = _pieces(rows.axes[0], reverse, scores[0])
-    if isinstance(temperature, Positive) or temperature == Fixed(1):
+    cold = is_cold(rows, scores[0], temperature)
+    if cold is False:
         return pieces
-    hard = _threshold.apply(HARDMAX, rows, scores)[0]
-    if isinstance(temperature, Fixed):
-        return hard
-    cold = check_per_row("temperature", temperature, scores[0], rows) == 0
-    return jnp.where(cold, hard, pieces)
+    return jnp.where(cold, _threshold.apply(HARDMAX, rows, scores)[0], pieces)
 
 
 def _pieces_of_any(axis: int, reverse: bool, scores: Array) -> Array:
