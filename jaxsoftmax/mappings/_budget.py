@@ -1,6 +1,5 @@
 """Budget-sparsemax: sparsemax whose rows sum to a budget, with no entry above 1."""
 
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
@@ -78,7 +77,7 @@ def budget_sparsemax(
     if cold is not False:
         _, tied = prepare(x, axis, Options(where))
         tied = _coldest(rows, tied, total)
-        cold = jnp.broadcast_to(cold, total.shape)
+        cold = jnp.broadcast_to(cold, rows.shape(scores[0]))
         scores = rows.map(lambda z, t, c: jnp.where(c, t, z), [scores, tied], [cold])
     return _threshold.apply(BUDGET_SPARSEMAX, rows, scores, total)[0].astype(output_dtype(x))
 
