@@ -1,6 +1,7 @@
 """The mappings and losses that the tests run over. A new one adds a row here and gets them all."""
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Literal
 
@@ -33,10 +34,66 @@ def entmax_by_bisection(z, alpha):
     return p / p.sum(-1, keepdims=True)
 
 
+def normmax_by_bisection(z, alpha):
+    """Normmax, by halving the interval that holds the threshold of the dual norm."""
+    q = alpha / (alpha - 1)
+    z = z - z.max(-1, keepdims=True)
+    low, high = np.full_like(z[..., :1], -1), np.zeros_like(z[..., :1])
+    for _ in range(100):
+        middle = (low + high) / 2
+        norm = np.sum(np.maximum(z - middle, 0) ** q, -1, keepdims=True)
+        low, high = np.where(norm >= 1, middle, low), np.where(norm >= 1, high, middle)
+    u = np.maximum(z - low, 0)
+    weights = np.where(u > 0, u, 0) ** (q - 1)
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def spend_by_halving(z, budget):
+    """Budget-sparsemax: halves the interval that holds the threshold, between two kinks if it can.
+
+    Beyond the number of entries, a budget buys all of them.
+    """
+    budget = np.minimum(budget, z.shape[-1])
+    low, high = z.min(-1, keepdims=True) - 1, z.max(-1, keepdims=True)
+    for _ in range(200):
+        middle = (low + high) / 2
+        total = np.sum(np.clip(z - middle, 0, 1), -1, keepdims=True)
+        low, high = np.where(total >= budget, middle, low), np.where(total >= budget, high, middle)
+    return np.clip(z - low, 0, 1)
+
+
+def pick_softly(z):
+    """Softpick by its formula."""
+    weights = np.expm1(z)
+    total = np.abs(weights).sum(-1, keepdims=True)
+    return np.maximum(weights, 0) / np.where(total == 0, 1, total)
+
+
+def break_from_the_end(z):
+    """Stick-breaking, entry by entry, the last one first."""
+    p, left = np.zeros_like(z), np.ones(z.shape[:-1])
+    for i in reversed(range(z.shape[-1])):
+        p[..., i] = left * scipy.special.expit(z[..., i])
+        left = left * scipy.special.expit(-z[..., i])
+    return p
+
+
 def share_the_top(z):
     """Hardmax: the largest score gets all, ties share."""
     top = z == z.max(-1, keepdims=True)
     return top / top.sum(-1, keepdims=True)
+
+
+def fixed(fun, **parameters):
+    """`fun` with some parameters fixed, and without them in its signature."""
+
+    def mapping(x, axis=-1, where=None, **options):
+        return fun(x, axis=axis, where=where, **parameters, **options)
+
+    signature = inspect.signature(fun)
+    left = [p for name, p in signature.parameters.items() if name not in parameters]
+    mapping.__signature__ = signature.replace(parameters=left)
+    return mapping
 
 
 # Two rows whose supports, under each sparse mapping here, stay the same nearby. So do their maxima.
@@ -55,8 +112,9 @@ class Mapping:
       sparse: whether probabilities can be exactly 0 for finite scores.
       smooth: where it has derivatives of all orders: "everywhere", or "inside" the regions of
         scores in which the support stays the same; "nowhere" has derivative 0 wherever it has one.
-      temperature: whether it has that argument.
-      scores: (2, 4), away from where derivatives of any order jump.
+      simplex: whether rows sum to 1, whatever the scores, and temperature 0 makes it hardmax.
+      shifts: whether only the differences of scores matter.
+      in_order: whether the order of entries matters; if so, they lie along one axis.
     """
 
     name: str
@@ -65,8 +123,13 @@ class Mapping:
     gives: Literal["probabilities", "logarithms", "row value"] = "probabilities"
     sparse: bool = False
     smooth: Literal["everywhere", "inside", "nowhere"] = "everywhere"
-    temperature: bool = True
-    scores: np.ndarray = dataclasses.field(default_factory=lambda: SCORES, repr=False)
+    simplex: bool = True
+    shifts: bool = True
+    in_order: bool = False
+
+    def takes(self, option):
+        """Whether it has an argument of that name."""
+        return option in inspect.signature(self.fun).parameters
 
     def probabilities(self, *args, **kwargs):
         """The probabilities, also of a mapping that gives logarithms."""
@@ -91,7 +154,36 @@ MAPPINGS = [
         smooth="inside",
     ),
     Mapping(
-        "hardmax", jsm.hardmax, share_the_top, sparse=True, smooth="nowhere", temperature=False
+        "entmax",
+        fixed(jsm.entmax, alpha=1.3),
+        lambda z: entmax_by_bisection(z, 1.3),
+        sparse=True,
+        smooth="inside",
+    ),
+    Mapping(
+        "normmax",
+        fixed(jsm.normmax, alpha=1.5),
+        lambda z: normmax_by_bisection(z, 1.5),
+        sparse=True,
+        smooth="inside",
+    ),
+    Mapping("hardmax", jsm.hardmax, share_the_top, sparse=True, smooth="nowhere"),
+    Mapping(
+        "budget_sparsemax",
+        fixed(jsm.budget_sparsemax, budget=np.asarray(1.85)),
+        lambda z: spend_by_halving(z, 1.85),
+        sparse=True,
+        smooth="inside",
+        simplex=False,
+    ),
+    Mapping("softpick", jsm.softpick, pick_softly, sparse=True, simplex=False, shifts=False),
+    Mapping(
+        "stick_breaking",
+        jsm.stick_breaking,
+        break_from_the_end,
+        simplex=False,
+        shifts=False,
+        in_order=True,
     ),
 ]
 

@@ -1,4 +1,4 @@
-"""Measures that several tests need: errors in ulp, and operations in a jaxpr."""
+"""What several tests need: errors in ulp, operations in a jaxpr, a mesh."""
 
 import collections
 
@@ -7,6 +7,7 @@ import jax.extend
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 
 def ulp_error(actual, exact):
@@ -42,6 +43,14 @@ def _top_and_rest(row):
     row = sorted(mpmath.mpf(float(z)) for z in row)
     top = row.pop()
     return top, mpmath.log1p(mpmath.fsum(mpmath.exp(z - top) for z in row))
+
+
+def on_mesh(f, spec, out=None):
+    """`f` on four devices in a row, "i"."""
+    mesh = jax.make_mesh((4,), ("i",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec(*spec)
+    out = spec if out is None else PartitionSpec(*out)
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=out))
 
 
 def operations(closed_jaxpr):

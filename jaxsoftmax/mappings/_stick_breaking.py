@@ -14,6 +14,7 @@ from jaxsoftmax._scores import (
     Axis,
     Options,
     Temperature,
+    as_scores,
     is_cold,
     one_axis,
     output_dtype,
@@ -69,7 +70,7 @@ def stick_breaking(
       Tan, Yang, Courville, Panda & Shen, 2024: Scaling stick-breaking attention
       (arXiv:2410.17980).
     """
-    axis = one_axis(axis, jnp.ndim(x))
+    axis = one_axis(axis, as_scores(x).ndim)
     rows, scores = prepare(x, axis, Options(where, temperature))
     return _breaks_or_hardmax(rows, scores, temperature, reverse).astype(output_dtype(x))
 

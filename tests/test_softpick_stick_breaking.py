@@ -1,0 +1,72 @@
+"""What is particular to softpick and to stick-breaking."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as jsm
+from tests.cases import break_from_the_end, pick_softly
+
+RNG = np.random.default_rng(0)
+
+
+def test_softpick_kinks():
+    x = np.array([0.0, 1.0, -1.0])
+    jacobian = jax.jacrev(jsm.softpick)(x)
+    np.testing.assert_array_equal(jacobian[0], 0)
+    np.testing.assert_array_equal(jacobian[:, 0], 0)
+    for zeros in (np.zeros(3), np.full(3, -1e-320)):
+        assert np.all(jsm.softpick(zeros) == 0)
+        assert np.all(np.isfinite(jax.jacrev(jsm.softpick)(zeros)))
+    assert np.all(jsm.softpick(-np.arange(1.0, 4)) == 0)
+
+
+def test_softpick_extremes():
+    tiny = np.float32([1e-6, 2e-6, -1e-6])
+    np.testing.assert_allclose(jsm.softpick(tiny), pick_softly(np.float64(tiny)), rtol=5e-7)
+    large = np.float32([95.5, 94.25, -3.0, 20.0])
+    np.testing.assert_allclose(jsm.softpick(large), pick_softly(np.float64(large)), rtol=5e-7)
+    huge = np.float32([3e38, 3e38, -3e38, 1.0])
+    np.testing.assert_array_equal(jsm.softpick(huge), [0.5, 0.5, 0, 0])
+    # Excluded and -inf: not in the denominator either.
+    np.testing.assert_allclose(jsm.softpick(np.float32([1, -np.inf])), [1, 0])
+    assert np.all(np.isfinite(jax.hessian(lambda x: jsm.softpick(x)[0])(large)))
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_stick_breaking_extremes(reverse):
+    f = functools.partial(jsm.stick_breaking, reverse=reverse)
+    x = np.float32([0, np.inf, 0, np.inf, 0])
+    np.testing.assert_array_equal(f(x), [0, 0, 0, 0.5, 0.5] if reverse else [0.5, 0.5, 0, 0, 0])
+    assert np.all(np.isfinite(jax.jacrev(f)(x)))
+    x = np.float32([200, -200, 300, 50])
+    assert np.all(np.isfinite(f(x)))
+    assert np.all(np.isfinite(jax.hessian(lambda x: f(x)[1])(x)))
+    long = np.full(10_000, -9.0, np.float32)
+    expected = break_from_the_end(np.float64(long))
+    np.testing.assert_allclose(f(long), expected if reverse else expected[::-1], rtol=1e-5)
+
+
+def test_stick_breaking_either_way():
+    x = RNG.normal(size=(3, 4)) * 2
+    mask = np.array([True, False, True, True])
+
+    def mirrored(x, where):
+        return jsm.stick_breaking(x[:, ::-1], where=where[::-1])[:, ::-1]
+
+    def forward(x, where):
+        return jsm.stick_breaking(x, where=where, reverse=False)
+
+    np.testing.assert_allclose(forward(x, mask), mirrored(x, mask), rtol=1e-15)
+    _, push = jax.linearize(lambda x: forward(x, mask), x)
+    _, push_mirrored = jax.linearize(lambda x: mirrored(x, mask), x)
+    np.testing.assert_allclose(push(np.cos(x)), push_mirrored(np.cos(x)), atol=1e-15)
+
+
+def test_stick_breaking_wants_one_axis():
+    for axis in (None, (0, 1), "i", (0, "i"), ()):
+        with pytest.raises(ValueError, match="axis must be one array axis"):
+            jsm.stick_breaking(jnp.zeros((2, 2)), axis=axis)
