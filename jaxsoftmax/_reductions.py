@@ -58,17 +58,32 @@ class Rows:
         total = lax.psum(local, self.names) if self.names else local
         return total + sink[0] if sink else total
 
-    def sums(self, entries: Entries, others: Entries) -> tuple[Array, Array]:
-        """The sums of two arrays in one pass; for solvers, not for reverse rules."""
+    def sums(
+        self,
+        function: Callable[..., tuple[Array, ...]],
+        entries: Sequence[Entries],
+        row_values: Sequence[Array] = (),
+    ) -> tuple[Array, ...]:
+        """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
+
+        Two sums or more: one alone XLA for CPU takes less exactly than `sum`.
+        """
         if self.segment_ids is not None:
-            return self.sum(entries), self.sum(others)
+            return tuple(
+                self.sum(terms)
+                for terms in zip(*self.map(function, entries, row_values), strict=True)
+            )
+        first, *sinks = zip(*entries, strict=True)
         sums = lax.platform_dependent(
-            entries[0], others[0], cpu=self._sums_on_cpu, default=self._two_sums
+            first,
+            tuple(row_values),
+            cpu=functools.partial(self._sums_on_cpu, function),
+            default=functools.partial(self._joint_sums, function),
         )
         if self.names:
             sums = lax.psum(sums, self.names)
-        if len(entries) > 1:
-            return sums[0] + entries[1], sums[1] + others[1]
+        for sink in sinks:
+            sums = tuple(map(jnp.add, sums, function(*sink, *row_values)))
         return sums
 
     def max(self, entries: Entries) -> Array:
@@ -121,27 +136,41 @@ class Rows:
     def _local_sum(self, x: Array) -> Array:
         return jnp.sum(x, self.axes, keepdims=True)
 
-    def _two_sums(self, first: Array, second: Array) -> tuple[Array, Array]:
-        return self._local_sum(first), self._local_sum(second)
+    def _joint_sums(
+        self,
+        function: Callable[..., tuple[Array, ...]],
+        entries: tuple[Array, ...],
+        row_values: tuple[Array, ...],
+    ) -> tuple[Array, ...]:
+        return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
 
-    def _sums_on_cpu(self, first: Array, second: Array) -> tuple[Array, Array]:
+    def _sums_on_cpu(
+        self,
+        function: Callable[..., tuple[Array, ...]],
+        entries: tuple[Array, ...],
+        row_values: tuple[Array, ...],
+    ) -> tuple[Array, ...]:
         # XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and
         # lanes, it is reduced over the depth, and LLVM vectorizes across the lanes. What is left is
-        # a minor axis again. The depth is bounded for accuracy: an error grows with it.
-        minor = first.ndim - 1
-        length = first.shape[minor] if minor in self.axes else 1
-        if (lanes := _lanes(length)) == 1:
-            return _joint_sums((first, second), self.axes)
-        depth = min(length // lanes, 64)
-        whole = length // (depth * lanes) * (depth * lanes)
-        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in (first, second)]
-        per_lane = _joint_sums(folded, (*self.axes[:-1], minor + 1))
-        shape = (*per_lane[0].shape[:minor], -1)
-        sums = self._sums_on_cpu(per_lane[0].reshape(shape), per_lane[1].reshape(shape))
+        # a minor axis again.
+        minor = entries[0].ndim - 1
+        length = entries[0].shape[minor] if minor in self.axes else 1
+        lanes, depth = _folding(length)
+        if lanes == 1:
+            return _reduce(function(*entries, *row_values), self.axes)
+        whole = length - length % (depth * lanes)
+        # The entries are cut, not the terms: terms of two uses would be held in memory.
+        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
+        spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
+        terms = function(*folded, *spread)
+        partial = _reduce(terms, (*self.axes[:-1], minor + 1))
+        shape = (*partial[0].shape[:minor], -1)
+        partial = tuple(sums.reshape(shape) for sums in partial)
+        sums = self._sums_on_cpu(lambda *sums: sums, partial, ())
         if whole == length:
             return sums
-        rest = self._sums_on_cpu(first[..., whole:], second[..., whole:])
-        return sums[0] + rest[0], sums[1] + rest[1]
+        rest = tuple(x[..., whole:] for x in entries)
+        return tuple(map(jnp.add, sums, self._sums_on_cpu(function, rest, row_values)))
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
@@ -170,18 +199,24 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.sum(x, axes, keepdims=True)
 
 
-def _lanes(length: int) -> int:
-    """How many partial sums to keep, as measured on rows of 10 to 100,000."""
-    if length >= 512:
-        return 64
-    return 16 if length >= 32 else 1
+def _folding(length: int) -> tuple[int, int]:
+    """Lanes and depth, as measured on rows of 10 to 100,000.
+
+    LLVM unrolls a depth of 8, and vectorizes no depth that it does not unroll. Less deep, a row may
+    leave less over.
+    """
+    if length < 32:
+        return 1, 1
+    lanes = 64 if length >= 512 else 16
+    blocks = length // lanes
+    depth = max(range(min(blocks, 8), min(blocks, 4) - 1, -1), key=lambda d: -(blocks % d))
+    return lanes, depth
 
 
-def _joint_sums(operands: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, Array]:
-    def add(x: tuple[Array, Array], y: tuple[Array, Array]) -> tuple[Array, Array]:
-        return x[0] + y[0], x[1] + y[1]
+def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
+    def add(x: Sequence[Array], y: Sequence[Array]) -> tuple[Array, ...]:
+        return tuple(map(jnp.add, x, y))
 
-    first, second = operands
-    zeros = jnp.zeros((), first.dtype), jnp.zeros((), second.dtype)
-    sums = lax.reduce((first, second), zeros, add, axes)
-    return jnp.expand_dims(sums[0], axes), jnp.expand_dims(sums[1], axes)
+    terms = tuple(terms)
+    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+    return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(terms, zeros, add, axes))

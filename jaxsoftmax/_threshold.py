@@ -109,14 +109,22 @@ def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
       q: the power, 1 for sparsemax or 2 for entmax15.
     """
 
-    def inside(tau: Array) -> Entries:
-        return rows.map(lambda gap, t: jnp.maximum(gap - t, 0), [gaps], [tau])
+    def inside(gap: Array, tau: Array) -> Array:
+        return jnp.maximum(gap - tau, 0)
+
+    def sparse_terms(gap: Array, tau: Array) -> tuple[Array, Array]:
+        u = inside(gap, tau)
+        return u, indicator(u > 0, u.dtype)
+
+    def square_terms(gap: Array, tau: Array) -> tuple[Array, Array]:
+        u = inside(gap, tau)
+        return u * u, u
 
     def norm_and_slope(tau: Array) -> tuple[Array, Array]:
-        u = inside(tau)
         if q == 1:
-            return rows.sums(u, rows.map(lambda x: indicator(x > 0, x.dtype), [u]))
-        squares, norm1 = rows.sums(rows.map(jnp.square, [u]), u)
+            norm, slope = rows.sums(sparse_terms, [gaps], [tau])
+            return norm, slope
+        squares, norm1 = rows.sums(square_terms, [gaps], [tau])
         norm2 = jnp.sqrt(squares)
         return norm2, norm1 / jnp.where(norm2 == 0, 1, norm2)
 
@@ -128,7 +136,7 @@ def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
 
     # One below the maximum, which is 0.
     tau = iterate(step, jnp.full_like(rows.max(gaps), -1))
-    return normalized(rows, rows.map(lambda u: u**q, [inside(tau)]), tau)
+    return normalized(rows, rows.map(lambda gap, t: inside(gap, t) ** q, [gaps], [tau]), tau)
 
 
 def tolerance(x: Array) -> float:

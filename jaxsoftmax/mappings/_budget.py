@@ -120,12 +120,12 @@ def _coldest(rows: Rows, scores: Entries, budget: Array) -> Entries:
 
 
 def _probabilities(rows: Rows, scores: Entries, budget: Array) -> Entries:
-    infinite = rows.map(lambda z: indicator(z == jnp.inf, z.dtype), [scores])
-    # Sums keep a NaN, which maxima may lose.
-    finite = rows.map(
-        lambda z: jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype)), [scores]
-    )
-    firsts, others = rows.sums(infinite, finite)
+    def infinite_and_finite(z: Array) -> tuple[Array, Array]:
+        # Sums keep a NaN, which maxima may lose.
+        finite = jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype))
+        return indicator(z == jnp.inf, z.dtype), finite
+
+    firsts, others = rows.sums(infinite_and_finite, [scores])
     share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
     left = budget - firsts
     total = jnp.where((left > 0) & (left < others), left, jnp.nan)
@@ -153,18 +153,19 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
     where it matters. What is missing in the end is shared among the entries between 0 and 1.
     """
 
-    def inside(tau: Array, rest: Array) -> Entries:
-        return rows.map(lambda z, t, r: (z - t) - r, [scores], [tau, rest])
+    def inside(z: Array, tau: Array, rest: Array) -> Array:
+        return (z - tau) - rest
+
+    def parts(z: Array, tau: Array, rest: Array) -> tuple[Array, Array, Array]:
+        u = inside(z, tau, rest)
+        partly = jnp.where(u < 1, jnp.maximum(u, 0), 0)
+        # With both ends: an entry at an end leaves it to one side.
+        free = indicator((u >= 0) & (u <= 1), u.dtype)
+        return partly, free, indicator(u >= 1, u.dtype)
 
     def balance(tau: Array, rest: Array) -> tuple[Array, Array, Array]:
-        raw = inside(tau, rest)
-        full = rows.map(lambda u: indicator(u >= 1, u.dtype), [raw])
-        partly = rows.map(lambda u: jnp.where(u < 1, jnp.maximum(u, 0), 0), [raw])
-        # With both ends: an entry at an end leaves it to one side.
-        free = rows.map(lambda u: indicator((u >= 0) & (u <= 1), u.dtype), [raw])
-        held, number = rows.sums(partly, free)
-        # Apart from the others: the number of ones is exact, and so is what they leave.
-        ones, _ = rows.sums(full, free)
+        # Ones apart from the others: their number is exact, and so is what they leave.
+        held, number, ones = rows.sums(parts, [scores], [tau, rest])
         return held - (total - ones), held, number
 
     def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
@@ -216,15 +217,16 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
     tau, rest, *_ = _threshold.iterate(step, start)
 
     # The mean of deviations is more exact than the sum of many entries that are nearly equal.
-    raw = inside(tau, rest)
-    full = rows.map(lambda u: indicator(u >= 1, u.dtype), [raw])
-    between = rows.map(lambda u: indicator((u > 0) & (u < 1), u.dtype), [raw])
-    ones, free = rows.sums(full, between)
+    raw = rows.map(inside, [scores], [tau, rest])
+
+    def between(u: Array) -> Array:
+        return indicator((u > 0) & (u < 1), u.dtype)
+
+    ones, free = rows.sums(lambda u: (indicator(u >= 1, u.dtype), between(u)), [raw])
     free = jnp.maximum(free, 1)
     share = (total - ones) / free
-    off = rows.map(lambda u, b, s: jnp.where(b > 0, u - s, 0), [raw, between], [share])
-    surplus = rows.sums(off, between)[0] / free
-    spent = rows.map(lambda u, b, s: jnp.clip(u - b * s, 0, 1), [raw, between], [surplus])
+    off = rows.sum(rows.map(lambda u, s: jnp.where(between(u) > 0, u - s, 0), [raw], [share]))
+    spent = rows.map(lambda u, s: jnp.clip(u - between(u) * s, 0, 1), [raw], [off / free])
     clear = _is_clear_cut(rows, scores, raw, total)
     return rows.map(lambda p, c: jnp.where(c, jnp.round(p), p), [spent], [clear])
 

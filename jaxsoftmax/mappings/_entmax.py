@@ -223,48 +223,56 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
 
     With `beta = alpha - 1 = 1/q` the norm of the unnormalized entries is `S ** beta`, where `S` is
     the sum of `p = (1 + beta (gap - theta)) ** (1 / beta)`. Taken as `(S ** beta - 1) / beta`, it
-    tends to `log S` as `beta` tends to 0, and the step to logsumexp. For `alpha > 2` the norm is
-    not convex, and its slope is infinite where an entry enters the support: there a bracket is
-    kept, and halved where a step leaves it or is not half of the last.
+    tends to `log S` as `beta` tends to 0, and the step to logsumexp.
+
+    What is kept is not `theta` but the logarithm `peak` of the probability at the maximum, for
+    `1 - beta theta` is `m = exp(beta peak)` and loses its digits where that is small. All others
+    are `p = exp(peak) w` with `w = (1 + beta gap / m) ** (1 / beta)`.
+
+    For `alpha > 2` the norm is not convex, and its slope is infinite where an entry enters the
+    support: there a bracket is kept, and halved where a step leaves it or is not half of the last.
     """
     gaps, _ = _threshold.below_top(rows, scores)
     beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
 
-    def p_and_slope(gap: Array, theta: Array, beta: Array) -> tuple[Array, Array]:
-        u = gap - theta
+    def weight_and_slope(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array]:
+        u = gap * scale
         base = beta * u
-        # Below 1e-30 the quotient has nothing left to say, and at 0 it would be NaN.
-        log_p = jnp.where(beta < 1e-30, u, jnp.log1p(base) / beta)
-        p = jnp.where(base <= -1, 0, jnp.exp(log_p))
-        return p, jnp.where(p > 0, p / (1 + base), 0)
+        weight = jnp.where(base <= -1, 0, jnp.exp(_log1p_over(beta, u)))
+        return weight, jnp.where(weight > 0, weight / (1 + base), 0)
 
-    def evaluate(theta: Array) -> tuple[Entries, Entries]:
-        pairs = rows.map(p_and_slope, [gaps], [theta, beta])
-        return tuple(p for p, _ in pairs), tuple(s for _, s in pairs)
+    def scale(peak: Array) -> Array:
+        return 1 / jnp.maximum(jnp.exp(beta * peak), jnp.finfo(peak.dtype).tiny)
 
     def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-        theta, low, high, last = state
-        total, slope = rows.sums(*evaluate(theta))
-        log_total = jnp.log(total)
+        peak, low, high, last = state
+        weight, slope = rows.sums(weight_and_slope, [gaps], [scale(peak), beta])
+        log_total = peak + jnp.log(weight)
         excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total)
-        newton = theta + excess / slope
-        low = jnp.where(total >= 1, theta, low)
-        high = jnp.where(total < 1, theta, high)
+        newton = peak + _log1p_over(beta, -excess / (jnp.exp(peak) * slope))
+        low = jnp.where(log_total < 0, peak, low)
+        high = jnp.where(log_total >= 0, peak, high)
         middle = low + (high - low) / 2
-        slow = (beta > 1) & (jnp.abs(newton - theta) > last / 2)
+        slow = (beta > 1) & (jnp.abs(newton - peak) > last / 2)
         new = jnp.where((newton >= low) & (newton <= high) & ~slow, newton, middle)
-        new = jnp.where(jnp.isnan(total), total, new)
-        moved = (jnp.abs(total - 1) > _threshold.tolerance(total)) & (new != theta)
-        new = jnp.where(moved | jnp.isnan(total), new, theta)
-        return (new, low, high, jnp.abs(new - theta)), moved
+        # In the convex case only rounding leads below 1, and then there is nothing left to gain.
+        off = jnp.where(beta > 1, jnp.abs(log_total), log_total) > _threshold.tolerance(peak)
+        moved = off & (new != peak) & (weight > 0)  # no weight, no way to a sum of 1
+        new = jnp.where(jnp.isnan(log_total), log_total, jnp.where(moved, new, peak))
+        return (new, low, high, jnp.abs(new - peak)), moved
 
-    # At most, all entries equal the maximum and share evenly.
-    length = jnp.asarray(rows.length(gaps), beta.dtype)
-    top = rows.max(gaps)
-    theta = jnp.zeros_like(top + beta)
-    high = jnp.zeros_like(theta) - _expm1_over(beta, -jnp.log(length))
-    theta, *_ = _threshold.iterate(step, (theta, theta, high, high))
-    return _threshold.normalized(rows, evaluate(theta)[0], theta)
+    # At least, all entries equal the maximum and share evenly; at most, it has all.
+    peak = jnp.zeros_like(rows.max(gaps) + beta)
+    low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype))
+    peak, *_ = _threshold.iterate(step, (peak, low, peak, -low))
+    weights = rows.map(lambda *args: weight_and_slope(*args)[0], [gaps], [scale(peak), beta])
+    return _threshold.normalized(rows, weights, peak)
+
+
+def _log1p_over(beta: Array, x: Array) -> Array:
+    """`log(1 + beta x) / beta`, which is `x` where beta is 0."""
+    # Below 1e-30 the quotient has nothing left to say, and at 0 it would be NaN.
+    return jnp.where(beta < 1e-30, x, jnp.log1p(beta * x) / beta)
 
 
 def negentropy(p: Array, alpha: Array) -> Array:

@@ -290,12 +290,12 @@ def _exact_gaps(rows: Rows, scores: Entries) -> tuple[Entries, Entries, Array]:
 def _log_sum_of_gaps(rows: Rows, gaps: Entries, lost: Entries) -> Array:
     # The maxima count 1 each and are kept apart: where one score dominates, all the digits of the
     # answer are in the sum of the others.
-    def below(gap: Array, lost: Array) -> Array:
+    def terms(gap: Array, lost: Array) -> tuple[Array, Array]:
         weight = jnp.exp(gap)
-        return jnp.where(gap == 0, 0, weight + weight * lost)
+        at_top = gap == 0
+        return jnp.where(at_top, 0, weight + weight * lost), indicator(at_top, gap.dtype)
 
-    at_top = rows.map(lambda gap: indicator(gap == 0, gap.dtype), [gaps])
-    rest, tops = rows.sums(rows.map(below, [gaps, lost]), at_top)
+    rest, tops = rows.sums(terms, [gaps, lost])
     return log1p(rest + (tops - 1))
 
 
