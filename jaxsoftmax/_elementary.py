@@ -1,22 +1,82 @@
-"""An elementary function that XLA for CPU computes less exactly than a log-softmax needs."""
+"""The exponential and the logarithm, within 0.8 ulp.
+
+XLA for CPU is off by up to 1.6 ulp in either, and by 2.5 in `log1p`. A log-softmax that is to have
+all its digits cannot afford that. Each knows of a correction that no float could hold.
+"""
+
+import math
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
-_LOG_TERMS = {4: 9, 8: 18}
+# How far the series go, by the bytes of a float.
+_EXP_TERMS = {4: 7, 8: 13}
+_LOG_TERMS = {4: 4, 8: 10}
+# log(2) in two parts. The first is so short that its product with an exponent is exact.
+_LOG_2 = {
+    4: (0.693145751953125, 1.4286068203094173e-06),
+    8: (0.693147180559663, 2.8235290563031577e-13),
+}
 
 
-def log1p(x: Array) -> Array:
-    """`log(1 + x)` for `x >= 0`; `jnp.log1p` is off by 2.5 ulp around 0.5.
-
-    Below 1 it is `x - (h - s (h + t))` with `h = x ** 2 / 2`, `s = x / (2 + x)` and the tail `t` of
-    the series `2 artanh(s) = 2 s + s t`.
-    """
-    near = jnp.where(x < 1, x, 0)
-    s = near / (2 + near)
-    square = s * s
+def exp(x: Array, rest: Array) -> Array:
+    """`exp(x + rest)` for `x <= 0`, where `rest` is small; 0 below the smallest normal number."""
+    high, low = _LOG_2[x.dtype.itemsize]
+    exponent = lax.round(x * (1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
+    # exp(x + rest) = 2 ** exponent exp(r + rest), and |r| < 0.35.
+    long, short = x - exponent * high, exponent * low
+    r = long - short
+    rest = ((long - r) - short) + rest
     tail = jnp.zeros_like(x)
-    for n in range(_LOG_TERMS[x.dtype.itemsize], 0, -1):
+    for n in range(_EXP_TERMS[x.dtype.itemsize], 1, -1):
+        tail = tail * r + 1 / math.factorial(n)
+    tail = tail * r * r
+    one = jnp.ones_like(x)
+    total = one + r
+    p = total + (((one - total) + r) + (tail + rest * (total + tail)))
+    finfo = jnp.finfo(x.dtype)
+    return jnp.where(x < math.log(finfo.tiny), 0, p * _power_of_2(exponent))
+
+
+def _power_of_2(exponent: Array) -> Array:
+    finfo = jnp.finfo(exponent.dtype)
+    integer = jnp.int32 if finfo.bits == 32 else jnp.int64
+    # With this added, a whole number is the last bits of a float.
+    bits = lax.bitcast_convert_type(exponent + 1.5 * 2.0**finfo.nmant, integer)
+    return lax.bitcast_convert_type((bits + (finfo.maxexp - 1)) << finfo.nmant, exponent.dtype)
+
+
+def log_of_sum(count: Array, rest: Array, lost: Array) -> Array:
+    """`log(count + rest + lost)` for a whole number, `rest >= 0` and a `lost` that it rounds off.
+
+    It has all digits of the sum.
+    """
+    finfo = jnp.finfo(rest.dtype)
+    integer = jnp.int32 if finfo.bits == 32 else jnp.int64
+    total = count + rest
+    large, small = jnp.maximum(count, rest), jnp.minimum(count, rest)
+    rounded = ((large - total) + small) + lost
+    # total = 2 ** exponent (1 + f), with 1 + f from the root of 1/2 to that of 2.
+    low_end = lax.bitcast_convert_type(jnp.asarray(math.sqrt(0.5), rest.dtype), integer)
+    bits = lax.bitcast_convert_type(total, integer)
+    exponent = (bits - low_end) >> finfo.nmant
+    f = lax.bitcast_convert_type(bits - (exponent << finfo.nmant), rest.dtype) - 1
+    # Where the rest is all of it, it is not rounded at all.
+    exact = (count == 1) & (exponent == 0)
+    f = jnp.where(exact, rest, f)
+    correction = jnp.where(exact, lost, rounded) / total
+    # log(1 + f) = f - (h - s (h + tail)): what is rounded is small beside f.
+    s = f / (2 + f)
+    square = s * s
+    tail = jnp.zeros_like(s)
+    for n in range(_LOG_TERMS[rest.dtype.itemsize], 0, -1):
         tail = square * (2 / (2 * n + 1) + tail)
-    half = near * near / 2
-    return jnp.where((x >= 0) & (x < 1), near - (half - s * (half + tail)), jnp.log1p(x))
+    half = f * f / 2
+    high, low = _LOG_2[rest.dtype.itemsize]
+    whole = exponent.astype(rest.dtype) * high
+    sum_ = whole + f
+    error = (whole - sum_) + f
+    correction += exponent.astype(rest.dtype) * low - (half - s * (half + tail))
+    result = sum_ + (error + correction)
+    return jnp.where(jnp.isfinite(total) & (total > 0), result, jnp.log(total))

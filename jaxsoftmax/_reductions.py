@@ -23,7 +23,20 @@ from jax import lax
 from jaxtyping import Array
 
 Entries = tuple[Array, ...]
+Add = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
 T = TypeVar("T")
+
+
+def _add(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
+    return tuple(map(jnp.add, x, y))
+
+
+def add_exactly(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
+    """Adds terms of which the second gathers what rounding takes from the first."""
+    total = x[0] + y[0]
+    high = total - x[0]
+    lost = (x[0] - (total - high)) + (y[0] - high)  # Knuth's two-sum
+    return total, x[1] + y[1] + lost, *map(jnp.add, x[2:], y[2:])
 
 
 @functools.partial(
@@ -63,10 +76,18 @@ class Rows:
         function: Callable[..., tuple[Array, ...]],
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
+        add: Add = _add,
     ) -> tuple[Array, ...]:
         """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
 
         Two sums or more: one alone XLA for CPU takes less exactly than `sum`.
+
+        Args:
+          function: `(*entries, *row_values) -> terms`, entry by entry, as for `map`.
+          entries: the entries that it takes.
+          row_values: the row values that it takes.
+          add: how to add the terms of two entries, where the order of additions matters; see
+            `add_exactly`.
         """
         if self.segment_ids is not None:
             return tuple(
@@ -77,14 +98,14 @@ class Rows:
         sums = lax.platform_dependent(
             first,
             tuple(row_values),
-            cpu=functools.partial(self._sums_on_cpu, function),
+            cpu=functools.partial(self._sums_on_cpu, function, add),
             default=functools.partial(self._joint_sums, function),
         )
         if self.names:
             sums = lax.psum(sums, self.names)
         for sink in sinks:
-            sums = tuple(map(jnp.add, sums, function(*sink, *row_values)))
-        return sums
+            sums = add(sums, function(*sink, *row_values))
+        return tuple(sums)
 
     def max(self, entries: Entries) -> Array:
         """The largest entry of each row, -inf in rows without entries."""
@@ -147,6 +168,7 @@ class Rows:
     def _sums_on_cpu(
         self,
         function: Callable[..., tuple[Array, ...]],
+        add: Add,
         entries: tuple[Array, ...],
         row_values: tuple[Array, ...],
     ) -> tuple[Array, ...]:
@@ -157,20 +179,20 @@ class Rows:
         length = entries[0].shape[minor] if minor in self.axes else 1
         lanes, depth = _folding(length)
         if lanes == 1:
-            return _reduce(function(*entries, *row_values), self.axes)
+            return _reduce(function(*entries, *row_values), add, self.axes)
         whole = length - length % (depth * lanes)
         # The entries are cut, not the terms: terms of two uses would be held in memory.
         folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
         spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
         terms = function(*folded, *spread)
-        partial = _reduce(terms, (*self.axes[:-1], minor + 1))
+        partial = _reduce(terms, add, (*self.axes[:-1], minor + 1))
         shape = (*partial[0].shape[:minor], -1)
         partial = tuple(sums.reshape(shape) for sums in partial)
-        sums = self._sums_on_cpu(lambda *sums: sums, partial, ())
+        sums = self._sums_on_cpu(lambda *sums: sums, add, partial, ())
         if whole == length:
             return sums
         rest = tuple(x[..., whole:] for x in entries)
-        return tuple(map(jnp.add, sums, self._sums_on_cpu(function, rest, row_values)))
+        return tuple(add(sums, self._sums_on_cpu(function, add, rest, row_values)))
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
@@ -202,21 +224,15 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
 def _folding(length: int) -> tuple[int, int]:
     """Lanes and depth, as measured on rows of 10 to 100,000.
 
-    LLVM unrolls a depth of 8, and vectorizes no depth that it does not unroll. Less deep, a row may
-    leave less over.
+    LLVM vectorizes no depth that it does not unroll, and beyond 4 it may not, if there is much to
+    be done to an entry.
     """
     if length < 32:
         return 1, 1
-    lanes = 64 if length >= 512 else 16
-    blocks = length // lanes
-    depth = max(range(min(blocks, 8), min(blocks, 4) - 1, -1), key=lambda d: -(blocks % d))
-    return lanes, depth
+    lanes = 32 if length >= 256 else 16
+    return lanes, min(length // lanes, 4)
 
 
-def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
-    def add(x: Sequence[Array], y: Sequence[Array]) -> tuple[Array, ...]:
-        return tuple(map(jnp.add, x, y))
-
-    terms = tuple(terms)
+def _reduce(terms: Sequence[Array], add: Add, axes: tuple[int, ...]) -> tuple[Array, ...]:
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(terms, zeros, add, axes))
+    return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(tuple(terms), zeros, add, axes))

@@ -86,14 +86,21 @@ def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
     return list(zip(*entries, strict=True))
 
 
-def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
-    """The scores less their row's maximum, and that maximum.
-
-    Exactly 0 at the maximum, be it infinite; -inf throughout a row in which nothing takes part.
-    """
+def top_of(rows: Rows, scores: Entries) -> Array:
+    """The maximum of each row, finite in a row in which nothing takes part."""
     top = rows.max(scores)
-    top = jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
-    return rows.map(lambda z, t: jnp.where(z == t, 0, z - t), [scores], [top]), top
+    return jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
+
+
+def gap(score: Array, top: Array) -> Array:
+    """The score less the maximum: exactly 0 there, be it infinite, and -inf at -inf."""
+    return jnp.where(score == top, 0, score - top)
+
+
+def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
+    """The scores less their row's maximum, and that maximum."""
+    top = top_of(rows, scores)
+    return rows.map(gap, [scores], [top]), top
 
 
 def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:

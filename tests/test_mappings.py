@@ -21,7 +21,7 @@ from tests.cases import (
     project_by_sorting,
     share_the_top,
 )
-from tests.tools import exact_log_softmax, exact_log_sum_exp, ulp_error
+from tests.tools import exact_log_softmax, top_and_rest, ulp_error
 
 every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
 every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
@@ -125,24 +125,44 @@ def test_sparsemax_is_the_nearest_point_of_the_simplex(rng):
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize("scale", [1, 10, 100])
-@pytest.mark.parametrize("length", [10, 200, 1000])
+@pytest.mark.parametrize("length", [10, 200, 1000, 100_000])
 def test_accuracy_in_ulp(dtype, scale, length):
-    # The long rows are few, for mpmath is slow: they are the worst of the first eight seeds.
-    seeds = {10: range(20), 200: range(9), 1000: (0, 6)}[length]
+    """Prints the errors beside those of `jax.nn`: `pytest -rP -k accuracy_in_ulp`."""
+    # Long rows are few, for mpmath is slow: those of 1000 are the worst of the first eight seeds,
+    # and of the longest each thousandth entry is looked at.
+    seeds = {10: range(20), 200: range(9), 1000: (0, 6), 100_000: (0,)}[length]
     x = np.stack([np.random.default_rng(seed).normal(size=length) for seed in seeds])
     x = jnp.asarray(scale * x, dtype)
     tops = np.argmax(x, -1)
-    # What XLA's own exponentials and sums allow, and a tenth of the error of jax.nn.
-    of_logs, of_shares = (2, 6) if dtype == "float32" else (3.5, 6)
+    looked_at = slice(None, None, 1000) if length > 1000 else slice(None)
     with mpmath.workdps(40):
-        exact = np.array([exact_log_softmax(row) for row in x])
-        totals = [exact_log_sum_exp(row) for row in x]
-        of_tops = np.array([row[top] for row, top in zip(exact, tops, strict=True)])
-        assert ulp_error(jsm.log_softmax(x), exact) <= of_logs
-        assert ulp_error(jsm.cross_entropy(x, tops), -of_tops) <= of_logs
-        assert ulp_error(jsm.cross_entropy(x, np.zeros_like(tops)), -exact[:, 0]) <= of_logs
-        assert ulp_error(jsm.logsumexp(x), totals) <= of_logs
-        assert ulp_error(jsm.softmax(x), [mpmath.exp(z) for z in exact.ravel()]) <= of_shares
+        parts = [top_and_rest(row) for row in np.asarray(x)]
+        of_tops = [rest for _, rest in parts]  # minus their log-softmax
+        exact = np.array(
+            [
+                [(mpmath.mpf(float(z)) - top) - rest for z in row[looked_at]]
+                for row, (top, rest) in zip(np.asarray(x), parts, strict=True)
+            ]
+        )
+        shares = [mpmath.exp(z) for z in exact.ravel()]
+
+        def error(fun, exact):
+            return ulp_error(np.asarray(fun(x))[:, looked_at], exact)
+
+        errors = {
+            "log_softmax": error(jsm.log_softmax, exact),
+            "softmax": error(jsm.softmax, shares),
+            "logsumexp": ulp_error(jsm.logsumexp(x), [sum(p) for p in parts]),
+            "cross_entropy": ulp_error(jsm.cross_entropy(x, tops), of_tops),
+            "cross_entropy of the first": ulp_error(
+                jsm.cross_entropy(x, np.zeros_like(tops)), -exact[:, 0]
+            ),
+        }
+        theirs = [error(jax.nn.softmax, shares), error(jax.nn.log_softmax, exact)]
+    print(f"{dtype}, scale {scale}, length {length}: ", {k: round(v, 2) for k, v in errors.items()})
+    print("jax.nn.softmax and log_softmax:", [round(v, 2) for v in theirs])
+    assert errors.pop("softmax") <= (5.3 if dtype == "float32" else 4)
+    assert max(errors.values()) <= 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

@@ -135,7 +135,7 @@ def test_a_segment_is_a_row(case, axis, sink, rng):
         out = jnp.full_like(rows, absent)
         totals = []
         for segment in range(NUM_SEGMENTS):
-            members = np.flatnonzero(IDS == segment)
+            members = np.flatnonzero(np.equal(IDS, segment))
             own = {name: jnp.ravel(value)[segment] for name, value in options.items()}
             result = case.fun(rows[:, members], **own)
             if case.gives == "row value":

@@ -27,19 +27,14 @@ def ulp_error(actual, exact):
     return worst
 
 
-def exact_log_sum_exp(row):
-    """Log-sum-exp of a row of floats, as a number of `mpmath`."""
-    top, rest = _top_and_rest(row)
-    return top + rest
-
-
 def exact_log_softmax(row):
     """Log-softmax of a row of floats, as numbers of `mpmath`; no digits are lost to 1 - p."""
-    top, rest = _top_and_rest(row)
+    top, rest = top_and_rest(row)
     return [(mpmath.mpf(float(z)) - top) - rest for z in row]
 
 
-def _top_and_rest(row):
+def top_and_rest(row):
+    """The largest number of a row, and by how much its log-sum-exp is larger than that."""
     row = sorted(mpmath.mpf(float(z)) for z in row)
     top = row.pop()
     return top, mpmath.log1p(mpmath.fsum(mpmath.exp(z - top) for z in row))

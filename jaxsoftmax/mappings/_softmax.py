@@ -11,8 +11,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import log1p
-from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._elementary import exp, log_of_sum
+from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form
 
@@ -209,8 +209,15 @@ def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
     def shares(weight: Callable[..., Array], scores: Entries, pivot: Array) -> Entries:
         weights = rows.map(weight, [scores], [pivot])
         # A row in which nothing takes part has no weight; to all others this adds nothing.
-        scale = 1 / (rows.sum(weights) + finfo.tiny)
+        scale = 1 / (total(weights) + finfo.tiny)
         return rows.map(jnp.multiply, [weights], [scale])
+
+    def total(weights: Entries) -> Array:
+        if finfo.bits == 32:
+            return rows.sum(weights)
+        # XLA for CPU adds float64 one by one, with an error that grows with the row.
+        sum_, lost = rows.sums(lambda w: (w, jnp.zeros_like(w)), [weights], add=add_exactly)
+        return sum_ + lost
 
     def finite_weight(score: Array, pivot: Array) -> Array:
         return jnp.exp(score - pivot)
@@ -232,14 +239,14 @@ SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p)
 @custom_vjp
 def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
-    gaps, lost, _ = _exact_gaps(rows, scores)
-    log_sum = _log_sum_of_gaps(rows, gaps, lost)
+    top, log_sum = _top_and_log_sum(rows, scores)
 
-    def log_p(gap: Array, lost: Array, log_sum: Array) -> Array:
+    def log_p(score: Array, top: Array, log_sum: Array) -> Array:
+        gap, lost = exact_gap(score, top)
         absent = (gap == -jnp.inf) & ~jnp.isnan(log_sum)
         return jnp.where(absent, gap, gap + (lost - log_sum))
 
-    return rows.map(log_p, [gaps, lost], [log_sum])
+    return rows.map(log_p, [scores], [top, log_sum])
 
 
 def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
@@ -259,8 +266,8 @@ log_probabilities.defvjp(_log_fwd, _log_bwd)
 @custom_vjp
 def log_sum(rows: Rows, scores: Entries) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
-    gaps, lost, top = _exact_gaps(rows, scores)
-    return top + _log_sum_of_gaps(rows, gaps, lost)
+    top, log_sum_of_gaps = _top_and_log_sum(rows, scores)
+    return top + log_sum_of_gaps
 
 
 def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
@@ -275,28 +282,29 @@ def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
 log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
 
 
-def _exact_gaps(rows: Rows, scores: Entries) -> tuple[Entries, Entries, Array]:
-    """The scores less their maximum, what rounding took from that (Knuth's two-sum), and it."""
-    gaps, top = _threshold.below_top(rows, scores)
-
-    def lost(score: Array, gap: Array, top: Array) -> Array:
-        high = gap - score
-        error = (score - (gap - high)) - (top + high)
-        return jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
-
-    return gaps, rows.map(lost, [scores, gaps], [top]), top
+def exact_gap(score: Array, top: Array) -> tuple[Array, Array]:
+    """The score less the maximum, and what rounding took from that (Knuth's two-sum)."""
+    gap = _threshold.gap(score, top)
+    high = gap - score
+    error = (score - (gap - high)) - (top + high)
+    return gap, jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
 
 
-def _log_sum_of_gaps(rows: Rows, gaps: Entries, lost: Entries) -> Array:
-    # The maxima count 1 each and are kept apart: where one score dominates, all the digits of the
+def _top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
+    """The maximum, and the log-sum-exp of the scores less the maximum."""
+
+    # Gaps are computed where they are used, thrice: to hold them in memory would take longer. The
+    # maxima count 1 each and are kept apart: where one score dominates, all the digits of the
     # answer are in the sum of the others.
-    def terms(gap: Array, lost: Array) -> tuple[Array, Array]:
-        weight = jnp.exp(gap)
+    def terms(score: Array, top: Array) -> tuple[Array, Array, Array]:
+        gap, lost = exact_gap(score, top)
         at_top = gap == 0
-        return jnp.where(at_top, 0, weight + weight * lost), indicator(at_top, gap.dtype)
+        below = jnp.where(at_top, 0, exp(gap, lost))
+        return below, jnp.zeros_like(below), indicator(at_top, below.dtype)
 
-    rest, tops = rows.sums(terms, [gaps, lost])
-    return log1p(rest + (tops - 1))
+    top = _threshold.top_of(rows, scores)
+    rest, lost, tops = rows.sums(terms, [scores], [top], add_exactly)
+    return top, log_of_sum(tops, rest, lost)
 
 
 def _divided_by_zero(top: Array) -> Array:
