@@ -23,3 +23,6 @@ from jaxsoftmax.masks import top_p_mask as top_p_mask
 from jaxsoftmax.measures import shannon_entropy as shannon_entropy
 from jaxsoftmax.measures import support_size as support_size
 from jaxsoftmax.measures import tsallis_entropy as tsallis_entropy
+from jaxsoftmax.sampling import gumbel_softmax as gumbel_softmax
+from jaxsoftmax.sampling import sample as sample
+from jaxsoftmax.sampling import straight_through as straight_through
