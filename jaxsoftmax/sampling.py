@@ -104,9 +104,9 @@ def gumbel_softmax(
     .. math:: p = \mathrm{softmax}\big((x + g) / t\big), \quad g_i \sim \mathrm{Gumbel}(0, 1)
 
     The largest entry is at `i` with probability :math:`\mathrm{softmax}(x)_i` at any temperature,
-    and is the one that `sample(key, x)` gives. The lower the temperature, the nearer to one-hot. Note
-    that it divides the noise too, unlike that of `sample`: it softens what has been drawn, and
-    does not change how likely it is.
+    and is the one that `sample(key, x)` gives. The lower the temperature, the nearer to one-hot. It
+    divides the noise too, unlike the temperature of `sample`: it softens what has been drawn, and
+    does not change how likely that is.
 
     Args:
       key: a key of `jax.random.key`, used once. Rows are independent of each other.
@@ -257,10 +257,9 @@ def _gumbel(key: PRNGKeyArray, rows: Rows, scores: Entries) -> Array:
     key = check_key(key)
     for name in rows.names:
         key = jax.random.fold_in(key, lax.axis_index(name))
-    (scores,) = scores
+    (x,) = scores
     # Twice the bits, or what is rarer than one in millions is drawn too often.
-    noise = jax.random.gumbel(key, scores.shape, scores.dtype, mode="high")
-    return vary_like(noise, scores)
+    return vary_like(jax.random.gumbel(key, x.shape, x.dtype, mode="high"), x)
 
 
 def _perturb(rows: Rows, scores: Entries, noise: Array) -> Entries:

@@ -186,7 +186,7 @@ def test_fit_leaves_out_every_row(rng):
 FIT_ERRORS = {
     "a scalar": ((np.array(1.0), np.array(0)), ValueError, "logits must have an axis of classes"),
     "complex": ((np.ones((2, 2)) * 1j, np.zeros(2, int)), TypeError, "logits must be real"),
-    "labels too long": ((np.ones((2, 2)), np.zeros(3, int)), ValueError, "targets must have"),
+    "labels too long": ((np.ones((2, 2)), np.zeros(3, int)), ValueError, "labels must have shape"),
     "where of floats": ((np.ones((2, 2)), np.zeros(2, int), np.ones(2)), TypeError, "where must"),
     "where per score": (
         (np.ones((2, 3)), np.zeros(2, int), np.ones((2, 3), bool)),
