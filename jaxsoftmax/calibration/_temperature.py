@@ -83,8 +83,11 @@ def best_temperature(examples: Examples, loss: Loss) -> Array:
     stride = len(examples.weights) // _FEW_ROWS
     if stride > 1:
         few = mean_loss(examples.every(stride), tempered_loss)
-        start, _ = minimize(few, start, _ROUGH, memory=1)
-        curvature = _curvature(few, start)
+        best, _ = minimize(few, start, _ROUGH, memory=1)
+        # Unless the part is separable, or misleads otherwise.
+        inside = jnp.abs(best) < _INSIDE
+        start = jnp.where(inside, best, start)
+        curvature = jnp.where(inside, _curvature(few, start), curvature)
     whole = mean_loss(examples, tempered_loss)
     unit = 1 / jnp.sqrt(curvature)
     steps, value = minimize(
@@ -112,9 +115,11 @@ def _curvature(objective: Callable[[Any], Array], at: Array) -> Array:
     """The second derivative, by differences: it need not be exact, nor the loss twice smooth."""
     width = jnp.asarray(0.02, at.dtype)
     ends = jax.vmap(jax.grad(objective))(at + jnp.stack([-width, width]))
-    return jnp.clip((ends[1] - ends[0]) / (2 * width), 1e-3, 1e3)
+    # Not so small that a first step in units of it, from inside, might leave the range.
+    return jnp.maximum((ends[1] - ends[0]) / (2 * width), 0.2)
 
 
 # Of so many rows the best temperature is right to about a percent.
 _FEW_ROWS = 2000
 _ROUGH = 1e-3
+_INSIDE = 4.0
