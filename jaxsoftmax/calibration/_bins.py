@@ -60,8 +60,8 @@ def reliability_curve(
       num_resamples: how often the bootstrap draws.
 
     Returns:
-      A `ReliabilityCurve` of arrays to plot. NaN in the bins of rows that hold NaN or no
-      probabilities, or have a class out of range.
+      A `ReliabilityCurve` of arrays to plot, all NaN but for the count if a row holds NaN or no
+      probabilities, or has a class out of range.
 
     Raises:
       TypeError: if `probs` is not real, `labels` holds no integers or `key` is no key.

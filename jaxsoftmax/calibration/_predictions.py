@@ -14,8 +14,8 @@ _SLACK = 1e-2
 def as_predictions(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     """The probabilities and labels, checked.
 
-    Rows that hold no probabilities or have a class out of range are NaN, and so is what is
-    computed of them: such numbers are not known while tracing.
+    If a row holds no probabilities or has a class out of range, all are NaN, and so is what is
+    computed of them: numbers are not known while tracing, so there can be no error.
     """
     probs, labels = as_scores(probs, "probs"), jnp.asarray(labels)
     if probs.ndim != 2 or probs.shape[1] == 0:
@@ -31,8 +31,8 @@ def as_predictions(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     if jnp.iinfo(labels.dtype).bits < 32:
         labels = labels.astype(jnp.int32)  # there may be more classes than these can count
     known = (labels >= 0) & (labels < probs.shape[1])
-    valid = known & jnp.all((probs >= -_SLACK) & (probs <= 1 + _SLACK), 1)
-    return jnp.where(valid[:, None], probs, jnp.nan), labels
+    valid = jnp.all(known) & jnp.all((probs >= -_SLACK) & (probs <= 1 + _SLACK))
+    return jnp.where(valid, probs, jnp.nan), labels
 
 
 def came_true(labels: Array, classes: int, dtype: Any) -> Array:
@@ -44,7 +44,7 @@ def came_true(labels: Array, classes: int, dtype: Any) -> Array:
 def confidences(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     """The largest probability of each row, and 1 where its class came true."""
     probs, labels = as_predictions(probs, labels)
-    nan = jnp.isnan(probs[:, 0])
+    invalid = jnp.isnan(probs[:, 0])
     hits = (jnp.argmax(probs, 1) == labels).astype(probs.dtype)
     # A maximum may lose NaN.
-    return jnp.where(nan, jnp.nan, jnp.max(probs, 1)), hits
+    return jnp.where(invalid, jnp.nan, jnp.max(probs, 1)), jnp.where(invalid, jnp.nan, hits)

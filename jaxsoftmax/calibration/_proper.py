@@ -43,8 +43,8 @@ def negative_log_likelihood(
     """
     probs, labels = as_predictions(probs, labels)
     true = jnp.take_along_axis(probs, labels[:, None], 1, mode="clip")[:, 0]
-    # NaN at another class of the row counts as well; rounding may have gone below 0.
-    return jnp.mean(-jnp.log(jnp.where(jnp.isnan(probs[:, 0]), jnp.nan, jnp.maximum(true, 0))))
+    # Rounding may have gone below 0.
+    return jnp.mean(-jnp.log(jnp.where(true < 0, 0, true)))
 
 
 @jax.jit
@@ -154,7 +154,7 @@ def brier_decomposition(
     def of_class(columns: tuple[Array, Array]) -> BrierDecomposition:
         p, y = columns
         binned = into_bins(p, y, num_bins, binning)
-        overall = jnp.mean(y) + 0 * jnp.sum(p)  # NaN where a row is
+        overall = jnp.where(jnp.any(jnp.isnan(p)), jnp.nan, jnp.mean(y))
         away = jnp.where(binned.count > 0, binned.share - overall, 0)
         beside = p - binned.value[binned.bins]
         return BrierDecomposition(

@@ -53,7 +53,8 @@ def smooth_calibration_error(
     squares = (jnp.pi * jnp.arange(_STEPS + 1, dtype=confidence.dtype)) ** 2
 
     def error(width: Array) -> Array:
-        smoothed = jnp.fft.irfft(spectrum * jnp.exp(-squares * width**2 / 2), 2 * _STEPS)
+        damping = jnp.exp(-squares * width**2 / 2).astype(spectrum.dtype)
+        smoothed = jnp.fft.irfft(spectrum * damping, 2 * _STEPS)
         height = jnp.abs(smoothed[: _STEPS + 1])
         # The trapezoidal rule; a mass on the grid is a density times the step.
         return jnp.sum(height) - (height[0] + height[-1]) / 2
