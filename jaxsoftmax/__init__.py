@@ -1,6 +1,7 @@
 """Pure JAX functions that turn scores into probabilities."""
 
 from jaxsoftmax import calibration as calibration
+from jaxsoftmax import plots as plots
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss

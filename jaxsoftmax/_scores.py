@@ -290,7 +290,7 @@ def check_key(key: Any) -> Array:
         raise TypeError(f"key must be a key of jax.random.key, got {got}.")
     if key.ndim != (0 if typed else 1):
         raise ValueError(f"key must be a single key, got keys of shape {key.shape}.")
-    return key if typed else jnp.asarray(key)
+    return cast(Array, key)
 
 
 def _with_ndim(x: Array, ndim: int) -> Array:
