@@ -413,3 +413,21 @@ def test_scaling_of_groups_by_another_loss(fit, rng):
                     part[index] += step
                     assert objective(multiplier, bias) > best - 1e-7
                     part[index] -= step
+
+
+def test_penalty_pulls_vector_scaling_towards_the_temperature(rng):
+    logits, labels = biased_examples(rng)
+    t = float(fit_temperature(logits, labels))
+
+    def objective(params, penalty):
+        scale, bias = params[:4], params[4:]
+        pull = penalty * (np.mean((t * scale - 1) ** 2) + np.mean(bias**2))
+        return negative_log_likelihood(scaled(logits, scale, bias), labels, 1) + pull
+
+    for penalty, far in ((0.3, True), (1e4, False)):
+        scale, bias = fit_vector_scaling(logits, labels, ALL, penalty=penalty)
+        fitted = objective(np.concatenate([scale, bias]), penalty)
+        start = np.repeat([1 / t, 0.0], 4)
+        assert fitted <= best_of_scipy(functools.partial(objective, penalty=penalty), start) + 1e-9
+        assert np.any(np.abs(np.asarray(scale) * t - 1) > 1e-2) == far
+        assert np.any(np.abs(bias) > 1e-2) == far

@@ -27,23 +27,28 @@ def fit_vector_scaling(
     labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    penalty: ArrayLike = 0.0,
     class_weights: Float[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> tuple[Float[Array, " classes"], Float[Array, " classes"]]:
     r"""A scale and a bias per class that make held-out labels most likely.
 
-    .. math:: \arg\min_{a, b} \sum_n w_{y_n} L(a \odot z_n + b, y_n) \Big/ \sum_n w_{y_n}
+    .. math:: \arg\min_{a, b} \frac{\sum_n w_{y_n} L(a \odot z_n + b, y_n)}{\sum_n w_{y_n}}
+              + \frac{\lambda}{k} \sum_j \big[ (t a_j - 1)^2 + b_j^2 \big]
 
-    Found by L-BFGS with a line search that starts at `1 / fit_temperature`, and so never worse
-    than that. Scales are sought up to 1000 over the spread of the logits (see `fit_temperature`),
-    biases up to 1000, either way; where there is no optimum inside, as with separable examples,
-    the fit ends when the loss falls no more. The result has no derivatives.
+    for `k` classes, with the temperature `t` of `fit_temperature`: a penalty keeps the fit close to
+    temperature scaling where examples are few, or told apart without a mistake.
+
+    Found by L-BFGS with a line search that starts at temperature scaling. Scales are sought up to 1000 over the spread of the logits (see `fit_temperature`),
+    biases up to 1000, either way; where there is no optimum inside, as with separable examples and
+    no penalty, the fit ends when the loss falls no more. The result has no derivatives.
 
     Args:
       logits: scores of held-out examples, as they go into the mapping. Infinite ones stay as they
         are.
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
+      penalty: the strength `lambda`; a negative one gives NaN.
       class_weights: how much a row of each class counts; default 1. For distributions as labels
         their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
@@ -53,7 +58,7 @@ def fit_vector_scaling(
       where the loss of a row that counts is, for instance for a class out of range.
 
     Raises:
-      TypeError: if `logits` is not real, `where` not boolean, or `labels` not numbers.
+      TypeError: if `logits` or `penalty` is not real, `where` not boolean, or `labels` not numbers.
       ValueError: if shapes do not fit.
 
     Example:
@@ -81,11 +86,17 @@ def fit_vector_scaling(
         scaled = jnp.where(finite, block.logits, 0) * (scale / unit)[None] + bias[None]
         return loss(jnp.where(finite, scaled, block.logits), block.labels)
 
-    cold = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss))
-    start = cold, jnp.zeros_like(cold)
-    params, value = minimize(
-        mean_loss(examples, scaled_loss), start, precise(examples.dtype), memory=_MEMORY
-    )
+    data_term = mean_loss(examples, scaled_loss)
+    strength = _strength("penalty", penalty, unit)
+    tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss))
+
+    def objective(params: Params) -> Array:
+        scale, bias = _bounded(params)
+        distance = jnp.mean((scale / tempered - 1) ** 2) + jnp.mean(bias**2)
+        return data_term(params) + strength * distance
+
+    start = tempered, jnp.zeros_like(tempered)
+    params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
     scale, bias = _nan_like(value, _bounded(params))
     return scale / unit, bias
 
@@ -167,8 +178,8 @@ def fit_matrix_scaling(
         mixing = jnp.sum((weight / unit * (1 - identity)) ** 2) / max(classes * (classes - 1), 1)
         return data_term(params) + across * mixing + along * jnp.mean(bias**2)
 
-    cold = identity * (unit / best_temperature(examples, loss))
-    start = cold, jnp.zeros_like(cold[0])
+    tempered = identity * (unit / best_temperature(examples, loss))
+    start = tempered, jnp.zeros_like(tempered[0])
     params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
     weight, bias = _nan_like(value, _bounded(params))
     return weight / unit, bias
