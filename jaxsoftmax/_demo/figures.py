@@ -120,13 +120,13 @@ def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> byt
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
         axes = figure.subplots()
-        for digit in reversed(np.argsort(-probs.mean(0), kind="stable")):
-            line = np.where(probs[:, digit] > 0, probs[:, digit], np.nan)
-            if digit in leaders:
-                colour = result.model.colour if digit == leaders[0] else _INK
-                axes.plot(temperatures, line, color=colour, linewidth=2, label=f"{digit}")
-            else:
+        looks = dict(zip(leaders, (result.model.colour, _INK), strict=True))
+        for digit, line in enumerate(np.where(probs > 0, probs, np.nan).T):
+            if digit not in looks:
                 axes.plot(temperatures, line, color="#b5bbc4", linewidth=1)
+        for digit, colour in looks.items():
+            line = np.where(probs[:, digit] > 0, probs[:, digit], np.nan)
+            axes.plot(temperatures, line, color=colour, linewidth=2, label=f"{digit}")
         if temperatures[0] <= result.temperature <= temperatures[-1]:
             axes.axvline(result.temperature, color=_FAINT, linewidth=1, linestyle=(0, (2, 2)))
         axes.set(xlim=(temperatures[0], temperatures[-1]), ylim=(-0.02, 1.02))

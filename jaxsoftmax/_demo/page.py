@@ -27,7 +27,7 @@ _COLUMNS = (
     "Brier score",
     "Classes above zero",
 )
-_TEMPERATURES = np.linspace(0, 10, 201, dtype=np.float32)
+_TEMPERATURES = 10 * np.linspace(0, 1, 201, dtype=np.float32) ** 2  # more where more happens
 
 
 def page(results: list[Result], digits: Digits, *, epochs: int, seed: int) -> str:

@@ -39,9 +39,10 @@ def fit_vector_scaling(
     for `k` classes, with the temperature `t` of `fit_temperature`: a penalty keeps the fit close to
     temperature scaling where examples are few, or told apart without a mistake.
 
-    Found by L-BFGS with a line search that starts at temperature scaling. Scales are sought up to 1000 over the spread of the logits (see `fit_temperature`),
-    biases up to 1000, either way; where there is no optimum inside, as with separable examples and
-    no penalty, the fit ends when the loss falls no more. The result has no derivatives.
+    Found by L-BFGS with a line search that starts at temperature scaling. Scales are sought up to
+    1000 over the spread of the logits (see `fit_temperature`), biases up to 1000, either way; where
+    there is no optimum inside, as with separable examples and no penalty, the fit ends when the
+    loss falls no more. The result has no derivatives.
 
     Args:
       logits: scores of held-out examples, as they go into the mapping. Infinite ones stay as they
