@@ -16,9 +16,9 @@ TEMPERATURES = (0.25, 1.0, 4.0)
 
 
 def synthetic(classes: int, temperature: float) -> tuple[jax.Array, jax.Array]:
-    """Logits of spread 3, and labels drawn from their softmax at the temperature."""
+    """Logits of spread 5, and labels drawn from their softmax at the temperature."""
     keys = jax.random.split(jax.random.key(classes))
-    logits = 3 * jax.random.normal(keys[0], (ROWS, classes))
+    logits = 5 * jax.random.normal(keys[0], (ROWS, classes))
     return logits, jsm.sample(keys[1], logits, temperature=temperature)
 
 

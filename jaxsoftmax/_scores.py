@@ -91,6 +91,12 @@ def _look_at_axis(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _look_at_flag(value: Any) -> Any:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"hard must be True or False, got {type(value).__name__}.")
+    return bool(value)
+
+
 _STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k", "hard")
 _LOOKS = {
     "axis": _look_at_axis,
@@ -98,6 +104,7 @@ _LOOKS = {
     "temperature": _look_at_temperature,
     "alpha": _look_at_number,
     "budget": _look_at_number,
+    "hard": _look_at_flag,
 }
 
 

@@ -124,7 +124,7 @@ def gumbel_softmax(
       draw, NaN in one with a NaN that takes part.
 
     Raises:
-      TypeError: if `key` is no key, `x` not real or `where` not boolean.
+      TypeError: if `key` is no key, `x` not real, `where` not boolean or `hard` no bool.
       ValueError: if `key` is more than one, an axis is out of range, shapes do not fit, or
         `temperature` is a negative number.
 

@@ -276,6 +276,10 @@ def test_wrong_weights_and_penalties(rng):
             ValueError, match=r"class_weights must have shape \(5,\), one per class"
         ):
             fit(logits, labels, class_weights=np.ones(4))
+        odd = fit(logits, labels, class_weights=np.array([1.0, 1, 1, 1, -1]))
+        assert np.all(np.isnan(jax.tree.leaves(odd)[0]))
+        with pytest.raises(ValueError, match="loss must give one value per row, shape"):
+            fit(logits, labels, loss=lambda z, y: jnp.mean(jsm.cross_entropy(z, y)))
     with pytest.raises(ValueError, match=r"off_diagonal_penalty must be a number, got shape"):
         fit_matrix_scaling(logits, labels, off_diagonal_penalty=np.ones(5))
     assert np.all(np.isnan(fit_matrix_scaling(logits, labels, intercept_penalty=-1.0)[0]))

@@ -304,6 +304,30 @@ def test_what_is_no_prediction_gives_nan(fun):
         assert np.all(np.isnan(flat(out)))
 
 
+@pytest.mark.parametrize("fun", MEASURES)
+def test_without_rows(fun):
+    out = fun(np.zeros((0, 3)), np.zeros(0, int))
+    if fun is reliability_curve:
+        np.testing.assert_array_equal(out.count, 0)
+        out = out._replace(count=np.nan)
+    assert all(np.all(np.isnan(x)) for x in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [smooth_calibration_error, expected_calibration_error, brier_score, negative_log_likelihood],
+)
+def test_gradients(fun, rng):
+    """As regularizers they are used too; the width of the smooth error has its share."""
+    logits, labels = rng.normal(size=(30, 3)), rng.integers(3, size=30)
+    direction = rng.normal(size=(30, 3))
+    of_step = lambda t: fun(jax.nn.softmax(logits + t * direction), labels)  # noqa: E731
+    step = 1e-7
+    difference = (of_step(step) - of_step(-step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(of_step)(0.0), difference, rtol=1e-4)
+    assert abs(difference) > 1e-3
+
+
 def test_small_integers_as_labels():
     probs = np.full((4, 300), 1 / 300)
     labels = np.array([0, 1, 2, 255], np.uint8)

@@ -316,6 +316,11 @@ def test_wrong_call(fun):
         fun(KEY, X * 1j)
 
 
+def test_hard_is_no_array():
+    with pytest.raises(TypeError, match="hard must be True or False, got "):
+        jsm.gumbel_softmax(KEY, X, hard=jnp.ones((), bool))
+
+
 def test_wrong_call_of_straight_through():
     with pytest.raises(ValueError, match="mapping must have a parameter axis, got one with"):
         jsm.straight_through(jsm.sinkhorn)

@@ -96,7 +96,7 @@ def maximum_calibration_error(
 
     Returns:
       A scalar between 0 and 1. NaN if a row holds NaN or no probabilities, or has a class out of
-      range.
+      range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
@@ -207,7 +207,7 @@ def _mean_square(binned: Binned) -> Array:
 
 
 def _largest_gap(binned: Binned) -> Array:
-    return _nan_max(binned.gap)
+    return _nan_max(binned.gap + 0 * jnp.sum(binned.weight))  # NaN without rows
 
 
 def _debiased_square(binned: Binned) -> Array:

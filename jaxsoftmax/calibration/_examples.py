@@ -119,6 +119,8 @@ def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype:
             f"{class_weights.shape}."
         )
     class_weights = lax.stop_gradient(class_weights.astype(dtype))
+    # A fit to negative weights has no answer.
+    class_weights = jnp.where(class_weights >= 0, class_weights, jnp.nan)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         return jnp.take(class_weights, labels, mode="fill", fill_value=1)
     return labels.astype(dtype) @ class_weights
@@ -131,10 +133,16 @@ def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Cal
     at any parameters, as one of a class that was ruled out, and has no say.
     """
     total_weight = jnp.sum(examples.weights)
-    total_weight = jnp.where(total_weight > 0, total_weight, 1)
+    total_weight = jnp.where(total_weight == 0, 1, total_weight)
 
     def of_block(params: Any, block: Examples) -> Array:
-        losses = loss(params, block).astype(block.dtype)
+        losses = loss(params, block)
+        if losses.shape != block.weights.shape:
+            raise ValueError(
+                f"loss must give one value per row, shape {block.weights.shape}, got shape "
+                f"{losses.shape}."
+            )
+        losses = losses.astype(block.dtype)
         counts = (block.weights > 0) & (losses != jnp.inf)
         return jnp.sum(jnp.where(counts, block.weights * losses, 0)) / total_weight
 

@@ -50,8 +50,8 @@ def fit_vector_scaling(
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
       penalty: the strength `lambda`; a negative one gives NaN.
-      class_weights: how much a row of each class counts; default 1. For distributions as labels
-        their mean.
+      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
+        1. For distributions as labels their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
@@ -60,7 +60,7 @@ def fit_vector_scaling(
 
     Raises:
       TypeError: if `logits` or `penalty` is not real, `where` not boolean, or `labels` not numbers.
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row.
 
     Example:
       These logits rank rightly, but favour class 0 by 2:
@@ -131,8 +131,8 @@ def fit_matrix_scaling(
       where: the rows that count, for instance to leave out padding; default all.
       off_diagonal_penalty: the strength `lambda`; a negative one gives NaN.
       intercept_penalty: the strength `mu`; a negative one gives NaN.
-      class_weights: how much a row of each class counts; default 1. For distributions as labels
-        their mean.
+      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
+        1. For distributions as labels their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
@@ -143,7 +143,7 @@ def fit_matrix_scaling(
     Raises:
       TypeError: if `logits` or a penalty is not real, `where` not boolean, or `labels` not
         numbers.
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row.
 
     Example:
       What is scored as class 2 is often class 1:

@@ -66,8 +66,11 @@ def smooth_calibration_error(
         return jnp.where(wider, middle, low), jnp.where(wider, high, middle)
 
     zero = jnp.zeros((), confidence.dtype)
-    low, _ = lax.fori_loop(0, _HALVINGS, halve, (zero, zero + 1))
-    return error(low)
+    low, _ = lax.stop_gradient(lax.fori_loop(0, _HALVINGS, halve, (zero, zero + 1)))
+    # One step of Newton's method has the derivative that the implicit function theorem gives.
+    value, slope = jax.jvp(error, (low,), (zero + 1,))
+    width = low + (value - low) / (1 - lax.stop_gradient(slope))
+    return width if confidence.size else jnp.full_like(width, jnp.nan)
 
 
 def _reflected(positions: Array, masses: Array) -> Array:

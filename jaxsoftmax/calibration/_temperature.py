@@ -41,8 +41,8 @@ def fit_temperature(
       logits: scores of held-out examples, as they go into the mapping.
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
-      class_weights: how much a row of each class counts; default 1. For distributions as labels
-        their mean.
+      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
+        1. For distributions as labels their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
@@ -52,7 +52,7 @@ def fit_temperature(
 
     Raises:
       TypeError: if `logits` is not real, `where` not boolean, or `labels` not numbers.
-      ValueError: if shapes do not fit.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row.
 
     Example:
       Of these predictions, made with probability 0.98, a quarter is wrong:
