@@ -72,11 +72,6 @@ def test_fit_equals_a_bounded_search(t, scale, rng):
     np.testing.assert_allclose(fitted, best, rtol=1e-4)
 
 
-def test_fit_recovers_the_temperature(rng):
-    logits, labels = examples(rng, n=20000, t=1.7)
-    np.testing.assert_allclose(fit_temperature(logits, labels), 1.7, rtol=0.03)
-
-
 def test_fit_has_no_slope_left(rng):
     logits, labels = examples(rng)
     fitted = fit_temperature(logits, labels)
@@ -84,16 +79,18 @@ def test_fit_has_no_slope_left(rng):
     assert abs(slope) < 1e-9
 
 
-def test_fit_in_single_precision(rng):
+def test_fit_in_half_precision(rng):
+    """As good as can be, for logits of so few digits."""
     logits, labels = examples(rng, t=1.7)
-    fitted = fit_temperature(logits.astype(np.float32), labels)
+    logits = jnp.asarray(logits, jnp.bfloat16)
+    fitted = fit_temperature(logits, labels)
     assert fitted.dtype == np.float32
-    best = search(lambda t: negative_log_likelihood(logits, labels, t))
-    assert negative_log_likelihood(logits, labels, float(fitted)) <= (
-        negative_log_likelihood(logits, labels, best) + 1e-6
+    exact = np.asarray(logits, np.float64)
+    best = search(lambda t: negative_log_likelihood(exact, labels, t))
+    assert negative_log_likelihood(exact, labels, float(fitted)) <= (
+        negative_log_likelihood(exact, labels, best) + 1e-6
     )
-    half = fit_temperature(logits.astype(np.float16), labels)
-    np.testing.assert_allclose(half.astype(float), best, rtol=2e-3)
+    np.testing.assert_allclose(fitted, best, rtol=1e-3)
 
 
 def test_fit_is_equivariant(rng):
@@ -218,6 +215,7 @@ def test_fit_to_many_rows(rng):
     fitted = float(fit_temperature(logits, labels, where))
     best = search(lambda t: negative_log_likelihood(logits[where], labels[where], t))
     np.testing.assert_allclose(fitted, best, rtol=1e-7)
+    np.testing.assert_allclose(fitted, 2, rtol=0.03)  # that of the labels, but for chance
     # Also if those of the part are all of them right, and the others not.
     misleading = np.where(np.arange(9001) % 4 == 0, logits.argmax(-1), labels)
     fitted = float(fit_temperature(logits, misleading, where))
@@ -269,20 +267,22 @@ def test_wrong_call_of_fit(name):
             fit(*args)
 
 
-def test_wrong_weights_and_penalties(rng):
-    logits, labels = examples(rng, n=10)
+def test_wrong_options(rng):
+    logits, labels = examples(rng)
     for fit in FITS:
         with pytest.raises(
             ValueError, match=r"class_weights must have shape \(5,\), one per class"
         ):
             fit(logits, labels, class_weights=np.ones(4))
-        odd = fit(logits, labels, class_weights=np.array([1.0, 1, 1, 1, -1]))
-        assert np.all(np.isnan(jax.tree.leaves(odd)[0]))
         with pytest.raises(ValueError, match="loss must give one value per row, shape"):
             fit(logits, labels, loss=lambda z, y: jnp.mean(jsm.cross_entropy(z, y)))
-    with pytest.raises(ValueError, match=r"off_diagonal_penalty must be a number, got shape"):
+    with pytest.raises(ValueError, match="off_diagonal_penalty must be a number, got shape"):
         fit_matrix_scaling(logits, labels, off_diagonal_penalty=np.ones(5))
-    assert np.all(np.isnan(fit_matrix_scaling(logits, labels, intercept_penalty=-1.0)[0]))
+    negative = np.array([1.0, 1.0, 1.0, 1.0, -1.0])
+    assert np.isnan(fit_temperature(logits, labels, class_weights=negative))
+    logits, labels = biased_examples(rng)
+    assert np.all(np.isnan(fit_vector_scaling(logits, labels, ALL, penalty=-1.0)[0]))
+    assert np.all(np.isnan(fit_matrix_scaling(logits, labels, ALL, intercept_penalty=-1.0)[0]))
 
 
 # Vector and matrix scaling.
@@ -333,7 +333,10 @@ def test_vector_scaling_with_classes_ruled_out(rng):
 
     fitted = objective(np.concatenate(fit_vector_scaling(logits, labels, ALL)))
     assert fitted <= best_of_scipy(objective, np.repeat([1.0, 0.0], 4)) + 1e-9
-    assert np.all(np.isnan(fit_matrix_scaling(logits, labels, ALL)[0]))
+    matrix = fit_matrix_scaling(
+        logits, labels, ALL, off_diagonal_penalty=1.0, intercept_penalty=1.0
+    )
+    assert np.all(np.isnan(matrix[0]))
 
 
 @pytest.mark.parametrize("penalties", [(0.1, 0.5), (100.0, 0.0)])

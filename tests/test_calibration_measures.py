@@ -76,7 +76,7 @@ def predictions(rng):
 
 
 @pytest.mark.parametrize("binning", ["width", "mass"])
-@pytest.mark.parametrize("num_bins", [1, 15, 600])
+@pytest.mark.parametrize("num_bins", [1, 15])
 def test_curve_and_error_equal_numpy(predictions, binning, num_bins):
     options = {"num_bins": num_bins, "binning": binning}
     curve = reliability_curve(*predictions, **options)
@@ -234,7 +234,7 @@ def test_brier_score_equals_scikit_learn(predictions):
     close(brier_score(np.eye(3), np.array([0, 1, 0])), 2 / 3)
 
 
-@pytest.mark.parametrize("num_bins", [1, 6, 500])
+@pytest.mark.parametrize("num_bins", [1, 6])
 def test_brier_decomposition(predictions, num_bins):
     for binning in ("width", "mass"):
         parts = brier_decomposition(*predictions, num_bins=num_bins, binning=binning)
