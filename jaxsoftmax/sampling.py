@@ -84,7 +84,7 @@ def sample(
     rows, scores = prepare(x, axis, Options(where, temperature))
     noise = _gumbel(key, rows, scores)
     noise = jnp.where(is_cold(rows, scores[0], temperature), 0, noise)
-    perturbed = _perturb(rows, scores, noise)
+    perturbed = lax.stop_gradient(_perturb(rows, scores, noise))
     drawn = _first_at_top(rows, perturbed, _positions(rows, perturbed))
     return rows.flatten(jnp.where(_any_nan(rows, perturbed), -1, drawn))
 
@@ -145,7 +145,7 @@ def gumbel_softmax(
     tempered = temper(rows, perturbed[0], temperature)
     (p,) = _threshold.apply(_softmax.SOFTMAX, rows, (tempered,))
     if hard:
-        p = _with_value(p, _one_hot(rows, perturbed))
+        p = _with_value(p, _one_hot(rows, lax.stop_gradient(perturbed)))
     return p.astype(output_dtype(x))
 
 

@@ -168,6 +168,22 @@ def test_draws_across_devices():
     np.testing.assert_array_equal(np.argmax(one_hot, -1), draw(x[:100]))
     np.testing.assert_array_equal(np.sum(one_hot, -1), 1)
 
+    def loss(x, hard):
+        p = jsm.gumbel_softmax(KEY, x, (-1, "vocab"), temperature=0.5, hard=hard)
+        weights = jnp.asarray([[1.0, -2.0, 0.5]], x.dtype)
+        drawn = jsm.sample(KEY, x, (-1, "vocab")).astype(x.dtype)
+        return jax.lax.psum(jnp.sum(weights * p) + jnp.sum(drawn), "vocab")
+
+    def gradient(hard):
+        of_all = jax.shard_map(
+            functools.partial(loss, hard=hard), mesh=mesh, in_specs=spec, out_specs=PartitionSpec()
+        )
+        return jax.jit(jax.grad(of_all))(x[:10])
+
+    soft = gradient(hard=False)
+    assert np.any(soft != 0)
+    close(gradient(hard=True), soft, rtol=1e-5, atol=1e-7)
+
 
 # Gumbel-softmax.
 
