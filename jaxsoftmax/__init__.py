@@ -1,6 +1,7 @@
 """Pure JAX functions that turn scores into probabilities."""
 
 from jaxsoftmax import calibration as calibration
+from jaxsoftmax import plots as plots
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss
@@ -23,3 +24,6 @@ from jaxsoftmax.masks import top_p_mask as top_p_mask
 from jaxsoftmax.measures import shannon_entropy as shannon_entropy
 from jaxsoftmax.measures import support_size as support_size
 from jaxsoftmax.measures import tsallis_entropy as tsallis_entropy
+from jaxsoftmax.sampling import gumbel_softmax as gumbel_softmax
+from jaxsoftmax.sampling import sample as sample
+from jaxsoftmax.sampling import straight_through as straight_through

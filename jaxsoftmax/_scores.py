@@ -91,13 +91,20 @@ def _look_at_axis(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k")
+def _look_at_flag(value: Any) -> Any:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"hard must be True or False, got {type(value).__name__}.")
+    return bool(value)
+
+
+_STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k", "hard")
 _LOOKS = {
     "axis": _look_at_axis,
     "axes": _look_at_axis,
     "temperature": _look_at_temperature,
     "alpha": _look_at_number,
     "budget": _look_at_number,
+    "hard": _look_at_flag,
 }
 
 
@@ -187,7 +194,7 @@ def prepare(
         known = (rows.segment_ids >= 0) & (rows.segment_ids < rows.num_segments)
         shape = [-1 if i in rows.axes else 1 for i in range(scores.ndim)]
         scores = jnp.where(known.reshape(shape), scores, -jnp.inf)
-    scores = _temper(rows, scores, options.temperature, at_zero)
+    scores = temper(rows, scores, options.temperature, at_zero)
     if options.sink is None:
         return rows, (scores,)
     sink = check_per_row("sink", options.sink, scores, rows)
@@ -225,9 +232,13 @@ def check_mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
     return _with_ndim(where, len(shape))
 
 
-def _temper(
-    rows: Rows, scores: Array, temperature: Temperature, at_zero: Callable[[Array], Array]
+def temper(
+    rows: Rows,
+    scores: Array,
+    temperature: Temperature,
+    at_zero: Callable[[Array], Array] = jnp.zeros_like,
 ) -> Array:
+    """The scores divided by the temperature; see `prepare` for what 0 does."""
     cold = is_cold(rows, scores, temperature)
     if cold is True:
         return _coldest(rows, scores, at_zero)
@@ -274,6 +285,19 @@ def check_real(name: str, x: Array) -> None:
     """Refuses complex numbers, booleans, keys, ..."""
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real numbers, got dtype {x.dtype}.")
+
+
+def check_key(key: Any) -> Array:
+    """The key, if it is a single one of `jax.random`."""
+    typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    # Keys of the old style are bare words.
+    words = isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32
+    if not typed and not words:
+        got = f"dtype {key.dtype}" if hasattr(key, "dtype") else type(key).__name__
+        raise TypeError(f"key must be a key of jax.random.key, got {got}.")
+    if key.ndim != (0 if typed else 1):
+        raise ValueError(f"key must be a single key, got keys of shape {key.shape}.")
+    return cast(Array, key)
 
 
 def _with_ndim(x: Array, ndim: int) -> Array:

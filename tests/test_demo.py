@@ -18,6 +18,7 @@ from jaxsoftmax._demo import (
     comparison,
     digits,
     evaluation,
+    figures,
     gallery,
     interrupts,
     network,
@@ -82,7 +83,10 @@ def assert_self_contained(page):
 def fake_result(model, probs, labels, temperature=1.0):
     judgement = evaluation._judge(jnp.asarray(probs), jnp.asarray(labels))
     trained = training.Trained({}, [training.Epoch(1.0, 0.5)])
-    return evaluation.Result(model, trained, 0.5, temperature, judgement, judgement)
+    scores = np.log(np.asarray(probs) + 1e-3)
+    return evaluation.Result(
+        model, trained, scores, temperature, before=judgement, after=judgement, vector=judgement
+    )
 
 
 # The whole of it
@@ -93,11 +97,20 @@ def test_default_run(out):
     assert done.returncode == 0, done.stderr
 
     lines = [line for line in done.stdout.splitlines() if line.startswith(tuple(NAMES))]
-    rows = {line.split()[0]: line for line in lines}
-    assert list(rows) == NAMES
-    for name in NAMES:
-        assert float(re.findall(r"([\d.]+)%", rows[name])[0]) >= 97
-        assert rows[name].count("->") == 3
+    rows = [line.split() for line in lines]
+    assert [row[0] for row in rows] == [name for name in NAMES for _ in range(3)]
+    for name, scaling, *numbers in rows:
+        assert scaling in ("none", "vector") or float(scaling.removeprefix("T=")) > 0
+        accuracy, likelihood, expected, smooth, brier, support = (
+            float(number.rstrip("%")) for number in numbers
+        )
+        assert accuracy >= 97
+        assert likelihood > 0
+        # Two measures of one thing.
+        assert 0 < expected < 6
+        assert abs(smooth - expected) < 2
+        assert 0 < brier < 0.1
+        assert (support == 10) == (name == "softmax")
         assert f"{name.ljust(9)} 100%" in done.stderr
     assert done.stdout.endswith(f"The page is at {out / 'index.html'}\n")
     assert os.listdir(out) == ["index.html"]
@@ -106,10 +119,12 @@ def test_default_run(out):
     assert_self_contained(page)
     for name in NAMES:
         assert name in page.text
-        assert sum(f"Reliability diagram of {name}." in alt for alt in page.alts) == 2
+        assert sum(f"Reliability diagram of {name}." in alt for alt in page.alts) == 3
+        (panel,) = (alt for alt in page.alts if f"one digit under {name}, by" in alt)
+        assert re.search(r"At 0: \d 100%\. At 10: \d \d+%, \d \d+%", panel)
     assert sum("Validation accuracy" in alt for alt in page.alts) == 1
     assert sum("Training loss" in alt for alt in page.alts) == 1
-    assert sum(alt.startswith("A handwritten") for alt in page.alts) == gallery.SIZE + 1
+    assert sum(alt.startswith("A handwritten") for alt in page.alts) == gallery.SIZE + 2
 
 
 def test_quiet_run_of_one_mapping_replaces_the_page_and_says_nothing(out, capfd):
@@ -350,11 +365,14 @@ def test_table_is_aligned_fits_80_columns_and_explains_infinity():
     results = [fake_result(model, probs, [3, 3, 3], temperature=123.456) for model in MODELS]
     lines = table.table(results).splitlines()
     assert max(map(len, lines)) <= 80
-    assert len({len(line) for line in lines[1 : 3 + len(NAMES)]}) == 1
-    assert [line.split()[0] for line in lines[3 : 3 + len(NAMES)]] == NAMES
-    assert "inf -> inf" in lines[3]
+    rows = lines[3 : 3 + 3 * len(NAMES)]
+    assert len({len(line) for line in (*lines[1:3], *rows)}) == 1
+    assert [row.split()[:2] for row in rows] == [
+        [name, scaling] for name in NAMES for scaling in ("none", "T=123.456", "vector")
+    ]
+    assert all(row.split()[3] == "inf" for row in rows)
     assert wording.INFINITY in lines
-    assert sum("1 of 3 digits" in line for line in lines) == 2 * len(NAMES)
+    assert sum("1 of 3 digits" in line for line in lines) == 3 * len(NAMES)
 
 
 def test_table_without_infinity_has_no_notes():
@@ -379,6 +397,32 @@ def test_verdict_follows_the_numbers(temperature, before, after, words):
     )
     verdict = wording.temperature_verdict(result)
     assert all(word in verdict for word in words)
+
+
+@pytest.mark.parametrize(
+    ("vector", "words"),
+    [(0.02, "the same"), (0.01, "does better"), (0.03, "does worse")],
+)
+def test_verdict_on_vector_scaling_follows_the_numbers(vector, words):
+    result = fake_result(MODELS[0], np.full((2, 10), 0.1), [0, 1])
+    result = result._replace(
+        after=result.after._replace(brier=0.02), vector=result.vector._replace(brier=vector)
+    )
+    assert words in wording.vector_verdict(result)
+
+
+def test_panel_goes_from_one_class_to_many():
+    temperatures = np.array([0.0, 1.0, 10.0], np.float32)
+    rows = np.array([[0.5, 0.3, 0.2, 0, 0], [0.4, 0.39, 0.21, 0, 0]])
+    results = [fake_result(model, rows, [0, 1]) for model in MODELS]
+    assert gallery.most_ambiguous(results) == 1
+    for result in results:
+        probs = figures.panel_probabilities(result, 0, temperatures)
+        np.testing.assert_allclose(probs.sum(1), 1, rtol=1e-6)
+        np.testing.assert_array_equal(probs[0], np.eye(5)[0])
+        assert np.all(np.diff(probs[:, 0]) < 0)
+        picture = figures.temperature_panel(result, 0, temperatures)
+        assert picture.startswith(b"<?xml")
 
 
 def test_gallery_shows_the_hardest_digits_and_marks_zeros(data):

@@ -15,7 +15,7 @@ HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "
 
 def public_objects():
     """All names of the package, and what its public module defines."""
-    for module in (jsm, jsm.calibration):
+    for module in (jsm, jsm.calibration, jsm.plots):
         for name, value in vars(module).items():
             is_ours = getattr(value, "__module__", "").startswith(module.__name__)
             if is_ours and not name.startswith("_") and callable(value):
@@ -23,7 +23,7 @@ def public_objects():
 
 
 OBJECTS = list(public_objects())
-FUNCTIONS = [p for p in OBJECTS if p.values[0] != "ReliabilityCurve"]
+FUNCTIONS = [p for p in OBJECTS if p.values[0] not in ("ReliabilityCurve", "BrierDecomposition")]
 
 
 def test_public_objects_are_found():
@@ -117,6 +117,10 @@ def test_names_are_those_of_the_contract():
         "cross_entropy",
         "sparsemax_loss",
         "entmax_loss",
+        "gumbel_softmax",
+        "sample",
+        "straight_through",
+        "plots",
     }
     assert expected <= {name for name in vars(jsm) if not name.startswith("_")}
 
@@ -130,6 +134,9 @@ def test_names_are_those_of_the_contract():
         ("sparsemax", "(x, axis, where, *, temperature)"),
         ("entmax15", "(x, axis, where, *, temperature)"),
         ("hardmax", "(x, axis, where)"),
+        ("sample", "(key, x, axis, where, *, temperature)"),
+        ("gumbel_softmax", "(key, x, axis, where, *, temperature, hard)"),
+        ("straight_through", "(mapping, hard)"),
         ("cross_entropy", "(scores, targets, axis, where, *, temperature)"),
         ("sparsemax_loss", "(scores, targets, axis, where, *, temperature)"),
         ("entmax_loss", "(scores, targets, alpha, axis, where, *, temperature)"),

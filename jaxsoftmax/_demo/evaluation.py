@@ -1,4 +1,4 @@
-"""Judging a trained network on the test digits, before and after its temperature is fitted."""
+"""Judging a trained network on the test digits, as it is and after scaling its scores."""
 
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from jaxsoftmax._demo.models import Model
 from jaxsoftmax._demo.training import Trained
 
 NUM_BINS = 10
+# Few validation digits are misread: without it, nothing would keep the scores finite.
+_PENALTY = 0.1
 
 
 class Likelihood(NamedTuple):
@@ -35,56 +37,78 @@ class Judgement(NamedTuple):
 
     Attributes:
       probs: (N, 10), what the mapping gave.
+      accuracy: The share of digits whose true class got the largest.
       likelihood: The negative log-likelihood of the true classes.
       calibration_error: The expected calibration error.
+      smooth_error: The smooth calibration error.
+      brier: The Brier score.
       support: The mean number of classes with a probability above 0.
       curve: The reliability curve.
     """
 
     probs: np.ndarray
+    accuracy: float
     likelihood: Likelihood
     calibration_error: float
+    smooth_error: float
+    brier: float
     support: float
     curve: calibration.ReliabilityCurve
 
 
 class Result(NamedTuple):
-    """All that the table and the page tell about one model."""
+    """All that the table and the page tell about one model.
+
+    Attributes:
+      model: The model.
+      trained: Its weights and history.
+      scores: (N, 10), of the test digits.
+      temperature: What was fitted on the validation digits.
+      before: The judgement of the scores as they are.
+      after: That of the scores over the temperature.
+      vector: That after vector scaling.
+    """
 
     model: Model
     trained: Trained
-    accuracy: float
+    scores: np.ndarray
     temperature: float
     before: Judgement
     after: Judgement
+    vector: Judgement
+
+    @property
+    def judgements(self) -> dict[str, Judgement]:
+        """The judgements by a short name of the scaling."""
+        temperature = f"T={self.temperature:.3f}"
+        return {"none": self.before, temperature: self.after, "vector": self.vector}
 
 
 def evaluate(model: Model, trained: Trained, digits: Digits) -> Result:
-    """Fits the temperature on the validation digits and judges the model on the test digits.
+    """Fits both scalings on the validation digits and judges the model on the test digits.
 
     Args:
-      model: The mapping, and the loss that the temperature minimizes.
+      model: The mapping, and the loss that the scalings minimize.
       trained: The network's weights and history.
       digits: All splits; the training split is not looked at.
 
     Returns:
-      Accuracy (the temperature cannot change it), temperature, and both judgements.
+      The temperature, and a judgement without scaling and with either.
     """
     score = jax.jit(network.apply)
-    temperature = calibration.fit_temperature(
-        score(trained.params, digits.validation.images),
-        digits.validation.labels,
-        loss=model.loss,
-    )
+    held_out = score(trained.params, digits.validation.images), digits.validation.labels
+    temperature = calibration.fit_temperature(*held_out, loss=model.loss)
+    scale, bias = calibration.fit_vector_scaling(*held_out, penalty=_PENALTY, loss=model.loss)
     scores = score(trained.params, digits.test.images)
     labels = digits.test.labels
     return Result(
         model=model,
         trained=trained,
-        accuracy=float(jnp.mean(jnp.argmax(scores, axis=-1) == labels)),
+        scores=np.asarray(scores),
         temperature=float(temperature),
         before=_judge(model.mapping(scores), labels),
         after=_judge(model.mapping(scores, temperature=temperature), labels),
+        vector=_judge(model.mapping(scores * scale + bias), labels),
     )
 
 
@@ -92,8 +116,11 @@ def _judge(probs: Float[Array, "n classes"], labels: Int[Array, " n"]) -> Judgem
     error = calibration.expected_calibration_error(probs, labels, num_bins=NUM_BINS)
     return Judgement(
         probs=np.asarray(probs),
+        accuracy=float(jnp.mean(jnp.argmax(probs, axis=-1) == labels)),
         likelihood=_likelihood(np.asarray(probs), np.asarray(labels)),
         calibration_error=float(error),
+        smooth_error=float(calibration.smooth_calibration_error(probs, labels)),
+        brier=float(calibration.brier_score(probs, labels)),
         support=float(jnp.mean(jnp.sum(probs > 0, axis=-1))),
         curve=calibration.reliability_curve(probs, labels, num_bins=NUM_BINS),
     )

@@ -18,6 +18,7 @@ from matplotlib.ticker import (
     PercentFormatter,
 )
 
+from jaxsoftmax import plots
 from jaxsoftmax._demo.evaluation import Result
 from jaxsoftmax._demo.training import Epoch
 from jaxsoftmax.calibration import ReliabilityCurve
@@ -30,6 +31,7 @@ _FAINT = "#6b7380"
 _GRID = "#e6e8ec"
 _CURVES_SIZE = (4.0, 2.7)
 _RELIABILITY_SIZE = (3.4, 3.7)
+_PANEL_SIZE = (3.6, 2.8)
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
@@ -96,10 +98,48 @@ def reliability_diagram(curve: ReliabilityCurve, colour: str) -> bytes:
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_RELIABILITY_SIZE, layout="constrained")
-        shares, counts = figure.subplots(2, 1, sharex=True, height_ratios=(5, 1))
-        _draw_shares(shares, curve, colour)
-        _draw_counts(counts, np.asarray(curve.count), colour)
+        axes = plots.reliability_diagram(curve, figure.subplots(), color=colour, unit="digits")
+        axes.set_ylabel("share of right answers")
         return _svg(figure)
+
+
+def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> bytes:
+    """Draws the probabilities of one digit as the temperature goes up.
+
+    Args:
+      result: The model.
+      row: Which test digit.
+      temperatures: From low to high; 0 is fine.
+
+    Returns:
+      An SVG picture: a line per class, which ends where the probability is exactly 0. The two
+      most probable classes of all have colour and ink, and a mark is at the fitted temperature.
+    """
+    probs = panel_probabilities(result, row, temperatures)
+    leaders = np.argsort(-probs[0] - probs.mean(0), kind="stable")[:2]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
+        axes = figure.subplots()
+        looks = dict(zip(leaders, (result.model.colour, _INK), strict=True))
+        for digit, line in enumerate(np.where(probs > 0, probs, np.nan).T):
+            if digit not in looks:
+                axes.plot(temperatures, line, color="#b5bbc4", linewidth=1)
+        for digit, colour in looks.items():
+            line = np.where(probs[:, digit] > 0, probs[:, digit], np.nan)
+            axes.plot(temperatures, line, color=colour, linewidth=2, label=f"{digit}")
+        if temperatures[0] <= result.temperature <= temperatures[-1]:
+            axes.axvline(result.temperature, color=_FAINT, linewidth=1, linestyle=(0, (2, 2)))
+        axes.set(xlim=(temperatures[0], temperatures[-1]), ylim=(-0.02, 1.02))
+        axes.set(xlabel="temperature", ylabel="probability")
+        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes.legend(loc="upper right", handlelength=1.6)
+        return _svg(figure)
+
+
+def panel_probabilities(result: Result, row: int, temperatures: np.ndarray) -> np.ndarray:
+    """Computes what `temperature_panel` draws: (temperatures, classes)."""
+    scores = np.broadcast_to(result.scores[row], (len(temperatures), result.scores.shape[1]))
+    return np.asarray(result.model.mapping(scores, temperature=temperatures[:, None]))
 
 
 def digit(pixels: np.ndarray) -> bytes:
@@ -132,34 +172,6 @@ def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], flo
             marker="o" if len(epochs) == 1 else "",
             label=result.model.name,
         )
-
-
-def _draw_shares(axes: Axes, curve: ReliabilityCurve, colour: str) -> None:
-    axes.plot([0, 1], [0, 1], color=_FAINT, linewidth=1, linestyle=(0, (4, 3)))
-    confidence, accuracy, count, lower, upper = map(np.asarray, curve)
-    axes.vlines(confidence, lower, upper, color=colour, linewidth=5, alpha=0.2)
-    axes.scatter(confidence, accuracy, s=18 + 4 * np.sqrt(count), color=colour, zorder=3)
-    axes.set_ylim(-0.03, 1.03)
-    axes.set_ylabel("share of right answers")
-    axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-
-
-def _draw_counts(axes: Axes, counts: np.ndarray, colour: str) -> None:
-    centres = (np.arange(len(counts)) + 0.5) / len(counts)
-    # Most digits are in the last bin: the square root keeps the others visible.
-    heights = np.sqrt(counts / counts.max())
-    axes.bar(centres, heights, width=0.8 / len(counts), color=colour, alpha=0.55)
-    for centre, height, count in zip(centres, heights, counts, strict=True):
-        if count:
-            axes.text(centre, height + 0.08, f"{count:.0f}", ha="center", fontsize=7.5)
-    axes.set_ylim(0, 1.5)
-    axes.set_yticks([])
-    axes.grid(visible=False)
-    axes.spines["left"].set_visible(False)
-    axes.set_xlim(-0.03, 1.03)
-    axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-    axes.set_ylabel("digits")
-    axes.set_xlabel("confidence")
 
 
 def _svg(figure: Figure) -> bytes:

@@ -41,6 +41,13 @@ def example(results: list[Result], test: Split) -> str:
     return _card(results, test, rows[np.argmax(disagreement)])
 
 
+def most_ambiguous(results: list[Result]) -> int:
+    """Finds the digit whose two most probable classes are closest, on average over the models."""
+    probs = np.mean([result.after.probs for result in results], axis=0)
+    second, first = np.sort(probs, axis=-1)[:, -2:].T
+    return int(np.argmin(first - second))
+
+
 def _hardest(results: list[Result], test: Split) -> list[int]:
     """Finds the digits to whose true class the models, on average, give the least probability."""
     everyone = np.arange(test.size), np.asarray(test.labels)

@@ -3,21 +3,31 @@
 from html import escape
 from importlib import resources
 
+import numpy as np
+
 from jaxsoftmax._demo import figures, gallery
-from jaxsoftmax._demo.digits import Digits
-from jaxsoftmax._demo.embedding import svg_image
+from jaxsoftmax._demo.digits import Digits, Split
+from jaxsoftmax._demo.embedding import data_uri, svg_image
 from jaxsoftmax._demo.evaluation import NUM_BINS, Judgement, Result
 from jaxsoftmax._demo.models import MODELS
-from jaxsoftmax._demo.wording import INFINITY, infinity_notes, temperature_verdict
+from jaxsoftmax._demo.wording import (
+    INFINITY,
+    infinity_notes,
+    temperature_verdict,
+    vector_verdict,
+)
 
 _COLUMNS = (
     "Mapping",
+    "Scaling",
     "Test accuracy",
     "Negative log-likelihood",
     "Expected calibration error",
-    "Fitted temperature",
+    "Smooth calibration error",
+    "Brier score",
     "Classes above zero",
 )
+_TEMPERATURES = 10 * np.linspace(0, 1, 201, dtype=np.float32) ** 2  # more where more happens
 
 
 def page(results: list[Result], digits: Digits, *, epochs: int, seed: int) -> str:
@@ -48,6 +58,7 @@ def page(results: list[Result], digits: Digits, *, epochs: int, seed: int) -> st
 {_numbers(results, digits.test.size)}
 {_learning(results, digits)}
 {_calibration(results, digits)}
+{_temperature(results, digits.test)}
 {_hard_digits(results, digits)}
 </main>
 {_closing(results, epochs, seed)}
@@ -73,7 +84,7 @@ score. Its last step turns the scores into probabilities, and there is more than
 that step. Here the same network learns once for each way: how often is it right, and can its
 confidence be believed?</p>
 <p class="facts">{total:,} scanned digits: {digits.train.size} to learn from,
-{digits.validation.size} to fit the temperature on, {digits.test.size} to judge by. Each model
+{digits.validation.size} to fit the scalings on, {digits.test.size} to judge by. Each model
 went through its training digits {_times(epochs)}.</p>
 </div>
 <figure>{gallery.example(results, digits.test)}<figcaption>One hard test digit, and the probability
@@ -89,12 +100,16 @@ def _times(count: int) -> str:
 
 def _numbers(results: list[Result], test_size: int) -> str:
     head = "".join(f'<th scope="col">{column}</th>' for column in _COLUMNS)
-    body = "".join(map(_row, results))
+    body = "".join(
+        _row(result, scaling, judgement)
+        for result in results
+        for scaling, judgement in result.judgements.items()
+    )
     return f"""<section>
 <h2>The numbers</h2>
-<p>All of them are measured on the {test_size} test digits, which neither training nor the
-temperature has seen. Where there is an arrow, the left value is before the temperature and the
-right value after it.</p>
+<p>All of them are measured on the {test_size} test digits, which neither training nor any
+scaling has seen. Each model is judged by its scores as they are, by its scores over a fitted
+temperature T, and after vector scaling.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {_notes(results)}
 <dl>
@@ -103,8 +118,15 @@ is infinite as soon as one true class gets probability exactly 0. A sparse mappi
 is the price of saying a plain no.</dd></div>
 <div><dt>Expected calibration error</dt><dd>How far confidence and accuracy lie apart on average, in
 {NUM_BINS} bins of equal width; 0 is perfect.</dd></div>
+<div><dt>Smooth calibration error</dt><dd>The same distance without bins: smoothed with a kernel as
+wide as the error itself, so that no digit can fall on the wrong side of an edge.</dd></div>
+<div><dt>Brier score</dt><dd>The squared distance of the ten probabilities from what the digit is;
+lower is better. It stays finite whatever is said no to.</dd></div>
 <div><dt>Temperature</dt><dd>One number that divides all scores before the mapping, fitted with the
 model's own loss. The most probable class stays the same, so accuracy does too.</dd></div>
+<div><dt>Vector scaling</dt><dd>A scale and a bias for each class, twenty numbers, fitted in the
+same way but for a penalty that keeps them close to the temperature. It can change which class is
+most probable.</dd></div>
 <div><dt>Classes above zero</dt><dd>How many of the ten classes keep any probability, on
 average.</dd></div>
 </dl>
@@ -116,14 +138,15 @@ def _notes(results: list[Result]) -> str:
     return f'<div class="notes"><p>{INFINITY}</p><ul>{items}</ul></div>' if items else ""
 
 
-def _row(result: Result) -> str:
-    before, after = result.before, result.after
+def _row(result: Result, scaling: str, judgement: Judgement) -> str:
     values = (
-        f"{result.accuracy:.2%}",
-        _change(*(_likelihood(judgement) for judgement in (before, after))),
-        _change(f"{before.calibration_error:.2%}", f"{after.calibration_error:.2%}"),
-        f"{result.temperature:.3f}",
-        _change(f"{before.support:.2f}", f"{after.support:.2f}"),
+        scaling,
+        f"{judgement.accuracy:.2%}",
+        _likelihood(judgement),
+        f"{judgement.calibration_error:.2%}",
+        f"{judgement.smooth_error:.2%}",
+        f"{judgement.brier:.4f}",
+        f"{judgement.support:.2f}",
     )
     cells = "".join(
         f'<td data-label="{column}"><span>{value}</span></td>'
@@ -189,17 +212,19 @@ def _calibration_row(result: Result) -> str:
     diagrams = "".join(
         f"<figure><h4>{when}</h4>{_diagram(result, judgement, when)}</figure>"
         for when, judgement in (
-            ("Before temperature", result.before),
-            (f"After, at T = {result.temperature:.3f}", result.after),
+            ("Unscaled", result.before),
+            (f"Temperature, T = {result.temperature:.3f}", result.after),
+            ("Vector scaling", result.vector),
         )
     )
     change = _change(
         f"{result.before.calibration_error:.2%}", f"{result.after.calibration_error:.2%}"
     )
     return f"""<div class="calibration" style="--colour:{result.model.colour}">
-<div><h3 class="name">{name}</h3>
-<p class="merit">{change}</p><p class="label">expected calibration error</p>
-<p>{temperature_verdict(result)}</p></div>
+<div><div><h3 class="name">{name}</h3>
+<p class="merit">{change}</p>
+<p class="label">expected calibration error, by the temperature</p></div>
+<p>{temperature_verdict(result)} {vector_verdict(result)}</p></div>
 {diagrams}
 </div>"""
 
@@ -210,6 +235,38 @@ def _diagram(result: Result, judgement: Judgement, when: str) -> str:
         f"expected calibration error {judgement.calibration_error:.2%}."
     )
     return svg_image(figures.reliability_diagram(judgement.curve, result.model.colour), alt)
+
+
+def _temperature(results: list[Result], test: Split) -> str:
+    row = gallery.most_ambiguous(results)
+    label = int(test.labels[row])
+    picture = data_uri(figures.digit(np.asarray(test.images[row])), "image/png")
+    panels = "".join(
+        f'<figure style="--colour:{result.model.colour}">'
+        f'<h4 class="name">{escape(result.model.name)}</h4>{_panel(result, row)}</figure>'
+        for result in results
+    )
+    return f"""<section>
+<h2>Turning the knob</h2>
+<div class="subject"><img src="{picture}" width="96" height="96" alt="A handwritten {label}">
+<p>The models are most at odds with themselves about this digit, a {label}. Its scores stay as they
+are, and the temperature goes from 0 to 10. At 0 every mapping gives all to the largest score; the
+hotter, the more evenly they share. A line ends where its class gets exactly zero: a sparse mapping
+says no for longer. The dotted line is at the fitted temperature.</p></div>
+<div class="trio">{panels}</div>
+</section>"""
+
+
+def _panel(result: Result, row: int) -> str:
+    probs = figures.panel_probabilities(result, row, _TEMPERATURES)
+    shares = _and(
+        [f"{digit} {share:.0%}" for digit, share in enumerate(probs[-1]) if share >= 0.005]
+    )
+    return svg_image(
+        figures.temperature_panel(result, row, _TEMPERATURES),
+        f"Probabilities of one digit under {escape(result.model.name)}, by temperature. At 0: "
+        f"{probs[0].argmax()} 100%. At 10: {shares}.",
+    )
 
 
 def _hard_digits(results: list[Result], digits: Digits) -> str:

@@ -5,24 +5,34 @@ from jaxsoftmax._demo.wording import INFINITY, infinity_notes
 
 _HEADINGS = (
     ("", "mapping"),
+    ("", "scaling"),
     ("test", "accuracy"),
-    ("negative", "log-likelihood"),
-    ("expected", "calibration error"),
-    ("fitted", "temp."),
-    ("classes", "above zero"),
+    ("neg. log-", "likelihood"),
+    ("expected", "cal. err."),
+    ("smooth", "c. err."),
+    ("Brier", "score"),
+    ("classes", "above 0"),
 )
+_LEFT = 2  # columns of words
 
 
 def table(results: list[Result]) -> str:
-    """Lays the results out in aligned columns; `a -> b` is before and after the temperature.
+    """Lays the results out in aligned columns.
 
     Args:
-      results: One row each.
+      results: One row each per scaling.
 
     Returns:
       The table, and below it a note for every infinite entry.
     """
-    rows = [*map(list, zip(*_HEADINGS, strict=True)), *map(_cells, results)]
+    rows = [
+        *map(list, zip(*_HEADINGS, strict=True)),
+        *(
+            _cells(result.model.name, scaling, judgement)
+            for result in results
+            for scaling, judgement in result.judgements.items()
+        ),
+    ]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(len(_HEADINGS[0]), ["-" * width for width in widths])
     lines = [_line(row, widths) for row in rows]
@@ -32,25 +42,21 @@ def table(results: list[Result]) -> str:
     return "\n".join(lines)
 
 
-def _cells(result: Result) -> list[str]:
-    before, after = result.before, result.after
+def _cells(name: str, scaling: str, judgement: Judgement) -> list[str]:
     return [
-        result.model.name,
-        f"{result.accuracy:.2%}",
-        f"{_likelihood(before)} -> {_likelihood(after)}",
-        f"{before.calibration_error:.2%} -> {after.calibration_error:.2%}",
-        f"{result.temperature:.3f}",
-        f"{before.support:.2f} -> {after.support:.2f}",
+        name,
+        scaling,
+        f"{judgement.accuracy:.2%}",
+        f"{judgement.likelihood.mean:.3f}",
+        f"{judgement.calibration_error:.2%}",
+        f"{judgement.smooth_error:.2%}",
+        f"{judgement.brier:.4f}",
+        f"{judgement.support:.2f}",
     ]
 
 
-def _likelihood(judgement: Judgement) -> str:
-    return f"{judgement.likelihood.mean:.3f}"
-
-
 def _line(cells: list[str], widths: list[int]) -> str:
-    first, *others = (
-        cell.ljust(width) if column == 0 else cell.rjust(width)
+    return "  ".join(
+        cell.ljust(width) if column < _LEFT else cell.rjust(width)
         for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
-    )
-    return "  ".join([first, *others]).rstrip()
+    ).rstrip()

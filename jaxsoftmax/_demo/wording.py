@@ -8,11 +8,28 @@ INFINITY = "Infinite means that the true class of at least one digit got probabi
 def infinity_notes(results: list[Result]) -> list[str]:
     """Says of each infinite negative log-likelihood what lies behind it; follows `INFINITY`."""
     return [
-        f"{result.model.name} {when}: {_zeros(judgement)}"
+        f"{result.model.name} ({_SCALINGS.get(scaling, scaling)}): {_zeros(judgement)}"
         for result in results
-        for when, judgement in (("before", result.before), ("after", result.after))
+        for scaling, judgement in result.judgements.items()
         if judgement.likelihood.zeros
     ]
+
+
+_SCALINGS = {"none": "unscaled"}
+
+
+def vector_verdict(result: Result) -> str:
+    """Says what the many numbers of vector scaling are worth beside the one temperature."""
+    what = "Vector scaling, a scale and a bias for each class,"
+    one, many = (f"{judgement.brier:.4f}" for judgement in (result.after, result.vector))
+    if one == many:
+        return f"{what} comes out the same by the Brier score, {many}."
+    if many < one:
+        return f"{what} does better by the Brier score: {many}, where the temperature has {one}."
+    return (
+        f"{what} does worse by the Brier score: {many}, where the temperature has {one}. "
+        "Twenty numbers also fit what is peculiar to the validation digits."
+    )
 
 
 def temperature_verdict(result: Result) -> str:

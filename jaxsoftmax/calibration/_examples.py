@@ -1,0 +1,174 @@
+"""Held-out examples to fit to: checked, weighted, and gone through in blocks that fit a cache."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._scores import as_scores, check_mask, check_real
+
+Loss = Callable[[Array, Array], Array]
+
+# The numbers in a block: 1 MB of float32.
+_BLOCK = 2**18
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("logits", "labels", "weights"),
+    meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Rows of logits with their labels.
+
+    Attributes:
+      logits: (n, classes), in the dtype that came.
+      labels: (n,) classes or (n, classes) distributions.
+      weights: (n,), in the dtype to compute in; 0 for rows that do not count.
+    """
+
+    logits: Array
+    labels: Array
+    weights: Array
+
+    @property
+    def dtype(self) -> Any:
+        """The dtype to compute in."""
+        return self.weights.dtype
+
+    def every(self, stride: int) -> "Examples":
+        """A part of the examples, evenly spread."""
+        return jax.tree.map(lambda x: x[::stride], self)
+
+    def sum(self, fun: Callable[["Examples"], Any]) -> Any:
+        """The sum of `fun`, a pytree of numbers, over blocks of rows."""
+        n, classes = self.logits.shape
+        size = max(1, min(n, _BLOCK // max(classes, 1)))
+
+        def block(number: Array) -> "Examples":
+            # The last block reaches back into the one before, whose rows count no more.
+            begin = number * size
+            start = jnp.minimum(begin, n - size)
+            part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), self)
+            fresh = start + jnp.arange(size, dtype=jnp.int32) >= begin
+            weights = jnp.where(fresh, part.weights, 0)
+            logits = jnp.where(weights[:, None] > 0, part.logits.astype(self.dtype), 0)
+            return Examples(logits, part.labels, weights)
+
+        def step(total: Any, number: Array) -> tuple[Any, None]:
+            return jax.tree.map(jnp.add, total, fun(block(number))), None
+
+        if n == 0:
+            return fun(dataclasses.replace(self, logits=self.logits.astype(self.dtype)))
+        if n == size:
+            return fun(block(jnp.int32(0)))
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(fun, block(jnp.int32(0)))
+        )
+        return lax.scan(step, zeros, jnp.arange(-(-n // size), dtype=jnp.int32))[0]
+
+
+def as_examples(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None,
+    class_weights: ArrayLike | None,
+) -> Examples:
+    """Checks what a fit is given."""
+    scores = jnp.asarray(logits)
+    dtype = jax.eval_shape(functools.partial(as_scores, name="logits"), logits).dtype
+    if scores.ndim == 0:
+        raise ValueError("logits must have an axis of classes, got a scalar.")
+    rows, classes = scores.shape[:-1], scores.shape[-1]
+    labels = jnp.asarray(labels)
+    check_real("labels", labels)
+    are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
+    wanted = rows if are_classes else scores.shape
+    if labels.shape != wanted:
+        kind = "classes" if are_classes else "distributions"
+        raise ValueError(
+            f"labels must have shape {wanted} if they are {kind}, got shape {labels.shape}."
+        )
+    # A search has no derivatives worth the name.
+    scores, labels = lax.stop_gradient((scores, labels))
+    weights = jnp.ones(rows, dtype)
+    if where is not None:
+        weights = jnp.where(check_mask(where, rows), weights, 0)
+    if class_weights is not None:
+        weights = weights * _label_weights(labels, class_weights, classes, dtype)
+    return Examples(
+        scores.reshape(-1, classes),
+        labels.reshape((-1,) if are_classes else (-1, classes)),
+        weights.reshape(-1),
+    )
+
+
+def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype: Any) -> Array:
+    class_weights = jnp.asarray(class_weights)
+    check_real("class_weights", class_weights)
+    if class_weights.shape != (classes,):
+        raise ValueError(
+            f"class_weights must have shape {(classes,)}, one per class, got shape "
+            f"{class_weights.shape}."
+        )
+    class_weights = lax.stop_gradient(class_weights.astype(dtype))
+    # A fit to negative weights has no answer.
+    class_weights = jnp.where(class_weights >= 0, class_weights, jnp.nan)
+    if jnp.issubdtype(labels.dtype, jnp.integer):
+        return jnp.take(class_weights, labels, mode="fill", fill_value=1)
+    return labels.astype(dtype) @ class_weights
+
+
+def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Callable[[Any], Array]:
+    """The weighted mean of `loss(params, block)`, one value per row, as a function of `params`.
+
+    The gradient is taken block by block along with the value. A row whose loss is infinite is so
+    at any parameters, as one of a class that was ruled out, and has no say.
+    """
+    total_weight = jnp.sum(examples.weights)
+    total_weight = jnp.where(total_weight == 0, 1, total_weight)
+
+    def of_block(params: Any, block: Examples) -> Array:
+        losses = loss(params, block)
+        if losses.shape != block.weights.shape:
+            raise ValueError(
+                f"loss must give one value per row, shape {block.weights.shape}, got shape "
+                f"{losses.shape}."
+            )
+        losses = losses.astype(block.dtype)
+        counts = (block.weights > 0) & (losses != jnp.inf)
+        return jnp.sum(jnp.where(counts, block.weights * losses, 0)) / total_weight
+
+    @custom_vjp
+    def mean(params: Any) -> Array:
+        return examples.sum(lambda block: of_block(params, block))
+
+    def fwd(params: Any) -> tuple[Array, Any]:
+        return examples.sum(lambda block: jax.value_and_grad(of_block)(params, block))
+
+    def bwd(gradient: Any, ct: Array) -> tuple[Any]:
+        return (jax.tree.map(lambda g: ct * g, gradient),)
+
+    mean.defvjp(fwd, bwd)
+    return mean
+
+
+def spread(examples: Examples) -> Array:
+    """The root mean square of the logits' distance from their row's mean, infinite ones apart."""
+
+    def moments(block: Examples) -> tuple[Array, Array]:
+        counted = jnp.isfinite(block.logits) & (block.weights[:, None] > 0)
+        finite = jnp.where(counted, block.logits, 0)
+        counts = jnp.where(counted, jnp.ones_like(finite), 0)
+        mean = jnp.sum(finite, 1) / jnp.maximum(jnp.sum(counts, 1), 1)
+        return jnp.sum(jnp.where(counted, finite - mean[:, None], 0) ** 2), jnp.sum(counts)
+
+    squares, count = examples.sum(moments)
+    return jnp.sqrt(squares / jnp.maximum(count, 1))

@@ -1,0 +1,53 @@
+"""Minimization of a smooth function of a few numbers or many."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from jaxtyping import Array
+
+
+def minimize(
+    objective: Callable[[Any], Array], start: Any, tolerance: float, *, memory: int
+) -> tuple[Any, Array]:
+    """A local minimum and its value, by L-BFGS with optax's line search.
+
+    Args:
+      objective: what to minimize, of a pytree.
+      start: where to begin. The first step is the gradient itself, of length 1 at most, so
+        variables are best scaled to a curvature near 1.
+      tolerance: the norm of the gradient to end at.
+      memory: how many steps to learn the curvature from.
+    """
+    solver = optax.lbfgs(memory_size=memory)
+
+    def step(carry: tuple) -> tuple:
+        params, value, grad, state, _, count = carry
+        updates, state = solver.update(
+            grad, state, params, value=value, grad=grad, value_fn=objective
+        )
+        params = optax.apply_updates(params, updates)
+        # The line search has left both where it ended.
+        value, grad = (optax.tree.get(state, name) for name in ("value", "grad"))
+        return params, value, grad, state, optax.tree.norm(updates) > 0, count + 1
+
+    def go_on(carry: tuple) -> Array:
+        _, _, grad, _, moved, count = carry
+        return moved & (optax.tree.norm(grad) > tolerance) & (count < _MAX_STEPS)
+
+    value, grad = jax.value_and_grad(objective)(start)
+    moved, count = jnp.ones((), bool), jnp.zeros((), jnp.int32)
+    init = start, value, grad, solver.init(start), moved, count
+    params, value, *_ = lax.while_loop(go_on, step, init)
+    return params, value
+
+
+def precise(dtype: Any) -> float:
+    """The norm of a gradient that rounding lets through."""
+    return float(jnp.finfo(dtype).eps) ** 0.75
+
+
+_MAX_STEPS = 200

@@ -1,0 +1,211 @@
+"""Vector and matrix scaling: affine functions of the logits."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Num
+
+from jaxsoftmax._scores import check_real
+from jaxsoftmax.calibration._examples import Examples, as_examples, mean_loss, spread
+from jaxsoftmax.calibration._minimize import minimize, precise
+from jaxsoftmax.calibration._temperature import best_temperature
+from jaxsoftmax.losses import cross_entropy
+
+# No parameter is fitted beyond this, measured in units of the logits' spread.
+_LIMIT = 1000.0
+_MEMORY = 10
+
+Params = tuple[Array, Array]
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def fit_vector_scaling(
+    logits: Float[ArrayLike, "*rows classes"],
+    labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    penalty: ArrayLike = 0.0,
+    class_weights: Float[ArrayLike, " classes"] | None = None,
+    loss: Callable[[Array, Array], Array] = cross_entropy,
+) -> tuple[Float[Array, " classes"], Float[Array, " classes"]]:
+    r"""A scale and a bias per class that make held-out labels most likely.
+
+    .. math:: \arg\min_{a, b} \frac{\sum_n w_{y_n} L(a \odot z_n + b, y_n)}{\sum_n w_{y_n}}
+              + \frac{\lambda}{k} \sum_j \big[ (t a_j - 1)^2 + b_j^2 \big]
+
+    for `k` classes, with the temperature `t` of `fit_temperature`: a penalty keeps the fit close to
+    temperature scaling where examples are few, or told apart without a mistake.
+
+    Found by L-BFGS with a line search that starts at temperature scaling. Scales are sought up to
+    1000 over the spread of the logits (see `fit_temperature`), biases up to 1000, either way; where
+    there is no optimum inside, as with separable examples and no penalty, the fit ends when the
+    loss falls no more. The result has no derivatives.
+
+    Args:
+      logits: scores of held-out examples, as they go into the mapping. Infinite ones stay as they
+        are.
+      labels: their integer classes, or distributions over the classes.
+      where: the rows that count, for instance to leave out padding; default all.
+      penalty: the strength `lambda`; a negative one gives NaN.
+      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
+        1. For distributions as labels their mean.
+      loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
+
+    Returns:
+      `(scale, bias)`, each with one number per class, for `softmax(logits * scale + bias)`. NaN
+      where the loss of a row that counts is, for instance for a class out of range.
+
+    Raises:
+      TypeError: if `logits` or `penalty` is not real, `where` not boolean, or `labels` not numbers.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row.
+
+    Example:
+      These logits rank rightly, but favour class 0 by 2:
+
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> logits = jnp.array([[4.0, 0.0]] * 8 + [[0.0, 0.0]] * 8)
+      >>> labels = jnp.array([0] * 7 + [1] + [0] + [1] * 7)
+      >>> scale, bias = jsm.calibration.fit_vector_scaling(logits, labels)
+      >>> print(jsm.softmax(logits * scale + bias)[jnp.array([0, 8])])
+      [[0.875 0.125]
+       [0.125 0.875]]
+
+    References:
+      Guo, Pleiss, Sun & Weinberger, 2017: On calibration of modern neural networks
+      (arXiv:1706.04599).
+    """
+    examples = as_examples(logits, labels, where, class_weights)
+    unit = _unit(examples)
+
+    def scaled_loss(params: Params, block: Examples) -> Array:
+        scale, bias = _bounded(params)
+        finite = jnp.isfinite(block.logits)
+        scaled = jnp.where(finite, block.logits, 0) * (scale / unit)[None] + bias[None]
+        return loss(jnp.where(finite, scaled, block.logits), block.labels)
+
+    data_term = mean_loss(examples, scaled_loss)
+    strength = _strength("penalty", penalty, unit)
+    tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss))
+
+    def objective(params: Params) -> Array:
+        scale, bias = _bounded(params)
+        distance = jnp.mean((scale / tempered - 1) ** 2) + jnp.mean(bias**2)
+        return data_term(params) + strength * distance
+
+    start = tempered, jnp.zeros_like(tempered)
+    params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
+    scale, bias = _nan_like(value, _bounded(params))
+    return scale / unit, bias
+
+
+@functools.partial(jax.jit, static_argnames="loss")
+def fit_matrix_scaling(
+    logits: Float[ArrayLike, "*rows classes"],
+    labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    off_diagonal_penalty: ArrayLike = 1.0,
+    intercept_penalty: ArrayLike = 1.0,
+    class_weights: Float[ArrayLike, " classes"] | None = None,
+    loss: Callable[[Array, Array], Array] = cross_entropy,
+) -> tuple[Float[Array, "classes classes"], Float[Array, " classes"]]:
+    r"""A matrix and a bias that make held-out labels most likely, kept close to vector scaling.
+
+    .. math:: \arg\min_{W, b} \frac{\sum_n w_{y_n} L(z_n W + b, y_n)}{\sum_n w_{y_n}}
+              + \frac{\lambda}{k (k - 1)} \sum_{i \ne j} W_{ij}^2 + \frac{\mu}{k} \sum_j b_j^2
+
+    for `k` classes: the regularization called ODIR, without which so many parameters overfit. Both
+    strengths are best chosen by cross-validation.
+
+    Found by L-BFGS with a line search that starts at `1 / fit_temperature` times the identity.
+    Weights are sought up to 1000 over the spread of the logits (see `fit_temperature`), biases up
+    to 1000, either way. The result has no derivatives.
+
+    Args:
+      logits: finite scores of held-out examples, as they go into the mapping.
+      labels: their integer classes, or distributions over the classes.
+      where: the rows that count, for instance to leave out padding; default all.
+      off_diagonal_penalty: the strength `lambda`; a negative one gives NaN.
+      intercept_penalty: the strength `mu`; a negative one gives NaN.
+      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
+        1. For distributions as labels their mean.
+      loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
+
+    Returns:
+      `(weight, bias)` of shapes (classes, classes) and (classes,), for `softmax(logits @ weight +
+      bias)`. NaN where the loss of a row that counts is, for instance for a class out of range, and
+      where one of its logits is infinite.
+
+    Raises:
+      TypeError: if `logits` or a penalty is not real, `where` not boolean, or `labels` not
+        numbers.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row.
+
+    Example:
+      What is scored as class 2 is often class 1:
+
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=2, suppress=True)
+      >>> logits = 4 * jnp.eye(3)[jnp.array([0, 0, 0, 1, 1, 1, 2, 2, 2])]
+      >>> labels = jnp.array([0, 0, 0, 1, 1, 1, 2, 1, 1])
+      >>> weight, bias = jsm.calibration.fit_matrix_scaling(
+      ...     logits, labels, off_diagonal_penalty=1e-3, intercept_penalty=1e-3
+      ... )
+      >>> print(jsm.softmax(logits @ weight + bias)[-1])
+      [0.   0.67 0.33]
+
+    References:
+      Kull, Perello-Nieto, Kangsepp, Silva Filho, Song & Flach, 2019: Beyond temperature scaling
+      (arXiv:1910.12656).
+    """
+    examples = as_examples(logits, labels, where, class_weights)
+    unit, classes = _unit(examples), examples.logits.shape[1]
+    identity = jnp.eye(classes, dtype=examples.dtype)
+    across = _strength("off_diagonal_penalty", off_diagonal_penalty, unit)
+    along = _strength("intercept_penalty", intercept_penalty, unit)
+
+    def scaled_loss(params: Params, block: Examples) -> Array:
+        weight, bias = _bounded(params)
+        return loss(block.logits @ (weight / unit) + bias[None], block.labels)
+
+    data_term = mean_loss(examples, scaled_loss)
+
+    def objective(params: Params) -> Array:
+        weight, bias = _bounded(params)
+        mixing = jnp.sum((weight / unit * (1 - identity)) ** 2) / max(classes * (classes - 1), 1)
+        return data_term(params) + across * mixing + along * jnp.mean(bias**2)
+
+    tempered = identity * (unit / best_temperature(examples, loss))
+    start = tempered, jnp.zeros_like(tempered[0])
+    params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
+    weight, bias = _nan_like(value, _bounded(params))
+    return weight / unit, bias
+
+
+def _unit(examples: Examples) -> Array:
+    """What the parameters that multiply logits are measured in: one over the spread."""
+    scale = spread(examples)
+    return jnp.where(scale == 0, 1, scale)
+
+
+def _strength(name: str, value: ArrayLike, like: Array) -> Array:
+    """The strength of a penalty; NaN if it is negative, and so is all that comes of it."""
+    value = jnp.asarray(value)
+    check_real(name, value)
+    if value.shape:
+        raise ValueError(f"{name} must be a number, got shape {value.shape}.")
+    value = value.astype(like.dtype)
+    return jnp.where(value >= 0, value, jnp.nan)
+
+
+def _bounded(params: Params) -> Params:
+    multiplier, bias = params
+    return jnp.clip(multiplier, -_LIMIT, _LIMIT), jnp.clip(bias, -_LIMIT, _LIMIT)
+
+
+def _nan_like(value: Array, params: Any) -> Any:
+    return jax.tree.map(lambda x: jnp.where(jnp.isnan(value), jnp.nan, x), params)

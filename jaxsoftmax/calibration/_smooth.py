@@ -1,0 +1,86 @@
+"""The calibration error without bins: residuals smoothed by a kernel as wide as the error is."""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Float, Int
+
+from jaxsoftmax.calibration._predictions import confidences
+
+# The steps of the grid on [0, 1], far finer than the errors of any sample.
+_STEPS = 2**12
+# Halvings of the interval of bandwidths.
+_HALVINGS = 26
+
+
+@jax.jit
+def smooth_calibration_error(
+    probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
+) -> Float[Array, ""]:
+    r"""The distance between confidence and accuracy, smoothed instead of binned.
+
+    .. math:: \sigma = \int_0^1 \Big| \frac1n \sum_i (y_i - c_i) K_\sigma(c_i, t) \Big| \, dt
+
+    with the confidence `c` of each prediction, 1 or 0 in `y` for right and wrong, and the Gaussian
+    kernel `K` of width :math:`\sigma`, reflected at 0 and 1. The right side falls as the width
+    grows, so there is one width that is equal to the error it gives: that is the answer. No number
+    of bins is to be chosen, and small changes of the probabilities change it little.
+
+    Args:
+      probs: predicted probabilities; the largest of a row is its confidence.
+      labels: integer classes.
+
+    Returns:
+      A scalar between 0 and 1. NaN if a row holds NaN or no probabilities, or has a class out of
+      range, or there are no rows.
+
+    Raises:
+      TypeError: if `probs` is not real or `labels` holds no integers.
+      ValueError: if shapes do not fit.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> probs = jnp.tile(jnp.array([0.9, 0.1]), (100, 1))
+      >>> labels = (jnp.arange(100) >= 70).astype(int)  # right in 70 of 100
+      >>> print(f"{jsm.calibration.smooth_calibration_error(probs, labels):.3f}")
+      0.200
+
+    References:
+      Blasiok & Nakkiran, 2023: Smooth ECE (arXiv:2309.12236).
+    """
+    confidence, correct = confidences(probs, labels)
+    spectrum = jnp.fft.rfft(_reflected(confidence, (correct - confidence) / confidence.size))
+    squares = (jnp.pi * jnp.arange(_STEPS + 1, dtype=confidence.dtype)) ** 2
+
+    def error(width: Array) -> Array:
+        damping = jnp.exp(-squares * width**2 / 2).astype(spectrum.dtype)
+        smoothed = jnp.fft.irfft(spectrum * damping, 2 * _STEPS)
+        height = jnp.abs(smoothed[: _STEPS + 1])
+        # The trapezoidal rule; a mass on the grid is a density times the step.
+        return jnp.sum(height) - (height[0] + height[-1]) / 2
+
+    def halve(_: int, interval: tuple[Array, Array]) -> tuple[Array, Array]:
+        low, high = interval
+        middle = (low + high) / 2
+        wider = error(middle) > middle
+        return jnp.where(wider, middle, low), jnp.where(wider, high, middle)
+
+    zero = jnp.zeros((), confidence.dtype)
+    low, _ = lax.stop_gradient(lax.fori_loop(0, _HALVINGS, halve, (zero, zero + 1)))
+    # One step of Newton's method has the derivative that the implicit function theorem gives.
+    value, slope = jax.jvp(error, (low,), (zero + 1,))
+    width = low + (value - low) / (1 - lax.stop_gradient(slope))
+    return width if confidence.size else jnp.full_like(width, jnp.nan)
+
+
+def _reflected(positions: Array, masses: Array) -> Array:
+    """Masses on a grid of step `1 / _STEPS`, and their mirror images: one period of length 2."""
+    scaled = jnp.clip(positions, 0, 1) * _STEPS
+    left = jnp.clip(jnp.floor(scaled), 0, _STEPS - 1)
+    share = scaled - left
+    where = jnp.where(jnp.isnan(left), 0, left).astype(jnp.int32)
+    sides = jnp.concatenate([masses * (1 - share), masses * share])
+    grid = jax.ops.segment_sum(sides, jnp.concatenate([where, where + 1]), _STEPS + 1)
+    inside = grid[1:-1]
+    # At either end a mass is its own image.
+    return jnp.concatenate([2 * grid[:1], inside, 2 * grid[-1:], inside[::-1]])

@@ -1,0 +1,279 @@
+"""Pictures of probabilities, on axes of matplotlib. Needs the extra `plots`.
+
+Each function draws on the axes that it is given, or on new ones of `matplotlib.pyplot`, and returns
+them. None shows, saves or clears anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, ArrayLike, Float
+
+from jaxsoftmax.calibration import ReliabilityCurve
+from jaxsoftmax.measures import support_size
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_GREY = "#6b7380"
+# Of a palette made for colour-blind readers too.
+_COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
+_STYLES = ("solid", "dashed", "dashdot", "dotted")
+
+
+def reliability_diagram(
+    curve: ReliabilityCurve,
+    ax: Axes | None = None,
+    *,
+    color: str = _COLORS[0],
+    label: str | None = None,
+    unit: str = "count",
+) -> Axes:
+    """How often predictions come true against how confident they were, with counts and intervals.
+
+    A dot per bin, larger the more predictions it holds; on the dashed diagonal confidence and
+    accuracy agree, above it predictions are too modest, below it too sure. The pale bar behind a
+    dot is the interval of the accuracy. The columns underneath count the predictions in each bin;
+    their heights grow with the square root, so that small bins are seen beside large ones.
+
+    Args:
+      curve: what `reliability_curve` returns.
+      ax: axes to draw on; default new ones. The counts take the lowest fifth of their place.
+      color: of dots and columns.
+      label: what a legend calls the dots.
+      unit: what the columns are called.
+
+    Returns:
+      The axes, with the counts in `ax.child_axes[-1]`.
+
+    Raises:
+      TypeError: if `curve` is no `ReliabilityCurve`.
+      ValueError: if it has more than one axis, as from `vmap`.
+      ImportError: if there is no matplotlib.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> probs = jax.nn.softmax(3 * jax.random.normal(jax.random.key(0), (200, 4)))
+      >>> labels = jsm.sample(jax.random.key(1), jnp.log(probs), temperature=1.5)
+      >>> curve = jsm.calibration.reliability_curve(probs, labels, num_bins=10)
+      >>> jsm.plots.reliability_diagram(curve).get_xlabel()
+      'confidence'
+
+    References:
+      Niculescu-Mizil & Caruana, 2005: Predicting good probabilities with supervised learning.
+    """
+    if not isinstance(curve, ReliabilityCurve):
+        raise TypeError(f"curve must be a ReliabilityCurve, got {type(curve).__name__}.")
+    if np.ndim(curve.count) != 1:
+        raise ValueError(f"curve must have one axis, the bins, got shape {np.shape(curve.count)}.")
+    ax = _axes_or_new(ax)
+    confidence, accuracy, count, lower, upper = (np.asarray(x) for x in curve)
+    ax.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+    ax.vlines(confidence, lower, upper, color=color, linewidth=5, alpha=0.2, zorder=2)
+    largest = max(count.max(initial=0), 1)
+    sizes = 12 + 88 * np.sqrt(count / largest)
+    ax.scatter(confidence, accuracy, s=sizes, color=color, label=label, zorder=3)
+    ax.set(ylim=(-0.03, 1.03), ylabel="accuracy")
+    counts = ax.inset_axes((0, -0.26, 1, 0.22), sharex=ax)
+    _draw_counts(counts, count, np.sqrt(count / largest), color)
+    counts.set(xlabel="confidence", ylabel=unit)
+    for axes in (ax.xaxis, ax.yaxis, counts.xaxis):
+        axes.set_major_formatter(lambda share, _: f"{100 * share:.0f}%")
+    ax.tick_params(labelbottom=False)
+    ax.set(xlim=(-0.03, 1.03))
+    # Where one looks for it, though it is the axes below that show it.
+    ax.set_xlabel("confidence").set_visible(False)
+    return ax
+
+
+def _draw_counts(ax: Axes, count: np.ndarray, heights: np.ndarray, color: str) -> None:
+    centres = (np.arange(len(count)) + 0.5) / len(count)
+    ax.bar(centres, heights, width=0.8 / len(count), color=color, alpha=0.55)
+    for x, height, number in zip(centres, heights, count, strict=True):
+        if number:
+            ax.annotate(
+                f"{number:.0f}",
+                (x, height),
+                (0, 2),
+                textcoords="offset points",
+                ha="center",
+                fontsize=7 if len(count) <= 12 else 6,
+            )
+    ax.set(ylim=(0, 1.6), yticks=[])
+    ax.grid(visible=False)
+    ax.spines[["left", "right", "top"]].set_visible(False)
+
+
+def simplex_plot(
+    mapping: Callable[[Array], Array],
+    ax: Axes | None = None,
+    *,
+    scale: float = 4.0,
+    resolution: int = 301,
+    labels: Sequence[str] = ("class 1", "class 2", "class 3"),
+    colors: Sequence[str] = _COLORS[:3],
+) -> Axes:
+    """What a mapping makes of three scores, over a triangle.
+
+    At a corner one score is `scale` and the two others are 0; in between, they are mixed. The
+    colours of the classes are mixed by their probabilities, pure where a class has all of it. The
+    white lines are where a class begins to have none, if the mapping is sparse; the dark ones where
+    the most probable class has 0.5, 0.7 and 0.9.
+
+    Args:
+      mapping: a function of scores (n, 3) that returns probabilities of that shape; further
+        options by `functools.partial`.
+      ax: axes to draw on; default new ones.
+      scale: how far the scores of a corner are apart.
+      resolution: how many points there are from side to side.
+      labels: the names of the classes.
+      colors: their colours.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ValueError: if `mapping` returns another shape, or there are not three labels and colors, or
+        `resolution` is below 2.
+      ImportError: if there is no matplotlib.
+
+    Example:
+      >>> import jaxsoftmax as jsm
+      >>> jsm.plots.simplex_plot(jsm.sparsemax).get_title()
+      'sparsemax'
+
+    References:
+      Martins & Astudillo, 2016: From softmax to sparsemax (arXiv:1602.02068).
+    """
+    for name, names in (("labels", labels), ("colors", colors)):
+        if len(names) != 3:
+            raise ValueError(f"{name} must be three, one per class, got {len(names)}.")
+    if resolution < 2:
+        raise ValueError(f"resolution must be at least 2, got {resolution}.")
+    ax = _axes_or_new(ax)
+    from matplotlib.colors import to_rgb
+
+    x, y, shares = _over_the_triangle(resolution)
+    points = jnp.asarray(scale * shares.reshape(-1, 3), jnp.float32)
+    p = np.asarray(mapping(points), np.float64)
+    if p.shape != points.shape:
+        raise ValueError(f"mapping must return shape {points.shape}, got shape {p.shape}.")
+    p = p.reshape(shares.shape)
+    triangle = ax.fill(*_CORNERS.T, facecolor="none", edgecolor=_GREY, linewidth=0.6)[0]
+    mixed = np.clip(p @ np.array([to_rgb(color) for color in colors]), 0, 1)
+    image = ax.imshow(mixed, extent=(0, 1, 0, _HEIGHT), origin="lower", interpolation="bilinear")
+    drawn = [ax.contour(x, y, p.max(-1), [0.5, 0.7, 0.9], colors="#00000066", linewidths=0.8)]
+    for one in np.moveaxis(p, -1, 0):
+        if np.any(one == 0) and np.any(one > 0):
+            # Between the last point with none and the first with some.
+            some = np.where(one > 0, 1.0, 0.0)
+            drawn.append(ax.contour(x, y, some, [0.5], colors="white", linewidths=1.6))
+    for artist in (image, *drawn):
+        artist.set_clip_path(triangle)
+    for corner, text, side in zip(_CORNERS, labels, ("left", "right", "center"), strict=True):
+        up = corner[1] > 0
+        offset, va = ((0, 4), "bottom") if up else ((0, -4), "top")
+        ax.annotate(text, corner, offset, textcoords="offset points", ha=side, va=va)
+    ax.set(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, _HEIGHT + 0.01))
+    ax.set_title(_name(mapping), pad=20)
+    ax.set_axis_off()
+    return ax
+
+
+# Where the three classes are: an equilateral triangle.
+_HEIGHT = 0.75**0.5
+_CORNERS = np.array([[0.0, 0.0], [1.0, 0.0], [0.5, _HEIGHT]])
+
+
+def _over_the_triangle(resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Points of the rectangle around the triangle, and their barycentric coordinates."""
+    x, y = np.meshgrid(np.linspace(0, 1, resolution), np.linspace(0, _HEIGHT, resolution))
+    third = y / _HEIGHT
+    second = x - third / 2
+    return x, y, np.stack([1 - second - third, second, third], -1)
+
+
+def support_plot(
+    mappings: Callable[..., Array] | Sequence[Callable[..., Array]] | Mapping[str, Callable],
+    scores: Float[ArrayLike, "rows classes"],
+    ax: Axes | None = None,
+    *,
+    temperatures: Float[ArrayLike, " steps"] | None = None,
+) -> Axes:
+    """How many classes have a probability above 0, as the temperature grows.
+
+    A line per mapping is the mean over the rows of scores; the band around it holds the middle half
+    of them.
+
+    Args:
+      mappings: one, several, or a dictionary of them by name; functions of `(scores, temperature=
+        ...)`.
+      scores: rows of scores.
+      ax: axes to draw on; default new ones.
+      temperatures: positive ones, ascending; default 61 from 0.01 to 10, evenly by ratio.
+
+    Returns:
+      The axes, with one line per mapping.
+
+    Raises:
+      ValueError: if `scores` has not two axes, or a temperature is not positive.
+      ImportError: if there is no matplotlib.
+
+    Example:
+      >>> import jax, jaxsoftmax as jsm
+      >>> scores = jax.random.normal(jax.random.key(0), (20, 10))
+      >>> ax = jsm.plots.support_plot([jsm.softmax, jsm.sparsemax], scores)
+      >>> [line.get_label() for line in ax.get_lines()]
+      ['softmax', 'sparsemax']
+
+    References:
+      Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
+    """
+    x = jnp.asarray(scores)
+    if x.ndim != 2 or 0 in x.shape:
+        raise ValueError(f"scores must have shape (rows, classes), got shape {x.shape}.")
+    steps = np.geomspace(0.01, 10, 61) if temperatures is None else np.asarray(temperatures)
+    if steps.ndim != 1 or steps.size == 0 or not np.all(steps > 0):
+        raise ValueError(f"temperatures must be positive numbers along one axis, got {steps}.")
+    ax = _axes_or_new(ax)
+    for i, (name, mapping) in enumerate(_by_name(mappings).items()):
+        sizes = [support_size(mapping(x, temperature=t)) for t in steps.tolist()]
+        low, high = np.quantile(sizes, [0.25, 0.75], axis=1)
+        color = _COLORS[i % len(_COLORS)]
+        line = {"linestyle": _STYLES[i % len(_STYLES)], "linewidth": 1.8}
+        ax.plot(steps, np.mean(sizes, axis=1), label=name, color=color, **line)
+        ax.fill_between(steps, low, high, color=color, alpha=0.12, linewidth=0)
+    ax.set(xscale="log", xlabel="temperature", ylabel="classes above 0", ylim=(0, None))
+    ax.xaxis.set_major_formatter(lambda t, _: f"{t:g}")
+    ax.legend(frameon=False)
+    return ax
+
+
+def _by_name(mappings: Any) -> dict[str, Any]:
+    if isinstance(mappings, Mapping):
+        return dict(mappings)
+    several = [mappings] if callable(mappings) else list(mappings)
+    return {_name(mapping): mapping for mapping in several}
+
+
+def _name(mapping: Any) -> str:
+    while hasattr(mapping, "func"):  # functools.partial
+        mapping = mapping.func
+    return getattr(mapping, "__name__", type(mapping).__name__)
+
+
+def _axes_or_new(ax: Axes | None) -> Axes:
+    if ax is not None:
+        return ax
+    try:
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ImportError(
+            "jaxsoftmax.plots needs matplotlib, which is not installed: "
+            'pip install "jaxsoftmax[plots]"'
+        ) from error
+    return pyplot.subplots(layout="constrained")[1]

@@ -1,0 +1,305 @@
+"""Drawing from the probabilities of scores, and gradients for what was drawn.
+
+A draw from `softmax(x)` is where `x + g` is largest, with independent Gumbel noise `g`: nothing is
+normalized, and no cumulative sum rounds away what is rare.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    check_key,
+    is_cold,
+    output_dtype,
+    prepare,
+    public,
+    temper,
+)
+from jaxsoftmax.mappings import _softmax, hardmax
+
+
+@public
+def sample(
+    key: PRNGKeyArray,
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+) -> Int[Array, "*rows"]:
+    r"""Positions drawn with the probabilities of `softmax`, one per row.
+
+    .. math:: i = \arg\max_j (x_j / t + g_j), \quad g_j \sim \mathrm{Gumbel}(0, 1)
+
+    The noise is drawn in float32 or better, whatever the dtype of the scores.
+
+    Args:
+      key: a key of `jax.random.key`, used once. Rows are independent of each other.
+      x: scores of any shape and real dtype.
+      axis: the axes to draw along: array axes, mesh axis names, both in a tuple, or None for all
+        array axes.
+      where: what may be drawn, such as a mask of `top_k_mask`, `top_p_mask` or `min_p_mask`; a
+        boolean mask that broadcasts to `x`.
+      temperature: divides the scores; a number or one value per row, not negative. 0 gives the
+        position of the maximum, of equal ones the first.
+
+    Returns:
+      int32 positions of the shape of `x` without `axis`. Along several axes a position counts as
+      if they were flattened, mesh axes first. -1 where there is nothing to draw, all being
+      excluded or -inf, and where a score that takes part is NaN.
+
+    Raises:
+      TypeError: if `key` is no key, `x` not real or `where` not boolean.
+      ValueError: if `key` is more than one, an axis is out of range, shapes do not fit, or
+        `temperature` is a negative number.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> x = jnp.log(jnp.array([0.1, 0.6, 0.3, 0.0]))
+      >>> keys = jax.random.split(jax.random.key(0), 10_000)
+      >>> draws = jax.vmap(jsm.sample, (0, None))(keys, x)
+      >>> jnp.set_printoptions(precision=2, suppress=True)
+      >>> print(jnp.bincount(draws, length=4) / 10_000)
+      [0.1 0.6 0.3 0. ]
+      >>> print(jsm.sample(keys[0], x, where=jsm.top_p_mask(x, 0.5), temperature=0.7))
+      1
+
+    References:
+      Gumbel, 1954: Statistical theory of extreme values and some practical applications; Maddison,
+      Tarlow & Minka, 2014: A* sampling (arXiv:1411.0030).
+    """
+    rows, scores = prepare(x, axis, Options(where, temperature))
+    noise = _gumbel(key, rows, scores)
+    noise = jnp.where(is_cold(rows, scores[0], temperature), 0, noise)
+    perturbed = lax.stop_gradient(_perturb(rows, scores, noise))
+    drawn = _first_at_top(rows, perturbed, _positions(rows, perturbed))
+    return rows.flatten(jnp.where(_any_nan(rows, perturbed), -1, drawn))
+
+
+@public
+def gumbel_softmax(
+    key: PRNGKeyArray,
+    x: Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    hard: bool = False,
+) -> Float[Array, "*shape"]:
+    r"""A draw from `softmax(x)` that is differentiable, being not quite one-hot.
+
+    .. math:: p = \mathrm{softmax}\big((x + g) / t\big), \quad g_i \sim \mathrm{Gumbel}(0, 1)
+
+    The largest entry is at `i` with probability :math:`\mathrm{softmax}(x)_i` at any temperature,
+    and is the one that `sample(key, x)` gives. The lower the temperature, the nearer to one-hot. It
+    divides the noise too, unlike the temperature of `sample`: it softens what has been drawn, and
+    does not change how likely that is.
+
+    Args:
+      key: a key of `jax.random.key`, used once. Rows are independent of each other.
+      x: scores of any shape and real dtype.
+      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
+        all array axes.
+      where: what may be drawn, such as a mask of `top_k_mask`, `top_p_mask` or `min_p_mask`; a
+        boolean mask that broadcasts to `x`.
+      temperature: divides the perturbed scores; a number or one value per row, not negative. 0
+        gives one-hot rows without gradient.
+      hard: whether to return exactly one-hot rows that have the gradient of the soft ones.
+
+    Returns:
+      Probabilities of the shape and dtype of `x`; all 0 in a row in which there is nothing to
+      draw, NaN in one with a NaN that takes part.
+
+    Raises:
+      TypeError: if `key` is no key, `x` not real, `where` not boolean or `hard` no bool.
+      ValueError: if `key` is more than one, an axis is out of range, shapes do not fit, or
+        `temperature` is a negative number.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> key, x = jax.random.key(1), jnp.array([1.0, 2.0, 0.5])
+      >>> print(jsm.gumbel_softmax(key, x, temperature=0.5))
+      [0.179 0.758 0.063]
+      >>> print(jsm.gumbel_softmax(key, x, temperature=0.5, hard=True))
+      [0. 1. 0.]
+
+    References:
+      Jang, Gu & Poole, 2017 (arXiv:1611.01144); Maddison, Mnih & Teh, 2017 (arXiv:1611.00712).
+    """
+    rows, scores = prepare(x, axis, Options(where))
+    perturbed = _perturb(rows, scores, _gumbel(key, rows, scores))
+    tempered = temper(rows, perturbed[0], temperature)
+    (p,) = _threshold.apply(_softmax.SOFTMAX, rows, (tempered,))
+    if hard:
+        p = _with_value(p, _one_hot(rows, lax.stop_gradient(perturbed)))
+    return p.astype(output_dtype(x))
+
+
+def straight_through(
+    mapping: Callable[..., Array], hard: Callable[..., Array] = hardmax
+) -> Callable[..., Array]:
+    r"""A mapping whose value is hard and whose derivatives are soft.
+
+    .. math:: f(x) = \mathrm{hard}(x), \quad Df(x) = D\,\mathrm{mapping}(x)
+
+    The value is exactly that of `hard`, with nothing left over from adding and subtracting the
+    soft one; the derivatives are those of `mapping` in both modes and to any order.
+
+    Args:
+      mapping: what gives the derivatives; any function of this package with an `axis` and a
+        `where`, or your own.
+      hard: what gives the value, of the same shape. It is called with what says which rows there
+        are (`axis`, `where`, `segment_ids`, `num_segments`), and not with the temperature.
+
+    Returns:
+      A mapping with the parameters of `mapping`.
+
+    Raises:
+      ValueError: if `mapping` has no `axis`; when called, if `hard` does not take an argument that
+        says which rows there are, or gives another shape than `mapping`. (`hardmax` takes no
+        segments; `functools.partial(softmax, temperature=0)` does.)
+
+    Example:
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> choose = jsm.straight_through(jsm.softmax)
+      >>> x, v = jnp.array([1.0, 2.0, 0.5]), jnp.array([1.0, 0.0, 0.0])
+      >>> choice, change = jax.jvp(lambda x: choose(x, temperature=2.0), (x,), (v,))
+      >>> print(choice, change)
+      [0. 1. 0.] [ 0.103 -0.07  -0.033]
+
+    References:
+      Bengio, Leonard & Courville, 2013: Estimating or propagating gradients through stochastic
+      neurons (arXiv:1308.3432).
+    """
+    signature = inspect.signature(mapping)
+    if not _takes(signature, "axis"):
+        raise ValueError(f"mapping must have a parameter axis, got one with {signature}.")
+    hard_signature = inspect.signature(hard)
+
+    @functools.wraps(mapping)
+    def hardened(*args: Any, **kwargs: Any) -> Array:
+        soft = mapping(*args, **kwargs)
+        given = _arguments(signature, args, kwargs)
+        rows = {name: given[name] for name in _ROW if given.get(name) is not None}
+        if "axis" in given:
+            rows["axis"] = given["axis"]  # None says something: all of them
+        for name in rows:
+            if not _takes(hard_signature, name):
+                raise ValueError(f"hard must take {name}, got one with {hard_signature}.")
+        value = hard(next(iter(given.values())), **rows)
+        if value.shape != soft.shape:
+            raise ValueError(
+                f"hard must give the shape of the mapping {soft.shape}, got shape {value.shape}."
+            )
+        return _with_value(soft, value.astype(soft.dtype))
+
+    return hardened
+
+
+# The arguments of a mapping that say what a row is.
+_ROW = ("axis", "where", "sink", "segment_ids", "num_segments")
+
+
+def _takes(signature: inspect.Signature, name: str) -> bool:
+    parameters = signature.parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call by name, defaults included."""
+    bound = signature.bind(*args, **kwargs)
+    bound.apply_defaults()
+    named = {}
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_KEYWORD:
+            named |= value
+        else:
+            named[name] = value
+    return named
+
+
+@custom_vjp
+def _with_value(soft: Array, value: Array) -> Array:
+    """`value`, with the derivatives of `soft`."""
+    del soft
+    return value
+
+
+def _with_value_fwd(soft: Array, value: Array) -> tuple[Array, None]:
+    return _with_value(soft, value), None
+
+
+def _with_value_bwd(_: None, ct: Array) -> tuple[Array, Array]:
+    return ct, jnp.zeros_like(ct)
+
+
+_with_value.defvjp(_with_value_fwd, _with_value_bwd)
+
+
+def _gumbel(key: PRNGKeyArray, rows: Rows, scores: Entries) -> Array:
+    """Noise for each score; other noise on each device of the mesh axes that rows go over."""
+    key = check_key(key)
+    for name in rows.names:
+        key = jax.random.fold_in(key, lax.axis_index(name))
+    (x,) = scores
+    # Twice the bits, or what is rarer than one in millions is drawn too often.
+    return vary_like(jax.random.gumbel(key, x.shape, x.dtype, mode="high"), x)
+
+
+def _perturb(rows: Rows, scores: Entries, noise: Array) -> Entries:
+    """The scores with noise: below their maximum, and with the derivatives of the scores.
+
+    Below the maximum, since large numbers would round off the noise, and infinite ones swallow it.
+    """
+    (x,) = scores
+    (gap,), _ = _threshold.below_top(rows, (lax.stop_gradient(x),))
+    return (_with_value(x, gap + noise),)
+
+
+def _any_nan(rows: Rows, entries: Entries) -> Array:
+    """Which rows hold NaN; a maximum may lose it."""
+    return rows.max(rows.map(lambda x: indicator(jnp.isnan(x), x.dtype), [entries])) > 0
+
+
+def _positions(rows: Rows, entries: Entries) -> Array:
+    """The positions in a row, in a shape that broadcasts against its entries."""
+    shape = entries[0].shape
+    sizes = [n if i in rows.axes else 1 for i, n in enumerate(shape)]
+    length = int(np.prod(sizes))
+    positions = jnp.arange(length, dtype=jnp.int32).reshape(sizes)
+    return positions + lax.axis_index(rows.names) * length if rows.names else positions
+
+
+def _one_hot(rows: Rows, entries: Entries) -> Array:
+    """1 at the first of each row's largest entries, all 0 if that is -inf; NaN where one is."""
+    positions = _positions(rows, entries)
+    drawn = positions == _first_at_top(rows, entries, positions)
+    return jnp.where(_any_nan(rows, entries), jnp.nan, indicator(drawn, entries[0].dtype))
+
+
+def _first_at_top(rows: Rows, entries: Entries, positions: Array) -> Array:
+    """The first position of each row's largest entry, -1 if that is -inf."""
+    top = rows.max(entries)
+    nowhere = jnp.iinfo(jnp.int32).max
+    at_top = (entries[0] == top) & (top > -jnp.inf)
+    first = jnp.min(
+        jnp.where(at_top, positions, nowhere), rows.axes, keepdims=True, initial=nowhere
+    )
+    first = lax.pmin(first, rows.names) if rows.names else first
+    return jnp.where(first == nowhere, -1, first)

@@ -1,0 +1,423 @@
+"""Measures of calibration: against NumPy, scikit-learn and algebra; netcal, relplot if there."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+import scipy.stats
+import sklearn.metrics
+
+from jaxsoftmax.calibration import (
+    ReliabilityCurve,
+    brier_decomposition,
+    brier_score,
+    classwise_calibration_error,
+    expected_calibration_error,
+    maximum_calibration_error,
+    negative_log_likelihood,
+    reliability_curve,
+    smooth_calibration_error,
+)
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
+MEASURES = [
+    reliability_curve,
+    expected_calibration_error,
+    maximum_calibration_error,
+    classwise_calibration_error,
+    smooth_calibration_error,
+    brier_score,
+    brier_decomposition,
+    negative_log_likelihood,
+]
+BINNED = [MEASURES[i] for i in (0, 1, 2, 3, 6)]
+
+
+def bins_in_numpy(confidence, num_bins, binning):
+    if binning == "width":
+        # Closed on the right, the first one also on the left.
+        edges = np.linspace(0, 1, num_bins + 1)
+        return np.clip(np.searchsorted(edges, confidence) - 1, 0, num_bins - 1)
+    order = np.argsort(confidence, kind="stable")
+    bins = np.empty(len(confidence), int)
+    for rank, index in enumerate(order):
+        bins[index] = rank * num_bins // len(confidence)
+    return bins
+
+
+def curve_in_numpy(probs, labels, num_bins, binning):
+    confidence, correct = probs.max(-1), probs.argmax(-1) == labels
+    bins = bins_in_numpy(confidence, num_bins, binning)
+    curve = np.full((3, num_bins), np.nan)
+    curve[2] = 0
+    for b in range(num_bins):
+        inside = bins == b
+        if np.any(inside):
+            curve[:, b] = confidence[inside].mean(), correct[inside].mean(), inside.sum()
+    return curve
+
+
+def error_in_numpy(probs, labels, num_bins, binning, norm):
+    confidence, accuracy, count = curve_in_numpy(probs, labels, num_bins, binning)
+    gap = np.abs(np.nan_to_num(accuracy - confidence))
+    if norm == np.inf:
+        return gap.max()
+    return np.sum(count / count.sum() * gap**norm) ** (1 / norm)
+
+
+@pytest.fixture
+def predictions(rng):
+    probs = rng.dirichlet(np.full(4, 0.6), size=503)
+    labels = np.where(rng.random(503) < 0.5, probs.argmax(-1), rng.integers(4, size=503))
+    return probs, labels
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+@pytest.mark.parametrize("num_bins", [1, 15])
+def test_curve_and_error_equal_numpy(predictions, binning, num_bins):
+    options = {"num_bins": num_bins, "binning": binning}
+    curve = reliability_curve(*predictions, **options)
+    assert isinstance(curve, ReliabilityCurve)
+    assert curve._fields == ("confidence", "accuracy", "count", "lower", "upper")
+    close(curve[:3], curve_in_numpy(*predictions, **options))
+    for norm in (1, 2, np.inf):
+        error = expected_calibration_error(*predictions, **options, norm=norm)
+        close(error, error_in_numpy(*predictions, **options, norm=norm))
+        assert 0 <= error <= 1
+        assert error.shape == ()
+
+
+def test_defaults(predictions):
+    close(
+        expected_calibration_error(*predictions), error_in_numpy(*predictions, 15, "width", norm=1)
+    )
+    close(reliability_curve(*predictions)[:3], curve_in_numpy(*predictions, 15, "width"))
+
+
+def test_edges_of_the_bins_belong_to_the_left():
+    confidence = np.array([0.5, 0.75, 1.0, 0.75])
+    probs = np.stack([confidence, 1 - confidence], -1)
+    curve = reliability_curve(probs, np.zeros(4, int), num_bins=4)
+    np.testing.assert_array_equal(curve.count, [0, 1, 2, 1])
+    # Tenths are no binary fractions: 0.7 is 7 tenths nevertheless.
+    confidence = np.arange(5, 11) / 10
+    probs = np.stack([confidence, 1 - confidence], -1)
+    curve = reliability_curve(probs, np.zeros(6, int), num_bins=10)
+    np.testing.assert_array_equal(curve.count, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+
+
+def test_bins_of_equal_mass_are_even(predictions):
+    probs, labels = predictions
+    count = np.asarray(reliability_curve(probs, labels, num_bins=10, binning="mass").count)
+    assert count.max() - count.min() <= 1
+    # Also where all confidences are the same.
+    tied = np.full((20, 2), 0.5)
+    curve = reliability_curve(tied, np.zeros(20, int), num_bins=4, binning="mass")
+    np.testing.assert_array_equal(curve.count, [5, 5, 5, 5])
+
+
+def test_interval_is_wilsons(predictions):
+    curve = reliability_curve(*predictions, num_bins=5)
+    full = np.asarray(curve.count) > 0
+    z = scipy.special.ndtri(0.975)
+    for accuracy, n, *bounds in np.stack(
+        [curve.accuracy, curve.count, curve.lower, curve.upper], -1
+    )[full]:
+        # Its ends are the shares from which the accuracy is z standard deviations away.
+        for share in bounds:
+            np.testing.assert_allclose(
+                abs(accuracy - share), z * np.sqrt(share * (1 - share) / n), rtol=1e-5, atol=1e-8
+            )
+    assert np.all(np.isnan(curve.lower[~full]))
+    certain = reliability_curve(np.array([[1.0, 0.0]] * 5), np.zeros(5, int), num_bins=1)
+    assert 0 < certain.lower[0] < certain.upper[0] <= 1
+
+
+def test_perfect_and_worst_predictions():
+    sure = np.eye(3)[[0, 1, 2, 0]]
+    assert expected_calibration_error(sure, np.array([0, 1, 2, 0])) == 0
+    assert expected_calibration_error(sure, np.array([1, 2, 0, 1])) == 1
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+@pytest.mark.parametrize("num_bins", [1, 15])
+def test_debiased_error(predictions, binning, num_bins):
+    """Kumar, Liang & Ma's estimator, bin by bin."""
+    options = {"num_bins": num_bins, "binning": binning}
+    confidence, accuracy, count = curve_in_numpy(*predictions, **options)
+    square = 0.0
+    for c, a, n in zip(confidence, accuracy, count, strict=True):
+        if n > 1:
+            square += n / count.sum() * ((a - c) ** 2 - a * (1 - a) / (n - 1))
+    error = expected_calibration_error(*predictions, **options, norm=2, debiased=True)
+    close(error, np.sqrt(max(square, 0)))
+
+
+def test_debiased_square_is_right_on_average(rng):
+    """Of calibrated predictions: 0 where the plain square is what chance makes it."""
+    probs = np.tile([0.7, 0.3], (400, 20, 1))
+    labels = (rng.random((400, 20)) > 0.7).astype(int)
+    error = functools.partial(expected_calibration_error, num_bins=1, norm=2)
+    plain = np.mean(jax.vmap(error)(probs, labels) ** 2)
+    np.testing.assert_allclose(plain, 0.7 * 0.3 / 20, rtol=0.2)
+    # Negative squares come out as 0, so of an error that is there.
+    sharp = probs + np.array([0.2, -0.2])
+    debiased = np.mean(jax.vmap(functools.partial(error, debiased=True))(sharp, labels) ** 2)
+    np.testing.assert_allclose(debiased, 0.2**2, atol=0.003)
+
+
+def test_maximum_error(predictions):
+    for options in ({}, {"num_bins": 5, "binning": "mass"}):
+        error = maximum_calibration_error(*predictions, **options)
+        wanted = {"num_bins": 15, "binning": "width"} | options
+        close(error, error_in_numpy(*predictions, **wanted, norm=np.inf))
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+def test_classwise_error(predictions, binning):
+    probs, labels = predictions
+    for norm in (1, 2, np.inf):
+        each = []
+        for k in range(4):
+            # A class against the others: the confidence is its probability.
+            one = np.stack([probs[:, k], np.zeros(len(probs))], -1)
+            right = np.where(labels == k, 0, 1)
+            each.append(error_in_numpy(one, right, 7, binning, norm))
+        error = classwise_calibration_error(probs, labels, num_bins=7, binning=binning, norm=norm)
+        wanted = np.max(each) if norm == np.inf else np.mean(np.power(each, norm)) ** (1 / norm)
+        close(error, wanted)
+    close(
+        classwise_calibration_error(probs[:, :1] * 0 + 1, labels * 0, num_bins=7, binning=binning),
+        0,
+    )
+
+
+def smoothed(confidence, correct, width):
+    """The smooth error at one width: reflected kernels one by one, a trapezoidal rule."""
+    t = np.linspace(0, 1, 2001)[:, None]
+    density = sum(
+        scipy.stats.norm.pdf(t, image, width)
+        for turn in (-2, 0, 2)
+        for image in (confidence + turn, turn - confidence)
+    )
+    return np.trapezoid(np.abs(density @ (correct - confidence)) / len(confidence), t[:, 0])
+
+
+@pytest.mark.parametrize("right", [0.2, 0.55, 0.95])
+def test_smooth_error_is_its_own_width(right, rng):
+    probs = rng.dirichlet(np.full(4, 0.6), size=200)
+    labels = np.where(rng.random(200) < right, probs.argmax(-1), rng.integers(4, size=200))
+    error = float(smooth_calibration_error(probs, labels))
+    np.testing.assert_allclose(
+        smoothed(probs.max(-1), probs.argmax(-1) == labels, error), error, rtol=1e-4
+    )
+
+
+def test_smooth_error_changes_little():
+    """Where the bins of the plain one tear apart what is right and what is wrong."""
+    labels = np.tile([0, 1], 20)
+    errors = []
+    for above in (np.full(40, 1e-6), np.tile([0.0, 1e-6], 20)):
+        probs = np.stack([0.5 + above, 0.5 - above], -1)
+        close(smooth_calibration_error(probs, labels), 0, atol=1e-3)
+        errors.append(expected_calibration_error(probs, labels, num_bins=2))
+    np.testing.assert_allclose(errors, [0, 0.5], atol=1e-5)
+
+
+def test_brier_score_equals_scikit_learn(predictions):
+    probs, labels = predictions
+    wanted = sklearn.metrics.brier_score_loss(labels, probs, scale_by_half=False)
+    close(brier_score(probs, labels), wanted)
+    close(brier_score(np.eye(3), np.array([0, 1, 0])), 2 / 3)
+
+
+@pytest.mark.parametrize("num_bins", [1, 6])
+def test_brier_decomposition(predictions, num_bins):
+    for binning in ("width", "mass"):
+        parts = brier_decomposition(*predictions, num_bins=num_bins, binning=binning)
+        total = parts.reliability - parts.resolution + parts.uncertainty + parts.within_bins
+        close(total, brier_score(*predictions))
+        share = np.bincount(predictions[1]) / len(predictions[1])
+        close(parts.uncertainty, np.sum(share * (1 - share)))
+        assert min(parts.reliability, parts.resolution) >= 0
+        assert num_bins == 1 or parts.resolution > 0.1
+    squares = classwise_calibration_error(*predictions, num_bins=num_bins, binning="mass", norm=2)
+    close(parts.reliability, 4 * squares**2)
+    # Where predictions in a bin are all the same, it hides nothing.
+    same = np.where(np.arange(40)[:, None] < 20, [0.75, 0.25], [0.25, 0.75])
+    close(brier_decomposition(same, np.arange(40) % 2, num_bins=4).within_bins, 0)
+
+
+def test_negative_log_likelihood_equals_scikit_learn(predictions):
+    probs, labels = predictions
+    close(negative_log_likelihood(probs, labels), sklearn.metrics.log_loss(labels, probs))
+    impossible = np.array([[0.0, 1.0], [0.5, 0.5]])
+    assert negative_log_likelihood(impossible, np.array([0, 0])) == np.inf
+
+
+def test_bootstrap_interval(predictions):
+    """As wide as that of resampled rows; and it has the accuracy inside."""
+    key, rng = jax.random.key(0), np.random.default_rng(1)
+    options = {"num_bins": 4, "binning": "mass"}
+    curve = reliability_curve(*predictions, **options, key=key, num_resamples=2000)
+    confidence, correct = predictions[0].max(-1), predictions[0].argmax(-1) == predictions[1]
+    bins = bins_in_numpy(confidence, **options)
+    rows = rng.integers(len(bins), size=(2000, len(bins)))
+    for b in range(4):
+        inside = bins[rows] == b
+        accuracy = np.sum(correct[rows] & inside, 1) / np.sum(inside, 1)
+        lower, upper = np.quantile(accuracy, [0.025, 0.975])
+        np.testing.assert_allclose([curve.lower[b], curve.upper[b]], [lower, upper], atol=0.015)
+        assert curve.lower[b] < curve.accuracy[b] < curve.upper[b]
+    again = reliability_curve(*predictions, **options, key=key, num_resamples=2000)
+    np.testing.assert_array_equal(again.lower, curve.lower)
+    empty = reliability_curve(*predictions, key=key)
+    np.testing.assert_array_equal(np.isnan(empty.lower), empty.count == 0)
+
+
+@pytest.mark.parametrize("fun", MEASURES)
+def test_measures_under_transformations(fun, predictions):
+    probs, labels = predictions
+    probs, labels = probs[:300].reshape(3, 100, 4), labels[:300].reshape(3, 100)
+    each = [fun(*both) for both in zip(probs, labels, strict=True)]
+    jax.tree.map(
+        lambda all_of_them, *each: close(all_of_them, each), jax.vmap(fun)(probs, labels), *each
+    )
+
+
+@pytest.mark.parametrize("fun", MEASURES)
+def test_what_is_no_prediction_gives_nan(fun):
+    """Logits given for probabilities, classes that are not there, NaN."""
+    probs, labels = np.tile([0.25, 0.75], (40, 1)), np.zeros(40, int)
+    flat = lambda out: np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)])  # noqa: E731
+    assert not np.all(np.isnan(flat(fun(probs, labels))))
+    for change in ({"probs": [1.5, -3.0]}, {"probs": [np.nan, 0.5]}, {"label": 2}, {"label": -1}):
+        odd, wrong = probs.copy(), labels.copy()
+        odd[3] = change.get("probs", odd[3])
+        wrong[3] = change.get("label", wrong[3])
+        out = fun(odd, wrong)
+        if fun is reliability_curve:
+            out = out._replace(count=np.nan)
+        assert np.all(np.isnan(flat(out)))
+
+
+@pytest.mark.parametrize("fun", MEASURES)
+def test_without_rows(fun):
+    out = fun(np.zeros((0, 3)), np.zeros(0, int))
+    if fun is reliability_curve:
+        np.testing.assert_array_equal(out.count, 0)
+        out = out._replace(count=np.nan)
+    assert all(np.all(np.isnan(x)) for x in jax.tree.leaves(out))
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [smooth_calibration_error, expected_calibration_error, brier_score, negative_log_likelihood],
+)
+def test_gradients(fun, rng):
+    """As regularizers they are used too; the width of the smooth error has its share."""
+    logits, labels = rng.normal(size=(30, 3)), rng.integers(3, size=30)
+    direction = rng.normal(size=(30, 3))
+    of_step = lambda t: fun(jax.nn.softmax(logits + t * direction), labels)  # noqa: E731
+    step = 1e-7
+    difference = (of_step(step) - of_step(-step)) / (2 * step)
+    np.testing.assert_allclose(jax.grad(of_step)(0.0), difference, rtol=1e-4)
+    assert abs(difference) > 1e-3
+
+
+def test_small_integers_as_labels():
+    probs = np.full((4, 300), 1 / 300)
+    labels = np.array([0, 1, 2, 255], np.uint8)
+    close(brier_score(probs, labels), 299 / 300)
+    close(negative_log_likelihood(probs, labels), np.log(300))
+
+
+def test_many_predictions_in_single_precision(rng):
+    """Sums of 100,000 keep their digits."""
+    confidence = np.full(100_000, 0.99997, np.float32)
+    probs = np.stack([confidence, 1 - confidence], -1)
+    labels = (rng.random(100_000) < 0.01).astype(int)
+    error = expected_calibration_error(probs, labels)
+    assert error.dtype == np.float32
+    wanted = abs(np.float64(confidence[0]) - np.mean(labels == 0))
+    np.testing.assert_allclose(error, wanted, atol=1e-6)
+
+
+def test_equals_netcal(predictions):
+    metrics = pytest.importorskip("netcal.metrics", exc_type=ImportError)
+    probs, labels = predictions
+    close(expected_calibration_error(probs, labels), metrics.ECE(15).measure(probs, labels))
+    close(maximum_calibration_error(probs, labels), metrics.MCE(15).measure(probs, labels))
+
+
+def test_equals_relplot(predictions):
+    relplot = pytest.importorskip("relplot")
+    probs, labels = predictions
+    confidence, correct = probs.max(-1), (probs.argmax(-1) == labels).astype(float)
+    theirs = relplot.smECE(confidence, correct)
+    # It takes the width from a grid of a thousand.
+    np.testing.assert_allclose(smooth_calibration_error(probs, labels), theirs, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_lower_precision_counts_all(dtype, rng):
+    """4,000 predictions in one bin: more than half precision can count."""
+    probs = jnp.asarray(np.tile([0.75, 0.25], (4001, 1)), dtype)
+    labels = (np.arange(4001) % 4 == 0).astype(int)
+    curve = reliability_curve(probs, labels, num_bins=1)
+    assert curve.count[0] == 4001
+    np.testing.assert_allclose(curve.accuracy[0], 3000 / 4001, rtol=1e-5)
+    np.testing.assert_allclose(curve.confidence[0], 0.75, rtol=1e-5)
+
+
+PROBS, LABELS = np.full((3, 2), 0.5), np.zeros(3, int)
+MEASURE_ERRORS = {
+    "one axis": ((PROBS[0], LABELS), {}, ValueError, r"probs must have shape \(n, classes\), got"),
+    "no classes": ((PROBS[:, :0], LABELS), {}, ValueError, "probs must have shape"),
+    "complex": ((PROBS * 1j, LABELS), {}, TypeError, "probs must be real numbers"),
+    "labels too short": (
+        (PROBS, LABELS[:2]),
+        {},
+        ValueError,
+        r"labels must have shape \(3,\), one per row of probs, got shape \(2,\)",
+    ),
+    "labels of floats": (
+        (PROBS, LABELS * 1.0),
+        {},
+        TypeError,
+        "labels must be integer classes, got dtype float64",
+    ),
+    "no bins": ((PROBS, LABELS), {"num_bins": 0}, ValueError, "num_bins must be at least 1, got 0"),
+    "binning": (
+        (PROBS, LABELS),
+        {"binning": "size"},
+        ValueError,
+        'binning must be "width" or "mass", got \'size\'',
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MEASURE_ERRORS)
+def test_wrong_calls_of_measures(name):
+    args, kwargs, error, message = MEASURE_ERRORS[name]
+    for fun in BINNED if kwargs else MEASURES:
+        with pytest.raises(error, match=message):
+            fun(*args, **kwargs)
+
+
+def test_wrong_norm():
+    for fun in (expected_calibration_error, classwise_calibration_error):
+        with pytest.raises(ValueError, match="norm must be 1, 2 or inf, got 3"):
+            fun(PROBS, LABELS, norm=3)
+        with pytest.raises(ValueError, match="debiased must go with norm 2, got norm 1"):
+            fun(PROBS, LABELS, debiased=True)
+
+
+def test_wrong_bootstrap():
+    with pytest.raises(ValueError, match="num_resamples must be at least 1, got 0"):
+        reliability_curve(PROBS, LABELS, key=jax.random.key(0), num_resamples=0)
+    with pytest.raises(TypeError, match="key must be a key"):
+        reliability_curve(PROBS, LABELS, key=np.zeros(2))
