@@ -120,6 +120,24 @@ _call = Primitive("custom_vjp_with_jvp")
 _call.multiple_results = True
 
 
+def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any]]:
+    """`fun` as a function `(closed_over, *args)`, and the tracers that it closes over.
+
+    For a rule that has to give gradients to what a user's function closes over.
+    """
+    jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*args)
+    traced = [isinstance(x, jax.core.Tracer) for x in jaxpr.consts]
+    tree = jax.tree.structure(out)
+
+    def pure(closed_over: Sequence[Any], *args: Any) -> Any:
+        given = iter(closed_over)
+        consts = [next(given) if t else x for t, x in zip(traced, jaxpr.consts, strict=True)]
+        leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(tree, leaves)
+
+    return pure, [x for t, x in zip(traced, jaxpr.consts, strict=True) if t]
+
+
 def _bind(fun: Callable, args: Sequence[Any]) -> list[Any]:
     jaxpr = jax.make_jaxpr(fun)(*args)
     if not jaxpr.consts:

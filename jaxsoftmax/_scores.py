@@ -98,6 +98,8 @@ _LOOKS = {
     "temperature": _look_at_temperature,
     "alpha": _look_at_number,
     "budget": _look_at_number,
+    "label_smoothing": _look_at_number,
+    "z_loss": _look_at_number,
 }
 
 

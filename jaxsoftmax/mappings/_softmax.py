@@ -276,15 +276,16 @@ log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
 
 
 def _exact_gaps(rows: Rows, scores: Entries) -> tuple[Entries, Entries, Array]:
-    """The scores less their maximum, what rounding took from that (Knuth's two-sum), and it."""
+    """The scores less their maximum, what rounding took from that, and it."""
     gaps, top = _threshold.below_top(rows, scores)
+    return gaps, rows.map(rounded_off, [scores, gaps], [top]), top
 
-    def lost(score: Array, gap: Array, top: Array) -> Array:
-        high = gap - score
-        error = (score - (gap - high)) - (top + high)
-        return jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
 
-    return gaps, rows.map(lost, [scores, gaps], [top]), top
+def rounded_off(score: Array, gap: Array, top: Array) -> Array:
+    """What rounding took from `gap = score - top`, exactly (Knuth's two-sum)."""
+    high = gap - score
+    error = (score - (gap - high)) - (top + high)
+    return jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
 
 
 def _log_sum_of_gaps(rows: Rows, gaps: Entries, lost: Entries) -> Array:
