@@ -2,6 +2,7 @@
 
 from jaxsoftmax import calibration as calibration
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
+from jaxsoftmax.linear_loss import linear_cross_entropy as linear_cross_entropy
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss
 from jaxsoftmax.losses import fenchel_young_loss as fenchel_young_loss

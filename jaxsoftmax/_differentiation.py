@@ -120,22 +120,33 @@ _call = Primitive("custom_vjp_with_jvp")
 _call.multiple_results = True
 
 
-def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any]]:
-    """`fun` as a function `(closed_over, *args)`, and the tracers that it closes over.
+def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
+    """`fun` as a function `(smooth, rest, *args)`, and the tracers that it closes over.
 
-    For a rule that has to give gradients to what a user's function closes over.
+    For a rule that gives gradients to what a user's function closes over: `smooth` are those that
+    have one, `rest` are integers, keys, and the like.
     """
     jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*args)
-    traced = [isinstance(x, jax.core.Tracer) for x in jaxpr.consts]
     tree = jax.tree.structure(out)
 
-    def pure(closed_over: Sequence[Any], *args: Any) -> Any:
-        given = iter(closed_over)
-        consts = [next(given) if t else x for t, x in zip(traced, jaxpr.consts, strict=True)]
+    def kind(x: Any) -> str:
+        if not isinstance(x, jax.core.Tracer):
+            return "constant"
+        return "smooth" if jnp.issubdtype(x.dtype, jnp.inexact) else "rest"
+
+    kinds = [kind(x) for x in jaxpr.consts]
+
+    def pure(smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
+        given = {"smooth": iter(smooth), "rest": iter(rest), "constant": iter(constants)}
+        consts = [next(given[k]) for k in kinds]
         leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*jax.tree.leaves(args))
         return jax.tree.unflatten(tree, leaves)
 
-    return pure, [x for t, x in zip(traced, jaxpr.consts, strict=True) if t]
+    smooth, rest, constants = (
+        [x for x, k in zip(jaxpr.consts, kinds, strict=True) if k == wanted]
+        for wanted in ("smooth", "rest", "constant")
+    )
+    return pure, smooth, rest
 
 
 def _bind(fun: Callable, args: Sequence[Any]) -> list[Any]:

@@ -91,7 +91,10 @@ def _look_at_axis(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-_STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k")
+_STATIC = (
+    *("axis", "axes", "num_segments", "num_iterations", "reverse", "k"),
+    *("loss", "reduction", "chunk_size", "vocab_axis_name"),
+)
 _LOOKS = {
     "axis": _look_at_axis,
     "axes": _look_at_axis,
@@ -100,6 +103,7 @@ _LOOKS = {
     "budget": _look_at_number,
     "label_smoothing": _look_at_number,
     "z_loss": _look_at_number,
+    "logits_soft_cap": _look_at_number,
 }
 
 

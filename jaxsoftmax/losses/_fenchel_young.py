@@ -82,8 +82,8 @@ def fenchel_young_loss(
                 )
             return values.astype(p[0].dtype).reshape(rows.shape(p[0]))
 
-        pure, closed_over = hoist(entropy_of_rows, p)
-        return one_per_row(rows, _gap(pure, rows, z, target, p, closed_over), classes, scores)
+        pure, params, rest = hoist(entropy_of_rows, p)
+        return one_per_row(rows, _gap(pure, rows, z, target, p, params, rest), classes, scores)
 
     return loss
 
@@ -96,6 +96,7 @@ def _gap(
     target: Entries,
     p: Entries,
     params: list[Array],
+    rest: list[Array],
 ) -> Array:
     """`(<p, x> + H(p)) - (<y, x> + H(y))` where `p` maximizes the first."""
     gaps, top = _threshold.below_top(rows, scores)
@@ -105,7 +106,7 @@ def _gap(
     shift = _without_rounding(rows, excess, p)
     linear = rows.map(lambda e, gap: jnp.where(e == 0, 0, e * gap), [excess, gaps])
     value = rows.sum(linear) + jnp.where(shift == 0, 0, shift * top)
-    return jnp.maximum(value + (entropy(params, p) - entropy(params, target)), 0)
+    return jnp.maximum(value + (entropy(params, rest, p) - entropy(params, rest, target)), 0)
 
 
 def _without_rounding(rows: Rows, excess: Entries, p: Entries) -> Array:
@@ -122,25 +123,26 @@ def _gap_fwd(
     target: Entries,
     p: Entries,
     params: list[Array],
+    rest: list[Array],
 ) -> tuple[Array, Any]:
-    gap = _gap(entropy, rows, scores, target, p, params)
-    return gap, (rows, scores, target, p, params)
+    gap = _gap(entropy, rows, scores, target, p, params, rest)
+    return gap, (rows, scores, target, p, params, rest)
 
 
 def _gap_bwd(entropy: Callable[..., Array], residuals: Any, ct: Array) -> tuple[Any, ...]:
-    rows, scores, target, p, params = residuals
+    rows, scores, target, p, params, rest = residuals
 
     def of_params(params: list[Array]) -> Array:
-        return entropy(params, p) - entropy(params, target)
+        return entropy(params, rest, p) - entropy(params, rest, target)
 
     (ct_params,) = jax.vjp(of_params, params)[1](ct)
-    (ct_target,) = jax.vjp(lambda y: -entropy(params, y), target)[1](ct)
+    (ct_target,) = jax.vjp(lambda y: -entropy(params, rest, y), target)[1](ct)
     ct_target = rows.map(
         lambda c, z, ct: c - ct * jnp.where(jnp.isfinite(z), z, 0), [ct_target, scores], [ct]
     )
     ct_scores = rows.map(lambda p, y, ct: ct * (p - y), [p, target], [ct])
     # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
-    return None, ct_scores, ct_target, None, ct_params
+    return None, ct_scores, ct_target, None, ct_params, None
 
 
 _gap.defvjp(_gap_fwd, _gap_bwd)
