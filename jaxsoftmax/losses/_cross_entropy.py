@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxsoftmax import _threshold
@@ -168,13 +169,16 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(log_sum)
     surprise = jnp.where(absent, jnp.inf, (log_sum - own_lost) - own_gap)
 
-    def excess(gap: Array, lost: Array, hit: Array, log_sum: Array, own: Array) -> Array:
+    def excess(score: Array, hit: Array, top: Array, log_sum: Array, own: Array) -> Array:
+        gap = jnp.where(score == top, 0, score - top)
+        lost = _softmax.rounded_off(score, gap, top)
         return jnp.where(hit, own, jnp.exp(gap + (lost - log_sum)))
 
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
     log_sum = jnp.where(log_sum == -jnp.inf, 0, log_sum)
-    return surprise, rows.map(excess, [gaps, lost, hits], [log_sum, own_excess])
+    scores, top = lax.optimization_barrier((scores, top))
+    return surprise, rows.map(excess, [scores, hits], [top, log_sum, own_excess])
 
 
 def _surprise_and_excess_fwd(
