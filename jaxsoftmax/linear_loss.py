@@ -39,48 +39,94 @@ def linear_cross_entropy(
 ) -> Float[Array, ""] | Float[Array, "*rows"]:
     r"""The loss of `hidden @ weight + bias`, without ever holding all of these scores.
 
-    .. math:: \frac{1}{N} \sum_n \mathrm{loss}(c \tanh((h_n W + b) / c), y_n)
+    .. math:: \frac{1}{N} \sum_{n=1}^N \mathrm{loss}(h_n W + b, y_n)
 
-    Placeholder.
+    It equals the loss of all the scores at once, to rounding, and so do its derivatives of every
+    order; in memory there is one chunk of rows at a time. For the reductions "mean" and "sum" a
+    gradient costs three matrix products, as it does with all the scores: it is formed in the
+    forward pass. For "none" the scores are computed once more.
+
+    Args:
+      hidden: what goes into the last layer, of shape (..., D).
+      weight: the weights of that layer, of shape (D, V) for V classes.
+      labels: integer classes, of the shape (...).
+      bias: added to the scores, of shape (V,).
+      loss: any function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that gives
+        one value per row, such as `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
+        options by `functools.partial`. Numbers that it closes over, such as a learned `alpha`,
+        have gradients. It is compiled once for each function object: make it once.
+      reduction: "mean" and "sum" are over the rows that count; "none" gives each row its loss.
+      where: the rows that count; a boolean mask that broadcasts to `labels`. The loss of others is
+        0, and so is their gradient, whatever they hold.
+      logits_soft_cap: a positive number `c`, to replace scores by `c * tanh(scores / c)`.
+      chunk_size: rows per chunk; chosen from the sizes if it is None. Memory grows with it, time
+        may fall.
+      vocab_axis_name: inside `shard_map`, the mesh axis over which the classes are sharded. Then
+        `weight` and `bias` are this device's, `labels` count across the devices, and the loss is
+        called with `axis=(-1, vocab_axis_name)`. Nothing larger than a number per row crosses
+        devices, but the gradient of `hidden`.
+
+    Returns:
+      A scalar, or for "none" losses of the shape of `labels`; 0 where no row counts. The dtype is
+      that of the operands, or float32 if they are of half precision: so are then the scores, and
+      all sums over rows. A label out of range gives NaN and no gradient, and an error under
+      `jax.experimental.checkify`.
+
+    Raises:
+      TypeError: if `labels` are not integers, `where` not boolean, `loss` no function, or the
+        others not real.
+      ValueError: if shapes do not fit, that of what `loss` gives included; if `reduction` is
+        unknown, or `chunk_size` or `logits_soft_cap` not positive.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> hidden, weight = jnp.eye(3), jnp.array([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+      >>> labels = jnp.array([0, 1, 2])
+      >>> print(f"{jsm.linear_cross_entropy(hidden, weight, labels):.4f}")
+      0.9426
+      >>> sparse = functools.partial(jsm.entmax_loss, alpha=1.5)
+      >>> print(jsm.linear_cross_entropy(hidden, weight, labels, loss=sparse, reduction="none"))
+      [0.         0.49236596 1.2591217 ]
+      >>> print(jax.grad(jsm.linear_cross_entropy)(hidden, weight, labels).shape)
+      (3, 3)
+
+    References:
+      Hsu et al., 2024: Liger Kernel (arXiv:2410.10989); Wijmans et al., 2024: Cut your losses in
+      large-vocabulary language models (arXiv:2411.09009).
     """
     layer = _as_layer(hidden, weight, bias)
-    labels = _as_labels(labels, layer.hidden.shape[:-1])
+    shape, num_classes = layer.hidden.shape[:-1], layer.weight.shape[1]
+    labels = _as_labels(labels, shape)
+    if not callable(loss):
+        raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
-    keep = jnp.ones(labels.shape, bool) if where is None else check_mask(where, labels.shape)
-    keep = jnp.broadcast_to(keep, labels.shape)
-    length = layer.weight.shape[1] * (lax.axis_size(vocab_axis_name) if vocab_axis_name else 1)
-    checkify.debug_check(
-        jnp.all(((labels >= 0) & (labels < length)) | ~keep),
-        f"labels must be classes from 0 to {length - 1}, got one out of range.",
-    )
+    names = () if vocab_axis_name is None else (vocab_axis_name,)
+    keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
+    _check_range(labels, keep, num_classes * math.prod(lax.axis_size(name) for name in names))
 
-    hidden = jnp.where(keep[..., None], layer.hidden, 0)
-    chunks = _Chunks.of(labels.size, _chunk_size(chunk_size, layer))
-    hidden = chunks.split(hidden.reshape(-1, hidden.shape[-1]))
-    labels_of_chunks = chunks.split(jnp.where(keep, labels, 0).reshape(-1))
-    keep_of_chunks = chunks.split(keep.reshape(-1))
+    # Zeros instead of what does not count, be it NaN.
+    chunks = _Chunks.of(labels.size, _chunk_size(chunk_size, num_classes))
+    hidden = chunks.split(jnp.where(keep[..., None], layer.hidden, 0), axes=len(shape))
+    rows_of_labels = chunks.split(jnp.where(keep, labels, 0), axes=len(shape))
 
     def losses_of(scores: Array, labels: Array) -> Array:
         if logits_soft_cap is not None:
             scores = _soft_cap(scores, logits_soft_cap)
-        axis = {} if vocab_axis_name is None else {"axis": (-1, vocab_axis_name)}
-        return _check_losses(loss(scores, labels, **axis), labels, scores.dtype)
+        values = loss(scores, labels, axis=(-1, *names)) if names else loss(scores, labels)
+        return _check_losses(values, labels, scores.dtype)
 
-    wide = _wide(layer.weight.dtype)
-    scores = vary_like(jnp.zeros((chunks.size, layer.weight.shape[1]), wide), hidden)
-    pure, params, rest = hoist(losses_of, scores, labels_of_chunks[0])
-    names = () if vocab_axis_name is None else (vocab_axis_name,)
+    some = jnp.zeros((chunks.size, num_classes), _wide(layer.weight.dtype))
+    pure, params, rest = hoist(losses_of, vary_like(some, hidden), rows_of_labels[0])
     params = [vary_like(x, hidden, but=names) for x in params]
     operands = _Operands(hidden, layer.weight, layer.bias, params)
-    rows = _Rows(labels_of_chunks, keep_of_chunks, rest)
+    rows = _Rows(rows_of_labels, chunks.split(keep, axes=len(shape)), rest)
     if reduction == "none":
-        return chunks.join(_each(pure, operands, rows)).reshape(labels.shape)
+        return chunks.join(_each(pure, operands, rows)).reshape(shape)
     total = _total(pure, operands, rows)
     if reduction == "sum":
         return total
-    count = jnp.sum(keep.astype(total.dtype))
-    return total / jnp.maximum(count, 1)
+    return total / jnp.maximum(jnp.sum(keep.astype(total.dtype)), 1)
 
 
 class _Layer(NamedTuple):
@@ -103,6 +149,8 @@ def _as_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> _
         )
     with jax.numpy_dtype_promotion("standard"):
         dtype = jnp.promote_types(output_dtype(hidden), output_dtype(weight))
+    if dtype == jnp.float16:  # too narrow for the gradients of scores
+        dtype = jnp.dtype(jnp.float32)
     hidden, weight = hidden.astype(dtype), weight.astype(dtype)
     hidden = vary_like(hidden, weight)
     weight = vary_like(weight, hidden)
@@ -125,6 +173,14 @@ def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:
             f"{labels.shape}."
         )
     return labels
+
+
+def _check_range(labels: Array, keep: Array, length: int) -> None:
+    known = (labels >= 0) & (labels < length)
+    checkify.debug_check(
+        jnp.all(known | ~keep),
+        f"labels must be classes from 0 to {length - 1}, got one out of range.",
+    )
 
 
 def _soft_cap(scores: Array, cap: Any) -> Array:
@@ -163,24 +219,30 @@ class _Chunks:
         count = max(1, math.ceil(rows / size))
         return _Chunks(rows, count, max(1, math.ceil(rows / count)))
 
-    def split(self, x: Array) -> Array:
-        """Rows to chunks of rows; what is filled up is 0."""
+    def split(self, x: Array, axes: int) -> Array:
+        """Rows, along the first `axes` axes, to chunks of rows; what is filled up is 0."""
+        rows = x.reshape(self.rows, *x.shape[axes:])
         missing = self.count * self.size - self.rows
         if missing:
-            x = jnp.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(self.count, self.size, *x.shape[1:])
+            rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+        return rows.reshape(self.count, self.size, *rows.shape[1:])
 
     def join(self, x: Array) -> Array:
         """Chunks of rows to rows."""
-        return x.reshape(-1, *x.shape[2:])[: self.rows]
+        return x.reshape(-1)[: self.rows]
 
 
-def _chunk_size(wanted: int | None, layer: _Layer) -> int:
+def _chunk_size(wanted: int | None, num_classes: int) -> int:
     if wanted is None:
-        return 128
+        # 256 rows keep the matrix products busy; where there are few classes, more rows still fit.
+        return max(256, _SCORES // max(num_classes, 1))
     if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
         raise ValueError(f"chunk_size must be a positive integer, got {wanted!r}.")
     return wanted
+
+
+# How many scores a chunk has that is large enough for any machine.
+_SCORES = 2**23
 
 
 class _Operands(NamedTuple):
@@ -203,9 +265,9 @@ class _Rows(NamedTuple):
 Losses = Callable[..., Array]  # (params, rest, scores, labels) -> one loss per row
 
 
-def _scores(operands: _Operands, hidden: Array) -> Array:
-    scores = _dot(hidden, operands.weight, ((1,), (0,)))
-    return scores if operands.bias is None else scores + operands.bias[None]
+def _scores(hidden: Array, weight: Array, bias: Array | None) -> Array:
+    scores = _dot(hidden, weight, ((1,), (0,)))
+    return scores if bias is None else scores + bias[None]
 
 
 def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
@@ -220,7 +282,8 @@ def _wide(dtype: Any) -> Any:
 def _losses(losses: Losses, operands: _Operands, rows: _Rows) -> Array:
     def step(_: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Array]:
         hidden, labels, keep = chunk
-        values = losses(operands.params, rows.rest, _scores(operands, hidden), labels)
+        scores = _scores(hidden, operands.weight, operands.bias)
+        values = losses(operands.params, rows.rest, scores, labels)
         return None, jnp.where(keep, values, 0)
 
     return lax.scan(jax.checkpoint(step), None, (operands.hidden, rows.labels, rows.keep))[1]
@@ -230,31 +293,68 @@ def _gradients(
     losses: Losses, operands: _Operands, rows: _Rows, ct: Array
 ) -> tuple[Array, _Operands]:
     """The losses, and their gradients under the cotangents `ct`, in one pass."""
-    _, *shared = operands
+    shared = operands.weight, operands.bias, operands.params
 
+    # Checkpointed, so that what is differentiated again keeps no scores.
     @jax.checkpoint
     def of_chunk(shared: Any, hidden: Array, labels: Array, keep: Array, ct: Array) -> Any:
-        operands = _Operands(hidden, *shared)
+        weight, bias, params = shared
 
         def of_scores(scores: Array, params: list[Array]) -> Array:
             return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
 
-        values, pull_back = jax.vjp(of_scores, _scores(operands, hidden), operands.params)
+        values, pull_back = jax.vjp(of_scores, _scores(hidden, weight, bias), params)
         ct_scores, ct_params = pull_back(ct)
-        ct_bias = None if operands.bias is None else jnp.sum(ct_scores, 0)
+        ct_bias = None if bias is None else jnp.sum(ct_scores, 0)
         ct_scores = ct_scores.astype(hidden.dtype)
-        ct_weight = _dot(hidden, ct_scores, ((0,), (0,)))
-        ct_hidden = _dot(ct_scores, operands.weight, ((1,), (1,)))
-        return values, ct_hidden, [ct_weight, ct_bias, ct_params]
+        return values, _dot(ct_scores, weight, ((1,), (1,))), ct_scores, (ct_bias, ct_params)
 
     def step(total: Any, chunk: Any) -> Any:
-        values, ct_hidden, ct_shared = of_chunk(shared, *chunk)
-        return jax.tree.map(jnp.add, total, ct_shared), (values, ct_hidden)
+        total_weight, total_rest = total
+        values, ct_hidden, ct_scores, ct_rest = of_chunk(shared, *chunk)
+        total_weight = _add_product(total_weight, chunk[0], ct_scores)
+        return (total_weight, jax.tree.map(jnp.add, total_rest, ct_rest)), (values, ct_hidden)
 
-    start = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, _wide(x.dtype)), x), shared)
+    weight, *rest = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, _wide(x.dtype)), x), shared)
     chunks = operands.hidden, rows.labels, rows.keep, ct
-    total, (values, ct_hidden) = lax.scan(step, start, chunks)
-    return values, _Operands(ct_hidden, *total)
+    (weight, (bias, params)), (values, ct_hidden) = lax.scan(step, (weight, tuple(rest)), chunks)
+    return values, _Operands(ct_hidden, weight, bias, params)
+
+
+def _add_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
+    """`total + hidden.T @ ct_scores`."""
+    return lax.platform_dependent(
+        total, hidden, ct_scores, cpu=_add_product_in_blocks, default=_add_whole_product
+    )
+
+
+def _add_whole_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
+    return total + _dot(hidden, ct_scores, ((0,), (0,)))
+
+
+def _add_product_in_blocks(total: Array, hidden: Array, ct_scores: Array) -> Array:
+    # XLA for CPU cannot add to what is there: the product would be one more array of the size of
+    # the weights. Blocks of it stay in the cache.
+    count = max(1, total.size // _BLOCK)
+    width = total.shape[1] // count
+
+    def step(total: Array, i: Array) -> tuple[Array, None]:
+        block = _add_whole_product(
+            lax.dynamic_slice_in_dim(total, i * width, width, 1),
+            hidden,
+            lax.dynamic_slice_in_dim(ct_scores, i * width, width, 1),
+        )
+        return lax.dynamic_update_slice_in_dim(total, block, i * width, 1), None
+
+    total, _ = lax.scan(step, total, jnp.arange(count))
+    done = count * width
+    if done == total.shape[1]:
+        return total
+    last = _add_whole_product(total[:, done:], hidden, ct_scores[:, done:])
+    return total.at[:, done:].set(last)
+
+
+_BLOCK = 2**20
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -265,12 +365,12 @@ def _total(losses: Losses, operands: _Operands, rows: _Rows) -> Array:
 def _total_fwd(losses: Losses, operands: _Operands, rows: _Rows) -> tuple[Array, Any]:
     ones = jnp.ones(rows.labels.shape, _wide(operands.weight.dtype))
     values, gradients = _gradients(losses, operands, rows, ones)
-    return jnp.sum(values), (gradients, jax.tree.map(lambda x: jnp.zeros((0,), x.dtype), operands))
+    return jnp.sum(values), (gradients, operands)
 
 
 def _total_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[_Operands, None]:
-    gradients, like = residuals
-    return jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, like), None
+    gradients, operands = residuals
+    return jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands), None
 
 
 _total.defvjp(_total_fwd, _total_bwd)
