@@ -302,7 +302,7 @@ def _gradients(
             return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
 
         values, pull_back = jax.vjp(of_scores, _scores(hidden, weight, bias), params)
-        ct_scores, ct_params = pull_back(ct)
+        ct_scores, ct_params = pull_back(vary_like(ct, values))
         ct_bias = None if bias is None else jnp.sum(ct_scores, 0)
         ct_scores = ct_scores.astype(hidden.dtype)
         return values, _dot(ct_scores, weight, ((1,), (1,))), ct_scores, (ct_bias, ct_params)

@@ -70,7 +70,7 @@ def weighed(f):
 
 
 def tangents(operands):
-    return jax.tree.map(lambda x: np.cos(7 * x), operands)
+    return jax.tree.map(lambda x: jnp.cos(7 * x), operands)
 
 
 # Values and derivatives.
@@ -204,17 +204,18 @@ def test_no_rows():
 
 def test_label_out_of_range_is_nan_without_gradient():
     bad = np.array([0, 4, 5, 2, -1, 3, 0])
+    known = (bad >= 0) & (bad < 5)
     losses = chunked(*OPERANDS, labels=bad, reduction="none")
-    np.testing.assert_array_equal(np.isnan(losses), (bad < 0) | (bad > 4))
+    np.testing.assert_array_equal(np.isnan(losses), ~known)
+
+    def of_known(*operands):
+        return jnp.sum(whole(*operands, reduction="none", labels=bad)[known])
+
     for reduction in ("none", "sum"):
         f = functools.partial(chunked, labels=bad, reduction=reduction)
         value, pull_back = jax.vjp(f, *OPERANDS)
         gradients = pull_back(jnp.ones_like(value))
-        known = (bad >= 0) & (bad < 5)
-        expected = jax.grad(
-            lambda *x: jnp.sum(whole(*x, reduction="none", labels=bad)[known]), (0, 1, 2)
-        )
-        all_close(gradients, expected(*OPERANDS))
+        all_close(gradients, jax.grad(of_known, (0, 1, 2))(*OPERANDS))
 
 
 def test_checkify_finds_labels_out_of_range():
@@ -253,7 +254,7 @@ def test_three_matrix_products_for_a_gradient_and_one_without(monkeypatch):
     for reduction, of_gradient in (("mean", 3), ("sum", 3), ("none", 4)):
         g = functools.partial(f, reduction=reduction)
         assert products(g, HIDDEN, WEIGHT) == 1
-        assert products(jax.grad(g, (0, 1)), HIDDEN, WEIGHT) == of_gradient
+        assert products(jax.value_and_grad(g, (0, 1)), HIDDEN, WEIGHT) == of_gradient
 
 
 def temporaries(f, *args):
@@ -277,7 +278,7 @@ def test_memory_does_not_grow_with_the_rows():
         def step(total, batch):
             return total + f(batch[0], weight, batch[1]), None
 
-        return jax.lax.scan(step, jnp.zeros(()), (hidden[None], labels[None]))[0]
+        return jax.lax.scan(step, jnp.zeros((), jnp.float32), (hidden[None], labels[None]))[0]
 
     def none(hidden, weight, labels):
         losses = functools.partial(jsm.linear_cross_entropy, reduction="none", chunk_size=8)
@@ -373,7 +374,7 @@ def test_only_row_sized_values_cross_devices():
     compiled = jax.jit(jax.grad(sharded, (0, 1))).lower(*args).compile().as_text()
     sizes = []
     for line in compiled.splitlines():
-        operation, _, rest = line.partition(" = ")
+        rest = line.partition(" = ")[2]
         if any(f" {name}(" in rest for name in ("all-reduce", "all-gather", "all-to-all")):
             shapes = rest.split(" all-")[0].replace("(", "").split("]")[:-1]
             sizes += [np.prod([int(n) for n in s.split("[")[1].split(",") if n]) for s in shapes]
@@ -505,6 +506,7 @@ def test_character_model_trains_as_with_all_scores():
 
         return jax.lax.scan(step, (start, optimizer.init(start)), batches)[1]
 
-    ours, theirs = np.asarray(curve(in_chunks)), np.asarray(curve(with_all_scores))
+    with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"):  # as users have it
+        ours, theirs = np.asarray(curve(in_chunks)), np.asarray(curve(with_all_scores))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert theirs[-10:].mean() < 0.75 * theirs[0]  # it learned
