@@ -118,12 +118,16 @@ def linear_cross_entropy(
 
     some = jnp.zeros((chunks.size, num_classes), _wide(layer.weight.dtype))
     pure, params, rest = hoist(losses_of, vary_like(some, hidden), rows_of_labels[0])
-    params = [vary_like(x, hidden, but=names) for x in params]
     operands = _Operands(hidden, layer.weight, layer.bias, params)
     rows = _Rows(rows_of_labels, chunks.split(keep, axes=len(shape)), rest)
     if reduction == "none":
         return chunks.join(_each(pure, operands, rows)).reshape(shape)
-    total = _total(pure, operands, rows)
+    # What the loss closes over may be shared by devices that have different rows. Its gradient is
+    # then summed over them, and so the cotangents, which may differ, have to be met before that.
+    if all(vary_like(x, hidden, but=names) is x for x in params):
+        total = _total(pure, operands, rows)
+    else:
+        total = jnp.sum(_each(pure, operands, rows))
     if reduction == "sum":
         return total
     return total / jnp.maximum(jnp.sum(keep.astype(total.dtype)), 1)

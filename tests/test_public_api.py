@@ -117,6 +117,8 @@ def test_names_are_those_of_the_contract():
         "cross_entropy",
         "sparsemax_loss",
         "entmax_loss",
+        "fenchel_young_loss",
+        "linear_cross_entropy",
     }
     assert expected <= {name for name in vars(jsm) if not name.startswith("_")}
 
@@ -130,9 +132,18 @@ def test_names_are_those_of_the_contract():
         ("sparsemax", "(x, axis, where, *, temperature)"),
         ("entmax15", "(x, axis, where, *, temperature)"),
         ("hardmax", "(x, axis, where)"),
-        ("cross_entropy", "(scores, targets, axis, where, *, temperature)"),
+        (
+            "cross_entropy",
+            "(scores, targets, axis, where, *, temperature, label_smoothing, z_loss)",
+        ),
         ("sparsemax_loss", "(scores, targets, axis, where, *, temperature)"),
         ("entmax_loss", "(scores, targets, alpha, axis, where, *, temperature)"),
+        ("fenchel_young_loss", "(mapping, entropy)"),
+        (
+            "linear_cross_entropy",
+            "(hidden, weight, labels, *, bias, loss, reduction, where, logits_soft_cap, "
+            "chunk_size, vocab_axis_name)",
+        ),
     ],
 )
 def test_signatures_begin_as_in_the_contract(name, signature):
