@@ -80,13 +80,14 @@ def linear_cross_entropy(
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
       >>> hidden, weight = jnp.eye(3), jnp.array([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
       >>> labels = jnp.array([0, 1, 2])
       >>> print(f"{jsm.linear_cross_entropy(hidden, weight, labels):.4f}")
       0.9427
       >>> sparse = functools.partial(jsm.entmax_loss, alpha=1.5)
       >>> print(jsm.linear_cross_entropy(hidden, weight, labels, loss=sparse, reduction="none"))
-      [0.         0.49236596 1.2591217 ]
+      [0.    0.126 1.126]
       >>> print(jax.grad(jsm.linear_cross_entropy)(hidden, weight, labels).shape)
       (3, 3)
 
@@ -380,6 +381,16 @@ def _total_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[_Operands, No
 _total.defvjp(_total_fwd, _total_bwd)
 
 
+def _total_batch(
+    axis_size: int, batched: Any, losses: Losses, operands: _Operands, rows: _Rows
+) -> Array | None:
+    values = _each_batch(axis_size, batched, losses, operands, rows)
+    return None if values is None else jnp.sum(values, (1, 2))
+
+
+_total.defbatch(_total_batch)
+
+
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _each(losses: Losses, operands: _Operands, rows: _Rows) -> Array:
     return _losses(losses, operands, rows)
@@ -396,3 +407,39 @@ def _each_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[_Operands, Non
 
 
 _each.defvjp(_each_fwd, _each_bwd)
+
+
+def _each_batch(
+    axis_size: int, batched: Any, losses: Losses, operands: _Operands, rows: _Rows
+) -> Array | None:
+    """Under `vmap`: more rows, if that is all that there are more of, and no larger chunks."""
+    batched_operands, batched_rows = batched
+    of_rows = (batched_operands.hidden, batched_rows.labels, batched_rows.keep)
+    if any(jax.tree.leaves((batched_operands[1:], batched_rows.rest))):
+        return None  # other weights for other rows
+
+    def chunks_of(x: Array, is_batched: bool) -> Array:
+        x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return x.reshape(-1, *x.shape[2:])
+
+    arrays = (operands.hidden, rows.labels, rows.keep)
+    hidden, labels, keep = map(chunks_of, arrays, of_rows)
+    count, size = labels.shape
+    # Small chunks are grouped, or each would be a matrix product of few rows.
+    group = max(1, _chunk_size(None, operands.weight.shape[1]) // size)
+    groups = _Chunks.of(count, group)
+
+    def of_group(params: list[Array], rest: list[Array], scores: Array, labels: Array) -> Array:
+        by_chunk = [x.reshape(groups.size, size, *x.shape[1:]) for x in (scores, labels)]
+        return jax.vmap(losses, in_axes=(None, None, 0, 0))(params, rest, *by_chunk).reshape(-1)
+
+    def grouped(x: Array) -> Array:
+        x = groups.split(x, axes=1)
+        return x.reshape(groups.count, groups.size * size, *x.shape[3:])
+
+    operands = operands._replace(hidden=grouped(hidden))
+    values = _each(of_group, operands, _Rows(grouped(labels), grouped(keep), rows.rest))
+    return values.reshape(-1, size)[:count].reshape(axis_size, -1, size)
+
+
+_each.defbatch(_each_batch)

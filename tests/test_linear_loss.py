@@ -261,7 +261,7 @@ def temporaries(f, *args):
     return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_memory_does_not_grow_with_the_rows():
+def test_memory_does_not_grow_with_the_rows(monkeypatch):
     """Neither for derivatives nor under transformations; beyond numbers per row."""
 
     def f(hidden, weight, labels):
@@ -284,8 +284,14 @@ def test_memory_does_not_grow_with_the_rows():
         losses = functools.partial(jsm.linear_cross_entropy, reduction="none", chunk_size=8)
         return jnp.sum(losses(hidden, weight, labels) ** 2)
 
+    def mapped(hidden, weight, labels):
+        batches = hidden.reshape(8, -1, width), labels.reshape(8, -1)
+        return jnp.sum(jax.vmap(f, in_axes=(0, None, 0))(batches[0], weight, batches[1]))
+
     num_classes, width = 2048, 4
+    monkeypatch.setattr("jaxsoftmax.linear_loss._chunk_size", lambda *_: 8)
     for fun in (
+        jax.grad(mapped, (0, 1)),
         jax.grad(f, (0, 1)),
         jax.grad(jax.checkpoint(f), (0, 1)),
         jax.grad(scanned, (0, 1)),
@@ -331,6 +337,38 @@ def test_vmap(rng):
         close(of_weight, expected[1][1].sum(0) if axes[1] is None else expected[1][1])
 
 
+@every_reduction
+def test_vmap_of_single_rows(reduction, rng):
+    """Twice: what is mapped over becomes more rows, and these are grouped and filled up."""
+    hidden, labels = rng.normal(size=(3, 5, 2, WIDTH)), rng.integers(5, size=(3, 5, 2))
+
+    def mapped(hidden, weight, bias):
+        def f(hidden, labels):
+            return jsm.linear_cross_entropy(
+                hidden, weight, labels, bias=bias, reduction=reduction, chunk_size=1
+            )
+
+        return jax.vmap(jax.vmap(f, in_axes=(1, 1)), in_axes=(2, 2))(hidden, labels)
+
+    def theirs(hidden, weight, bias):
+        losses = jsm.cross_entropy(hidden @ weight + bias, labels).transpose(2, 1, 0)
+        return losses if reduction == "none" else REDUCE[reduction](losses, -1)
+
+    def derivatives(f):
+        operands = (hidden, WEIGHT, np.broadcast_to(BIAS, hidden.shape[:-1] + BIAS.shape))
+        operands = operands if f is theirs else (*operands[:2], BIAS)
+        gradient = jax.grad(weighed(f), (0, 1))
+        moved = tangents(operands[:2])
+        return jax.jit(
+            lambda h, w: (
+                f(h, w, operands[2]),
+                jax.jvp(lambda *x: gradient(*x, operands[2]), (h, w), moved),
+            )
+        )(*operands[:2])
+
+    all_close(derivatives(mapped), derivatives(theirs))
+
+
 def test_sharded_classes_and_rows(rng):
     mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     hidden, labels = rng.normal(size=(8, WIDTH)), np.array([0, 5, 3, 4, 1, 2, 0, 3])
@@ -341,8 +379,8 @@ def test_sharded_classes_and_rows(rng):
         mean = jsm.linear_cross_entropy(
             hidden, weight, labels, bias=bias, loss=loss, vocab_axis_name="classes", chunk_size=3
         )
-        # A gradient that is summed over the devices too early would take one's factor for another's.
-        factor = 1.0 + jax.lax.axis_index("rows")
+        # A gradient summed over the devices too early would take one's factor for another's.
+        factor = 1.0 + jax.lax.axis_index("rows").astype(float)
         return jax.lax.psum(mean * factor, "rows")
 
     sharded = jax.shard_map(
