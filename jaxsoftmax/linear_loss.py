@@ -5,15 +5,16 @@ Where the losses are summed, all that their gradients lack is the one cotangent 
 the gradients are formed in the same pass: three matrix products in all, as with all the scores.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
@@ -23,7 +24,6 @@ from jaxsoftmax._scores import check_mask, check_real, known_number, output_dtyp
 from jaxsoftmax.losses import cross_entropy
 
 
-@public
 def linear_cross_entropy(
     hidden: Float[ArrayLike, "*rows D"],
     weight: Float[ArrayLike, "D V"],
@@ -64,7 +64,8 @@ def linear_cross_entropy(
       vocab_axis_name: inside `shard_map`, the mesh axis over which the classes are sharded. Then
         `weight` and `bias` are this device's, `labels` count across the devices, and the loss is
         called with `axis=(-1, vocab_axis_name)`. Nothing larger than a number per row crosses
-        devices, but the gradient of `hidden`.
+        devices, but the gradient of `hidden`. (Arrays on a mesh of explicit axes need `shard_map`
+        too; under automatic sharding it works, but chunks may be moved between devices.)
 
     Returns:
       A scalar, or for "none" losses of the shape of `labels`; 0 where no row counts. The dtype is
@@ -95,6 +96,48 @@ def linear_cross_entropy(
       Hsu et al., 2024: Liger Kernel (arXiv:2410.10989); Wijmans et al., 2024: Cut your losses in
       large-vocabulary language models (arXiv:2411.09009).
     """
+    compute = _compiled if _is_constant(loss) else _linear_loss
+    return compute(
+        hidden,
+        weight,
+        labels,
+        bias=bias,
+        loss=loss,
+        reduction=reduction,
+        where=where,
+        logits_soft_cap=logits_soft_cap,
+        chunk_size=chunk_size,
+        vocab_axis_name=vocab_axis_name,
+    )
+
+
+def _is_constant(loss: Any) -> bool:
+    """Whether a compiled function may be kept for this loss: not if it holds what is traced."""
+    if not isinstance(loss, Hashable):
+        return False
+    held: list[Any] = []
+    if isinstance(loss, functools.partial):
+        held += [loss.args, loss.keywords]
+        loss = loss.func
+    for cell in getattr(loss, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            held.append(cell.cell_contents)
+    return not any(isinstance(x, core.Tracer) for x in jax.tree.leaves(held))
+
+
+def _linear_loss(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    loss: Callable[..., Array],
+    reduction: str,
+    where: ArrayLike | None,
+    logits_soft_cap: Any,
+    chunk_size: int | None,
+    vocab_axis_name: str | None,
+) -> Array:
     layer = _as_layer(hidden, weight, bias)
     shape, num_classes = layer.hidden.shape[:-1], layer.weight.shape[1]
     labels = _as_labels(labels, shape)
@@ -132,6 +175,9 @@ def linear_cross_entropy(
     if reduction == "sum":
         return total
     return total / jnp.maximum(jnp.sum(keep.astype(total.dtype)), 1)
+
+
+_compiled = public(_linear_loss)
 
 
 class _Layer(NamedTuple):

@@ -44,8 +44,9 @@ class Classes:
         (axis,) = rows.axes
         here = self._here(rows, scores)
         length = scores.shape[axis]
-        if length == 0:
-            return jnp.zeros(here.shape, scores.dtype)
+        if length == 0 or jax.typeof(scores).sharding.spec[axis] is not None:
+            # Nothing to look up, or no one place to look it up on an explicit mesh.
+            return rows.sum((jnp.where(self.hits(rows, scores), scores, 0),))
         index = jnp.clip(here, 0, length - 1)
         picked = jnp.take_along_axis(scores, index, axis, mode="promise_in_bounds")
         if not rows.names:
