@@ -148,7 +148,7 @@ def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
     have one, `rest` are integers, keys, and the like.
     """
     jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*args)
-    tree = jax.tree.structure(out)
+    tree, opened = jax.tree.structure(out), jaxpr.jaxpr  # what is kept must not hold the tracers
 
     def kind(x: Any) -> str:
         if not isinstance(x, core.Tracer):
@@ -160,7 +160,7 @@ def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
     def pure(smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
         given = {"smooth": iter(smooth), "rest": iter(rest), "constant": iter(constants)}
         consts = [next(given[k]) for k in kinds]
-        leaves = jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*jax.tree.leaves(args))
+        leaves = jaxpr_as_fun(ClosedJaxpr(opened, consts))(*jax.tree.leaves(args))
         return jax.tree.unflatten(tree, leaves)
 
     smooth, rest, constants = (

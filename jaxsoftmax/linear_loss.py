@@ -96,23 +96,21 @@ def linear_cross_entropy(
       Hsu et al., 2024: Liger Kernel (arXiv:2410.10989); Wijmans et al., 2024: Cut your losses in
       large-vocabulary language models (arXiv:2411.09009).
     """
-    compute = _compiled if _is_constant(loss) else _linear_loss
-    return compute(
-        hidden,
-        weight,
-        labels,
-        bias=bias,
-        loss=loss,
-        reduction=reduction,
-        where=where,
-        logits_soft_cap=logits_soft_cap,
-        chunk_size=chunk_size,
-        vocab_axis_name=vocab_axis_name,
-    )
+    options = {
+        "bias": bias,
+        "reduction": reduction,
+        "where": where,
+        "logits_soft_cap": logits_soft_cap,
+        "chunk_size": chunk_size,
+        "vocab_axis_name": vocab_axis_name,
+    }
+    if _is_constant(loss):
+        return _compiled(hidden, weight, labels, loss=loss, **options)
+    return public(functools.partial(_linear_loss, loss=loss))(hidden, weight, labels, **options)
 
 
 def _is_constant(loss: Any) -> bool:
-    """Whether a compiled function may be kept for this loss: not if it holds what is traced."""
+    """Whether what is compiled may be kept for this loss: not if that holds what is traced."""
     if not isinstance(loss, Hashable):
         return False
     held: list[Any] = []
