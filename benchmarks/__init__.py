@@ -1,1 +1,1 @@
-"""Measurements against peers: `python -m benchmarks.mappings`, `python -m benchmarks.accuracy`."""
+"""Measurements against peers: `python -m benchmarks.mappings`, `...losses`, `...accuracy`."""

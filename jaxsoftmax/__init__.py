@@ -3,8 +3,10 @@
 from jaxsoftmax import calibration as calibration
 from jaxsoftmax import plots as plots
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
+from jaxsoftmax.linear_loss import linear_cross_entropy as linear_cross_entropy
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss
+from jaxsoftmax.losses import fenchel_young_loss as fenchel_young_loss
 from jaxsoftmax.losses import sparsemax_loss as sparsemax_loss
 from jaxsoftmax.mappings import budget_sparsemax as budget_sparsemax
 from jaxsoftmax.mappings import entmax as entmax

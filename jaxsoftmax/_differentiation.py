@@ -8,6 +8,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import core
 from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
@@ -75,6 +76,7 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         self._reverse = jax.custom_vjp(fun, nondiff_argnums=self._nondiff_argnums)
         self._signature = inspect.signature(fun)
         self._has_rule = False
+        self._batch: Callable | None = None
 
     def defvjp(self, fwd: Callable, bwd: Callable, symbolic_zeros: bool = False) -> None:
         """Defines the rule.
@@ -88,6 +90,16 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         self._reverse.defvjp(fwd, bwd, symbolic_zeros=symbolic_zeros)
         self._has_rule = True
 
+    def defbatch(self, batch: Callable) -> None:
+        """Defines what `vmap` does, where it is not just the function on more axes.
+
+        Args:
+          batch: takes the size of the new axis, pytrees of bools that tell which arguments have it
+            (as those arguments, without those at `nondiff_argnums`), and the arguments, which have
+            it in front. Returns the output with it in front, or None for the usual.
+        """
+        self._batch = batch
+
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         if not self._has_rule:
             name = getattr(self, "__name__", "the function")
@@ -100,15 +112,24 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         leaves = [jnp.asarray(x) if isinstance(x, complex | float | int) else x for x in leaves]
         out_tree = None
 
+        def merged(leaves: Sequence[Any]) -> list[Any]:
+            args = jax.tree.unflatten(tree, leaves)
+            for i, value in static.items():
+                args.insert(i, value)
+            return args
+
         def flat(*leaves: Any) -> list[Any]:
             nonlocal out_tree
-            merged = jax.tree.unflatten(tree, leaves)
-            for i, value in static.items():
-                merged.insert(i, value)
-            out_leaves, out_tree = jax.tree.flatten(self._reverse(*merged))
+            out_leaves, out_tree = jax.tree.flatten(self._reverse(*merged(leaves)))
             return out_leaves
 
-        out = _bind(flat, leaves)
+        def batch(axis_size: int, batched: Sequence[bool], leaves: Sequence[Any]) -> Any:
+            assert self._batch is not None
+            trees = jax.tree.unflatten(tree, batched)
+            out = self._batch(axis_size, trees, *merged(leaves))
+            return None if out is None else jax.tree.leaves(out)
+
+        out = _bind(flat, leaves, None if self._batch is None else batch)
         return jax.tree.unflatten(out_tree, out)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:
@@ -120,26 +141,74 @@ _call = Primitive("custom_vjp_with_jvp")
 _call.multiple_results = True
 
 
-def _bind(fun: Callable, args: Sequence[Any]) -> list[Any]:
+def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
+    """`fun` as a function `(smooth, rest, *args)`, and the tracers that it closes over.
+
+    For a rule that gives gradients to what a user's function closes over: `smooth` are those that
+    have one, `rest` are integers, keys, and the like.
+    """
+    jaxpr, out = jax.make_jaxpr(fun, return_shape=True)(*args)
+    tree, opened = jax.tree.structure(out), jaxpr.jaxpr  # what is kept must not hold the tracers
+
+    def kind(x: Any) -> str:
+        if not isinstance(x, core.Tracer):
+            return "constant"
+        return "smooth" if jnp.issubdtype(x.dtype, jnp.inexact) else "rest"
+
+    kinds = [kind(x) for x in jaxpr.consts]
+
+    def pure(smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
+        given = {"smooth": iter(smooth), "rest": iter(rest), "constant": iter(constants)}
+        consts = [next(given[k]) for k in kinds]
+        leaves = jaxpr_as_fun(ClosedJaxpr(opened, consts))(*jax.tree.leaves(args))
+        return jax.tree.unflatten(tree, leaves)
+
+    smooth, rest, constants = (
+        [x for x, k in zip(jaxpr.consts, kinds, strict=True) if k == wanted]
+        for wanted in ("smooth", "rest", "constant")
+    )
+    return pure, smooth, rest
+
+
+def _bind(fun: Callable, args: Sequence[Any], batch: Callable | None = None) -> list[Any]:
     jaxpr = jax.make_jaxpr(fun)(*args)
     if not jaxpr.consts:
-        return _call.bind(*args, jaxpr=jaxpr)
+        return _call.bind(*args, jaxpr=jaxpr, batch=batch)
 
     # What `fun` closes over becomes an argument: a parameter must not hold a tracer.
     def of_consts(consts: Sequence[Any], *args: Any) -> list[Any]:
         return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*args)
 
+    def batch_of_args(axis_size: int, batched: Sequence[bool], args: Sequence[Any]) -> Any:
+        count = len(jaxpr.consts)
+        if batch is None or any(batched[:count]):
+            return None  # the usual
+        return batch(axis_size, batched[count:], args[count:])
+
     closed = jax.make_jaxpr(of_consts)(jaxpr.consts, *args)
-    return _call.bind(*jaxpr.consts, *args, jaxpr=closed)
+    return _call.bind(*jaxpr.consts, *args, jaxpr=closed, batch=batch and batch_of_args)
 
 
-def _evaluate(*args: Any, jaxpr: ClosedJaxpr) -> list[Any]:
+def _evaluate(*args: Any, jaxpr: ClosedJaxpr, batch: Callable | None) -> list[Any]:
     return jaxpr_as_fun(jaxpr)(*args)
 
 
-def _batch(axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: ClosedJaxpr):
+def _batch(
+    axis_data: Any,
+    args: Sequence[Any],
+    dims: Sequence[Any],
+    *,
+    jaxpr: ClosedJaxpr,
+    batch: Callable | None,
+):
     if all(dim is None for dim in dims):
-        return _call.bind(*args, jaxpr=jaxpr), [None] * len(jaxpr.out_avals)
+        out = _call.bind(*args, jaxpr=jaxpr, batch=batch)
+        return out, [None] * len(jaxpr.out_avals)
+    if batch is not None:
+        front = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
+        out = batch(axis_data.size, [d is not None for d in dims], front)
+        if out is not None:
+            return out, [0] * len(out)
     mapped = jax.vmap(
         jaxpr_as_fun(jaxpr),
         in_axes=tuple(dims),
@@ -151,7 +220,13 @@ def _batch(axis_data: Any, args: Sequence[Any], dims: Sequence[Any], *, jaxpr: C
     return out, [0] * len(out)
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, jaxpr: ClosedJaxpr):
+def _jvp(
+    primals: Sequence[Any],
+    tangents: Sequence[Any],
+    *,
+    jaxpr: ClosedJaxpr,
+    batch: Callable | None,
+):
     active = [i for i, t in enumerate(tangents) if _is_tangent(t)]
 
     def of_active(*args: Any) -> list[Any]:
@@ -187,7 +262,7 @@ def _is_tangent(tangent: Any) -> bool:
 
 
 _call.def_impl(_evaluate)
-_call.def_abstract_eval(lambda *_, jaxpr: jaxpr.out_avals)
+_call.def_abstract_eval(lambda *_, jaxpr, batch: jaxpr.out_avals)
 mlir.register_lowering(_call, mlir.lower_fun(_evaluate, multiple_results=True))
 batching.fancy_primitive_batchers[_call] = _batch
 ad.primitive_jvps[_call] = _jvp

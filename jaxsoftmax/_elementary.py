@@ -47,15 +47,12 @@ def _power_of_2(exponent: Array) -> Array:
     return lax.bitcast_convert_type((bits + (finfo.maxexp - 1)) << finfo.nmant, exponent.dtype)
 
 
-def log_of_sum(count: Array, rest: Array, lost: Array) -> Array:
-    """`log(count + rest + lost)` for a whole number, `rest >= 0` and a `lost` that it rounds off.
-
-    It has all digits of the sum.
-    """
+def log_of_sum(first: Array, rest: Array, lost: Array) -> Array:
+    """`log(first + rest + lost)`, where `lost` is what rounding took from the other two."""
     finfo = jnp.finfo(rest.dtype)
     integer = jnp.int32 if finfo.bits == 32 else jnp.int64
-    total = count + rest
-    large, small = jnp.maximum(count, rest), jnp.minimum(count, rest)
+    total = first + rest
+    large, small = jnp.maximum(first, rest), jnp.minimum(first, rest)
     rounded = ((large - total) + small) + lost
     # total = 2 ** exponent (1 + f), with 1 + f from the root of 1/2 to that of 2.
     low_end = lax.bitcast_convert_type(jnp.asarray(math.sqrt(0.5), rest.dtype), integer)
@@ -63,7 +60,7 @@ def log_of_sum(count: Array, rest: Array, lost: Array) -> Array:
     exponent = (bits - low_end) >> finfo.nmant
     f = lax.bitcast_convert_type(bits - (exponent << finfo.nmant), rest.dtype) - 1
     # Where the rest is all of it, it is not rounded at all.
-    exact = (count == 1) & (exponent == 0)
+    exact = (first == 1) & (exponent == 0)
     f = jnp.where(exact, rest, f)
     correction = jnp.where(exact, lost, rounded) / total
     # log(1 + f) = f - (h - s (h + tail)): what is rounded is small beside f.

@@ -97,7 +97,10 @@ def _look_at_flag(value: Any) -> Any:
     return bool(value)
 
 
-_STATIC = ("axis", "axes", "num_segments", "num_iterations", "reverse", "k", "hard")
+_STATIC = (
+    *("axis", "axes", "num_segments", "num_iterations", "reverse", "k", "hard"),
+    *("loss", "reduction", "chunk_size", "vocab_axis_name"),
+)
 _LOOKS = {
     "axis": _look_at_axis,
     "axes": _look_at_axis,
@@ -105,6 +108,9 @@ _LOOKS = {
     "alpha": _look_at_number,
     "budget": _look_at_number,
     "hard": _look_at_flag,
+    "label_smoothing": _look_at_number,
+    "z_loss": _look_at_number,
+    "logits_soft_cap": _look_at_number,
 }
 
 

@@ -4,13 +4,18 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import jax.scipy as jsp
+import mpmath
 import numpy as np
 import optax
 import pytest
+from jax.experimental import checkify
+from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxsoftmax as jsm
 from tests.cases import LOSSES, SCORES, named
+from tests.tools import exact_log_softmax, operations, ulp_error
 
 every_loss = pytest.mark.parametrize("case", **named(LOSSES))
 close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
@@ -293,3 +298,342 @@ def test_batches_jit_and_vmap_agree(case, rng):
     close(jax.vmap(case.fun, in_axes=(1, 1), out_axes=1)(scores, labels), out)
     close(jax.jit(case.fun)(scores, labels), out)
     close(case.fun(scores[1, 2], labels[1, 2]), out[1, 2])
+
+
+def test_entmax_losses_equal_those_of_torch(rng):
+    """Values and gradients, against deep-spin/entmax."""
+    torch = pytest.importorskip("torch")
+    entmax = pytest.importorskip("entmax")
+    scores, labels = 3 * rng.normal(size=(6, 9)), rng.integers(9, size=6)
+    for ours, theirs in (
+        (jsm.sparsemax_loss, entmax.sparsemax_loss),
+        (jsm.entmax_loss, entmax.entmax15_loss),
+        (
+            functools.partial(jsm.entmax_loss, alpha=1.3),
+            functools.partial(entmax.entmax_bisect_loss, alpha=1.3, n_iter=80),
+        ),
+    ):
+        x = torch.tensor(scores, requires_grad=True)
+        expected = theirs(x, torch.tensor(labels))
+        expected.sum().backward()
+        loss, gradient = jax.value_and_grad(lambda s, f=ours: jnp.sum(f(s, labels)))(scores)
+        np.testing.assert_allclose(loss, expected.sum().detach().numpy(), rtol=1e-9)
+        np.testing.assert_allclose(gradient, x.grad.numpy(), atol=1e-9)
+
+
+# Label smoothing and z-loss.
+
+
+def test_label_smoothing_equals_optax(rng):
+    scores, labels = 3 * rng.normal(size=(6, 9)), rng.integers(9, size=6)
+    dense = rng.dirichlet(np.ones(9), size=6)
+    for targets, y in ((labels, one_hot(labels, 9)), (dense, dense)):
+        smooth = optax.smooth_labels(jnp.asarray(y), 0.3)
+
+        def ours(s, targets=targets):
+            return jsm.cross_entropy(s, targets, label_smoothing=0.3)
+
+        def theirs(s, smooth=smooth):
+            return optax.softmax_cross_entropy(s, smooth)
+
+        close(ours(scores), theirs(scores))
+        gradients = [jax.grad(lambda s, f=f: jnp.sum(f(s)))(scores) for f in (ours, theirs)]
+        close(*gradients)
+
+
+def test_label_smoothing_spreads_over_what_takes_part(rng):
+    scores, where = rng.normal(size=(4, 5)), np.array([True, False, True, True, False])
+    labels = np.array([0, 2, 3, 0])
+    expected = jsm.cross_entropy(
+        scores[:, where], (np.cumsum(where) - 1)[labels], label_smoothing=0.2
+    )
+    close(jsm.cross_entropy(scores, labels, where=where, label_smoothing=0.2), expected)
+    removed = np.where(where, scores, -np.inf)
+    close(jsm.cross_entropy(removed, labels, label_smoothing=0.2), expected)
+
+
+def test_z_loss_adds_the_square_of_logsumexp(rng):
+    scores, labels, t = 3 * rng.normal(size=(6, 9)), rng.integers(9, size=6), 1.7
+
+    def ours(s):
+        return jsm.cross_entropy(s, labels, temperature=t, z_loss=0.1)
+
+    def theirs(s):
+        plain = optax.softmax_cross_entropy_with_integer_labels(s / t, labels)
+        return plain + 0.1 * jax.nn.logsumexp(s / t, -1) ** 2
+
+    close(ours(scores), theirs(scores))
+    gradients = [jax.grad(lambda s, f=f: jnp.sum(f(s)))(scores) for f in (ours, theirs)]
+    close(*gradients)
+
+
+def test_smoothing_and_z_loss_are_numbers_or_row_values_and_differentiable():
+    share, drift = np.array([[0.1], [0.4]]), np.array([[0.3], [0.0]])
+
+    @jax.jit
+    def loss(scores, share, drift):
+        return jsm.cross_entropy(scores, LABELS, where=MASK, label_smoothing=share, z_loss=drift)
+
+    out = loss(SCORES, share, drift)
+    for i in range(2):
+        row = jsm.cross_entropy(
+            SCORES[i],
+            LABELS[i],
+            where=MASK[i],
+            label_smoothing=share[i, 0],
+            z_loss=drift[i, 0],
+        )
+        close(out[i], row)
+    check_grads(loss, (SCORES, share, drift), order=1, modes=("fwd", "rev"))
+
+
+def test_row_in_which_nothing_takes_part_has_no_gradient():
+    def loss(scores):
+        options = {"where": np.zeros(3, bool), "label_smoothing": 0.1, "z_loss": 0.1}
+        return jsm.cross_entropy(scores, np.zeros(3), **options)
+
+    out, gradient = jax.value_and_grad(loss)(np.array([np.nan, 1.0, np.inf]))
+    assert out == 0
+    np.testing.assert_array_equal(gradient, np.zeros(3))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"label_smoothing": 1.5}, r"label_smoothing must be from 0 to 1, got 1\.5"),
+        ({"label_smoothing": -0.1}, r"label_smoothing must be from 0 to 1, got -0\.1"),
+        ({"z_loss": -1.0}, r"z_loss must not be negative, and finite, got -1\.0"),
+        ({"z_loss": np.ones(2)}, r"z_loss must broadcast to one value per row, shape \(2, 1\)"),
+        ({"label_smoothing": np.ones((2, 4))}, "label_smoothing must broadcast to one value per"),
+    ],
+)
+def test_bad_smoothing_and_z_loss_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        jsm.cross_entropy(SCORES, LABELS, **options)
+
+
+# Exactness, to the last digits.
+
+
+@pytest.mark.parametrize("scale", [1, 30, 300])
+def test_cross_entropy_within_2_ulp(scale, rng):
+    for dtype in ("float32", "float64"):
+        scores = (scale * rng.normal(size=(20, 50))).astype(dtype)
+        # The likeliest class of some rows, a random one of others.
+        labels = np.where(np.arange(20) % 2, scores.argmax(-1), rng.integers(50, size=20))
+        with mpmath.workdps(200):
+            exact = [
+                -exact_log_softmax(row)[label] for row, label in zip(scores, labels, strict=True)
+            ]
+            assert ulp_error(jsm.cross_entropy(scores, labels), exact) <= 2
+
+
+def test_gradient_of_what_is_nearly_certain():
+    gradient = jax.grad(jsm.cross_entropy)(np.array([70.0, 0.0, -5.0]), np.array(0))
+    others = np.exp([-70.0, -75.0])
+    np.testing.assert_allclose(gradient, [-others.sum(), *others], rtol=1e-14)
+
+
+def test_ties_at_the_top():
+    scores = np.array([[3.0, 3.0, 3.0], [np.inf, np.inf, 0.0]])
+    close(jsm.cross_entropy(scores, np.array([1, 1])), np.log([3.0, 2.0]))
+    gradient = jax.grad(lambda s: jnp.sum(jsm.cross_entropy(s, np.array([1, 1]))))(scores)
+    close(gradient, [[1 / 3, -2 / 3, 1 / 3], [0.5, -0.5, 0]])
+
+
+# Labels out of range, checkified.
+
+
+@every_loss
+def test_checkify_finds_classes_out_of_range(case):
+    good, bad = np.array([0, 3]), np.array([0, 4])
+    scores = jnp.asarray(SCORES)
+    for transform in (
+        lambda f: f,
+        jax.jit,
+        jax.vmap,
+        lambda f: jax.grad(lambda s, y: jnp.sum(f(s, y))),
+        lambda f: lambda s, y: jax.lax.map(lambda row: f(*row), (s, y)),
+    ):
+        checked = checkify.checkify(transform(case.fun))
+        assert checked(scores, good)[0].get() is None
+        assert "targets must be classes from 0 to 3" in checked(scores, bad)[0].get()
+
+
+# The classes on several devices.
+
+
+@every_loss
+def test_sharded_classes(case, rng):
+    mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    scores, labels = rng.normal(size=(6, 8)), np.array([0, 7, 3, 4, -1, 8])
+    options = {"label_smoothing": 0.1, "z_loss": 0.1} if case.name == "cross_entropy" else {}
+
+    def sharded(scores, targets):
+        axis = (-1, "classes")
+        return jnp.nan_to_num(case.fun(scores, targets, axis=axis, **options))
+
+    rows, both = P("rows"), P("rows", "classes")
+    dense = rng.dirichlet(np.ones(8), size=6)
+    for targets, spec in ((labels, rows), (dense, both)):
+        f = jax.shard_map(sharded, mesh=mesh, in_specs=(both, spec), out_specs=rows)
+        loss, pull_back = jax.vjp(lambda s, f=f, y=targets: f(s, y), scores)
+        expected, pull_back_here = jax.vjp(
+            lambda s, y=targets: jnp.nan_to_num(case.fun(s, y, **options)), scores
+        )
+        close(loss, expected)
+        ct = jnp.asarray(rng.normal(size=6))
+        close(pull_back(ct)[0], pull_back_here(ct)[0])
+
+
+# Anyone's own mapping.
+
+
+def shannon(p, axis):
+    return jsm.shannon_entropy(p, axis)
+
+
+def binary(p, axis):
+    return jnp.sum(jsp.special.entr(p) + jsp.special.entr(1 - p), axis)
+
+
+def logistic(x, axis, where=None):
+    p = jax.nn.sigmoid(x)
+    return p if where is None else jnp.where(where, p, 0)
+
+
+ENTMAX13 = functools.partial(jsm.entmax, alpha=1.3)
+
+
+@pytest.mark.parametrize(
+    ("mapping", "entropy", "loss"),
+    [
+        (jsm.softmax, shannon, jsm.cross_entropy),
+        (jsm.sparsemax, functools.partial(jsm.tsallis_entropy, alpha=2.0), jsm.sparsemax_loss),
+        (
+            ENTMAX13,
+            functools.partial(jsm.tsallis_entropy, alpha=1.3),
+            functools.partial(jsm.entmax_loss, alpha=1.3),
+        ),
+        (
+            functools.partial(jsm.softmax, temperature=0.5),
+            lambda p, axis: jsm.shannon_entropy(p, axis) / 2,
+            lambda *args, **kwargs: jsm.cross_entropy(*args, **kwargs, temperature=0.5) / 2,
+        ),
+    ],
+)
+def test_fenchel_young_loss_equals_the_known_ones(mapping, entropy, loss, rng):
+    scores, labels = 2 * rng.normal(size=(5, 6)), np.array([0, 5, 2, 3, 1])
+    ours = jsm.fenchel_young_loss(mapping, entropy)
+    where = np.array([True, True, True, True, False, True])
+    weights = np.arange(1.0, 6.0)
+    for kwargs in ({}, {"where": where}):
+        both = [
+            jax.value_and_grad(lambda s, f=f, k=kwargs: jnp.sum(weights * f(s, labels, **k)))(
+                scores
+            )
+            for f in (ours, loss)
+        ]
+        jax.tree.map(functools.partial(close, atol=1e-12), *both)
+    assert np.isnan(ours(scores[0], np.array(6)))
+    assert np.isinf(ours(scores[0], np.array(4), where=where))
+
+
+def test_fenchel_young_loss_along_another_axis(rng):
+    scores, labels = 2 * rng.normal(size=(5, 6)), np.array([0, 5, 2, 3, 1])
+    loss = jsm.fenchel_young_loss(jsm.softmax, shannon)
+    close(loss(scores.T, labels, axis=0), jsm.cross_entropy(scores, labels))
+
+
+def test_fenchel_young_loss_of_a_mapping_that_is_no_distribution(rng):
+    """Sigmoids: each entry is a choice of its own, and the loss is the binary cross-entropy."""
+    loss = jsm.fenchel_young_loss(logistic, binary)
+    scores, targets = 3 * rng.normal(size=(5, 4)), (rng.uniform(size=(5, 4)) < 0.5) * 1.0
+    expected = optax.sigmoid_binary_cross_entropy(scores, targets).sum(-1)
+    close(loss(scores, targets), expected)
+    gradient = jax.grad(lambda s: jnp.sum(loss(s, targets)))(scores)
+    close(gradient, jax.nn.sigmoid(scores) - targets)
+    targets = rng.uniform(0.1, 0.9, size=(5, 4))
+    check_grads(jax.jit(loss), (scores, targets), order=1, modes=("fwd", "rev"))
+
+
+def test_fenchel_young_loss_does_not_solve_twice(rng):
+    """The mapping's reverse rule is not run for a gradient, and is for a second derivative."""
+    runs = []
+
+    @jsm.custom_vjp
+    def softmax(x):
+        return jax.nn.softmax(x)
+
+    def bwd(p, ct):
+        runs.append(1)
+        return (p * (ct - jnp.sum(p * ct, -1, keepdims=True)),)
+
+    softmax.defvjp(lambda x: (softmax(x),) * 2, bwd)
+    loss = jsm.fenchel_young_loss(lambda x, axis: softmax(x), shannon)
+    scores = rng.normal(size=(2, 3))
+    gradient = jax.make_jaxpr(jax.grad(lambda s: jnp.sum(loss(s, np.array([0, 1])))))(scores)
+    used = operations(gradient)
+    plain = operations(jax.make_jaxpr(lambda s: loss(s, np.array([0, 1])))(scores))
+    # Derived and dropped: what is left of the mapping is one evaluation.
+    assert used["exp"] <= plain["exp"] + 1
+    close(
+        jax.hessian(lambda s: loss(s, np.array(0)))(scores[0]),
+        jax.jacobian(jax.nn.softmax)(scores[0]),
+    )
+    assert runs
+
+
+def test_fenchel_young_loss_with_a_learned_alpha():
+    targets = np.array([[0.5, 0.5, 0, 0], [0, 0.1, 0.2, 0.7]])
+
+    def own(scores, alpha):
+        loss = jsm.fenchel_young_loss(
+            functools.partial(jsm.entmax, alpha=alpha),
+            functools.partial(jsm.tsallis_entropy, alpha=alpha),
+        )
+        return loss(scores, targets)
+
+    def known(scores, alpha):
+        return jsm.entmax_loss(scores, targets, alpha)
+
+    def derivatives(f):
+        alpha = np.full((2, 1), 1.3)
+        first = jax.jacrev(f, argnums=(0, 1))
+        return jax.jit(lambda s: (f(s, alpha), first(s, alpha), jax.jacfwd(first, 1)(s, alpha)))
+
+    jax.tree.map(
+        functools.partial(close, rtol=1e-10, atol=1e-11),
+        derivatives(own)(SCORES),
+        derivatives(known)(SCORES),
+    )
+
+
+def test_fenchel_young_loss_keeps_the_digits_of_large_scores():
+    loss = jsm.fenchel_young_loss(jsm.softmax, shannon)
+    scores = np.array([1e8, 1e8 - 0.5])
+    close(loss(scores, np.array(0)), np.logaddexp(0, -0.5))
+
+
+def test_fenchel_young_loss_refuses_what_does_not_fit():
+    with pytest.raises(TypeError, match="mapping must be a function, got str"):
+        jsm.fenchel_young_loss("softmax", shannon)
+    with pytest.raises(TypeError, match="entropy must be a function, got float"):
+        jsm.fenchel_young_loss(jsm.softmax, 1.0)
+    with pytest.raises(ValueError, match=r"mapping must give probabilities of the shape of scores"):
+        jsm.fenchel_young_loss(lambda x, axis: x[:1], shannon)(SCORES, LABELS)
+    with pytest.raises(ValueError, match=r"entropy must give one value per row, shape \(2,\)"):
+        jsm.fenchel_young_loss(jsm.softmax, lambda p, axis: jnp.sum(p))(SCORES, LABELS)
+
+
+def test_classes_sharded_over_an_explicit_mesh(rng):
+    mesh = jax.make_mesh(
+        (2, 2), ("rows", "classes"), axis_types=(jax.sharding.AxisType.Explicit,) * 2
+    )
+    scores, labels = rng.normal(size=(4, 6)), np.array([0, 5, 3, 6])
+    expected = jsm.cross_entropy(scores, labels)
+    with jax.set_mesh(mesh):
+        for spec in (P("rows", "classes"), P(None, "classes"), P("rows")):
+            placed = jax.device_put(scores, spec)
+            ours = jsm.cross_entropy(placed, jax.device_put(labels, P(spec[0])))
+            np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-12)

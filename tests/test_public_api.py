@@ -121,6 +121,8 @@ def test_names_are_those_of_the_contract():
         "sample",
         "straight_through",
         "plots",
+        "fenchel_young_loss",
+        "linear_cross_entropy",
     }
     assert expected <= {name for name in vars(jsm) if not name.startswith("_")}
 
@@ -137,9 +139,18 @@ def test_names_are_those_of_the_contract():
         ("sample", "(key, x, axis, where, *, temperature)"),
         ("gumbel_softmax", "(key, x, axis, where, *, temperature, hard)"),
         ("straight_through", "(mapping, hard)"),
-        ("cross_entropy", "(scores, targets, axis, where, *, temperature)"),
+        (
+            "cross_entropy",
+            "(scores, targets, axis, where, *, temperature, label_smoothing, z_loss)",
+        ),
         ("sparsemax_loss", "(scores, targets, axis, where, *, temperature)"),
         ("entmax_loss", "(scores, targets, alpha, axis, where, *, temperature)"),
+        ("fenchel_young_loss", "(mapping, entropy)"),
+        (
+            "linear_cross_entropy",
+            "(hidden, weight, labels, *, bias, loss, reduction, where, logits_soft_cap, "
+            "chunk_size, vocab_axis_name)",
+        ),
     ],
 )
 def test_signatures_begin_as_in_the_contract(name, signature):

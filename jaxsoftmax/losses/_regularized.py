@@ -1,12 +1,4 @@
-"""Losses: one value per row of scores, each the natural partner of a mapping.
-
-A mapping that maximizes `<p, z> - Omega(p)` has the Fenchel-Young loss
-
-    L(z, y) = Omega*(z) + Omega(y) - <y, z> = (<p, z> - Omega(p)) - (<y, z> - Omega(y)),
-
-which is 0 exactly where the mapping gives the target, positive elsewhere, convex in the scores,
-and has the gradient `p - y`.
-"""
+"""Fenchel-Young losses of the entmax family: the regularizer, its mapping and one rule."""
 
 import dataclasses
 import functools
@@ -20,72 +12,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
-from jaxsoftmax._scores import (
-    Axis,
-    Fixed,
-    Options,
-    check_real,
-    known_number,
-    output_dtype,
-    prepare,
-    public,
-)
+from jaxsoftmax._reductions import Entries, Rows
+from jaxsoftmax._scores import Axis, Fixed, Options, known_number, prepare, public
 from jaxsoftmax._threshold import Form
+from jaxsoftmax.losses._targets import as_distribution, one_per_row
 from jaxsoftmax.mappings import _entmax, _softmax
-
-
-@public
-def cross_entropy(
-    scores: Float[ArrayLike, "*shape"],
-    targets: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
-    axis: Axis = -1,
-    where: Bool[ArrayLike, "*#shape"] | None = None,
-    *,
-    temperature: ArrayLike = 1.0,
-) -> Float[Array, "*rows"]:
-    r"""The negative log-likelihood of the targets under `softmax`.
-
-    .. math:: L(x, y) = -\sum_i y_i \log p_i, \quad p = \mathrm{softmax}(x / t)
-
-    For a class `y` this is :math:`-\log p_y`, exact also where the class is nearly certain. The
-    gradient in `x/t` is `p - y` (`p * sum(y) - y` for targets that do not sum to 1).
-
-    Args:
-      scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
-        the classes, of the shape of `scores`.
-      axis: the axis of the classes; several, or None for all, need a distribution as target.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`.
-      temperature: divides the scores; a number or one value per row, not negative.
-
-    Returns:
-      One value per row, in the dtype of `scores`. A class out of range gives NaN, one that `where`
-      excludes inf.
-
-    Raises:
-      TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
-      ValueError: if shapes do not fit, or `temperature` is a negative number.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> scores = jnp.array([[2.0, 0.0], [0.0, 70.0]])
-      >>> for loss in jsm.cross_entropy(scores, jnp.array([0, 1])):
-      ...     print(f"{loss:.4g}")
-      0.1269
-      3.975e-31
-
-    References:
-      Good, 1952: Rational decisions; Blondel, Martins & Niculae, 2020 (arXiv:1901.02324).
-    """
-    rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
-    target, known = _as_distribution(rows, z, targets)
-
-    def surprise(target: Array, log_p: Array) -> Array:
-        return target * -jnp.where((log_p == -jnp.inf) & (target == 0), 0, log_p)
-
-    log_p = _softmax.log_probabilities(rows, z)
-    return _one_per_row(rows, rows.sum(rows.map(surprise, [target, log_p])), known, scores)
 
 
 @public
@@ -113,8 +44,9 @@ def sparsemax_loss(
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, never negative, in the dtype of `scores`. A class out of range gives NaN,
-      one that `where` excludes inf.
+      One value per row, never negative, in the dtype of `scores`. A class that `where` excludes
+      gives inf; one out of range gives NaN and the gradient 0, and an error under
+      `jax.experimental.checkify`.
 
     Raises:
       TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
@@ -161,8 +93,9 @@ def entmax_loss(
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, never negative, in the dtype of `scores`. A class out of range gives NaN,
-      one that `where` excludes inf.
+      One value per row, never negative, in the dtype of `scores`. A class that `where` excludes
+      gives inf; one out of range gives NaN and the gradient 0, and an error under
+      `jax.experimental.checkify`.
 
     Raises:
       TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
@@ -219,7 +152,11 @@ def _fenchel_young_fwd(
     p = _threshold.apply(regularizer.form, rows, scores, *params)
     # `p` and the target have the same sum, so any shift of the scores will do; the maximum at 0
     # keeps the digits.
-    gaps, _ = _threshold.below_top(rows, scores)
+    if rows.names:  # JAX has no derivative of a maximum over devices, and none is needed
+        _, top = _threshold.below_top(rows, lax.stop_gradient(scores))
+        gaps = rows.map(lambda z, t: jnp.where(z == t, 0, z - t), [scores], [top])
+    else:
+        gaps, _ = _threshold.below_top(rows, scores)
 
     def term(gap: Array, p: Array, target: Array, *params: Array) -> Array:
         excess = p - target
@@ -259,50 +196,7 @@ def _loss(
     alpha: ArrayLike | Fixed | None = None,
 ) -> Array:
     rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
-    target, known = _as_distribution(rows, z, targets)
+    target, classes = as_distribution(rows, z, targets)
     params = () if alpha is None else (_entmax.as_alpha(rows, z, alpha),)
     loss = _fenchel_young(regularizer, rows, z, target, *params)
-    return _one_per_row(rows, loss, known, scores)
-
-
-def _as_distribution(
-    rows: Rows, entries: Entries, targets: ArrayLike
-) -> tuple[Entries, Array | None]:
-    """The targets as a distribution, and for classes whether each is one of those there are."""
-    (scores,) = entries
-    targets = jnp.asarray(targets)
-    check_real("targets", targets)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        if targets.shape != scores.shape:
-            raise ValueError(
-                f"targets must have the shape of scores {scores.shape} if they are distributions, "
-                f"got shape {targets.shape}."
-            )
-        return (vary_like(targets.astype(scores.dtype), scores),), None
-    if len(rows.axes) != 1:
-        raise ValueError(
-            f"targets must be distributions over {len(rows.axes)} axes, got integers, which name "
-            "a class along one axis."
-        )
-    (axis,) = rows.axes
-    wanted = scores.shape[:axis] + scores.shape[axis + 1 :]
-    if targets.shape != wanted:
-        raise ValueError(
-            f"targets must have the shape of scores without axis {axis}, {wanted}, if they are "
-            f"classes, got shape {targets.shape}."
-        )
-    classes = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
-    if rows.names:  # each device has its stretch of the classes
-        classes += lax.axis_index(rows.names) * scores.shape[axis]
-    wanted_class = jnp.expand_dims(targets, axis)
-    number = wanted_class.astype(jnp.int32)
-    # What the conversion changes was out of range, and must not become a neighbour.
-    hits = (classes == number) & (number.astype(targets.dtype) == wanted_class)
-    target = (vary_like(indicator(hits, scores.dtype), scores),)
-    return target, rows.sum(target) > 0
-
-
-def _one_per_row(rows: Rows, loss: Array, known: Array | None, scores: ArrayLike) -> Array:
-    if known is not None:
-        loss = jnp.where(known, loss, jnp.nan)
-    return rows.flatten(loss).astype(output_dtype(scores))
+    return one_per_row(rows, loss, classes, scores)

@@ -1,0 +1,14 @@
+"""Losses: one value per row of scores, each the natural partner of a mapping.
+
+A mapping that maximizes `<p, z> - Omega(p)` has the Fenchel-Young loss
+
+    L(z, y) = Omega*(z) + Omega(y) - <y, z> = (<p, z> - Omega(p)) - (<y, z> - Omega(y)),
+
+which is 0 exactly where the mapping gives the target, positive elsewhere, convex in the scores,
+and has the gradient `p - y`.
+"""
+
+from jaxsoftmax.losses._cross_entropy import cross_entropy as cross_entropy
+from jaxsoftmax.losses._fenchel_young import fenchel_young_loss as fenchel_young_loss
+from jaxsoftmax.losses._regularized import entmax_loss as entmax_loss
+from jaxsoftmax.losses._regularized import sparsemax_loss as sparsemax_loss

@@ -1,0 +1,202 @@
+"""Cross-entropy: how surprising the targets are under softmax."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Num
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import exp, log_of_sum
+from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    check_per_row,
+    known_number,
+    prepare,
+    public,
+)
+from jaxsoftmax.losses._targets import Classes, as_target, one_per_row
+from jaxsoftmax.mappings import _softmax
+
+
+@public
+def cross_entropy(
+    scores: Float[ArrayLike, "*shape"],
+    targets: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    label_smoothing: ArrayLike = 0.0,
+    z_loss: ArrayLike = 0.0,
+) -> Float[Array, "*rows"]:
+    r"""The negative log-likelihood of the targets under `softmax`.
+
+    .. math:: L(x, y) = -\sum_i \tilde y_i \log p_i + c \left(\log \sum_i e^{x_i / t}\right)^2,
+              \quad p = \mathrm{softmax}(x / t), \quad \tilde y_i = (1 - s) y_i + s / K
+
+    with the label smoothing `s` over the `K` classes that take part, and the coefficient `c` of the
+    z-loss; both are 0 unless given. For a class `y` it then is :math:`-\log p_y`, exact also where
+    the class is nearly certain, and so is the gradient in `x/t`, which is `p - y` (`p * sum(y) - y`
+    for targets that do not sum to 1).
+
+    Args:
+      scores: scores of any shape and real dtype.
+      targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
+        the classes, of the shape of `scores`.
+      axis: the axis of the classes; several, or None for all, need a distribution as target. Mesh
+        axis names may be among them: a class is then counted across the devices.
+      where: the classes that take part; a boolean mask that broadcasts to `scores`.
+      temperature: divides the scores; a number or one value per row, not negative.
+      label_smoothing: the share of the target that is spread evenly over the classes that take
+        part (those of score -inf do not); from 0 to 1, a number or one value per row.
+      z_loss: the coefficient of the square of `logsumexp`, which keeps the scores from drifting;
+        a number or one value per row, not negative.
+
+    Returns:
+      One value per row, in the dtype of `scores`. A class that `where` excludes gives inf. One out
+      of range gives NaN and the gradient 0, and an error under `jax.experimental.checkify` (which
+      loses sight of it, as of all checks, in the gradient of a `scan`).
+
+    Raises:
+      TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
+      ValueError: if shapes do not fit, `temperature` or `z_loss` is a negative number, or
+        `label_smoothing` one outside of [0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> scores = jnp.array([[2.0, 0.0], [0.0, 70.0]])
+      >>> for loss in jsm.cross_entropy(scores, jnp.array([0, 1])):
+      ...     print(f"{loss:.4g}")
+      0.1269
+      3.975e-31
+      >>> for loss in jsm.cross_entropy(scores, jnp.array([0, 1]), label_smoothing=0.1):
+      ...     print(f"{loss:.4g}")
+      0.2269
+      3.5
+
+    References:
+      Good, 1952: Rational decisions; Blondel, Martins & Niculae, 2020 (arXiv:1901.02324). Label
+      smoothing: Szegedy et al., 2016 (arXiv:1512.00567). z-loss: Chowdhery et al., 2022
+      (arXiv:2204.02311).
+    """
+    smoothing, drift = known_number(label_smoothing), known_number(z_loss)
+    if smoothing is not None and not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}.")
+    if drift is not None and not 0 <= drift < jnp.inf:
+        raise ValueError(f"z_loss must not be negative, and finite, got {drift}.")
+    rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
+    target = as_target(rows, z, targets)
+    loss = _surprise(rows, z, target)
+    if smoothing != 0:
+        share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
+        loss = (1 - share) * loss + share * _surprise(rows, z, _uniform(rows, z))
+    if drift != 0:
+        loss += check_per_row("z_loss", z_loss, z[0], rows) * _squared_log_sum(rows, z)
+    return one_per_row(rows, loss, target, scores)
+
+
+def _surprise(rows: Rows, scores: Entries, target: Classes | Entries) -> Array:
+    if isinstance(target, Classes):
+        return _surprise_of_class(rows, scores, target)
+
+    def term(target: Array, log_p: Array) -> Array:
+        return target * -jnp.where((log_p == -jnp.inf) & (target == 0), 0, log_p)
+
+    log_p = _softmax.log_probabilities(rows, scores)
+    return rows.sum(rows.map(term, [target, log_p]))
+
+
+def _uniform(rows: Rows, scores: Entries) -> Entries:
+    """The same share for every class that takes part."""
+    present = rows.map(lambda z: indicator(z != -jnp.inf, z.dtype), [scores])
+    count = rows.sum(present)
+    return rows.map(jnp.divide, [present], [jnp.where(count == 0, 1, count)])
+
+
+def _squared_log_sum(rows: Rows, scores: Entries) -> Array:
+    log_sum = _softmax.log_sum(rows, scores)
+    # A row in which nothing takes part cannot drift.
+    return jnp.square(jnp.where(log_sum == -jnp.inf, 0, log_sum))
+
+
+@custom_vjp
+def _surprise_of_class(rows: Rows, scores: Entries, classes: Classes) -> Array:
+    """`-log p` of the classes."""
+    return _surprise_and_excess(rows, scores, classes)[0]
+
+
+def _surprise_of_class_fwd(rows: Rows, scores: Entries, classes: Classes) -> tuple[Array, Any]:
+    surprise, excess = _surprise_and_excess(rows, scores, classes)
+    return surprise, (rows, excess)
+
+
+def _surprise_of_class_bwd(residuals: Any, ct: Array) -> tuple[None, Entries, None]:
+    rows, excess = residuals
+    return None, rows.map(jnp.multiply, [excess], [ct]), None
+
+
+_surprise_of_class.defvjp(_surprise_of_class_fwd, _surprise_of_class_bwd)
+
+
+@custom_vjp
+def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple[Array, Entries]:
+    """`-log p` of the classes, and `p - y`, without a digit lost where `p` is nearly `y`.
+
+    With the gaps `g` to the largest score it is `log(exp(g_y) + sum_{i != y} exp(g_i)) - g_y`. The
+    class is kept out of the sum: where it is the largest, all the digits are in what the others
+    hold, and elsewhere nothing cancels. So there are no maxima to be counted, and one sum is all.
+    """
+    top = _threshold.top_of(rows, scores)
+    hits = (classes.hits(rows, scores[0]),)
+    own = classes.pick(rows, scores[0])
+    own_gap, own_lost = _softmax.exact_gap(own, top)
+
+    def others(score: Array, hit: Array, top: Array) -> tuple[Array, Array]:
+        weight = jnp.where(hit, 0, exp(*_softmax.exact_gap(score, top)))
+        return weight, jnp.zeros_like(weight)
+
+    rest, lost = rows.sums(others, [scores, hits], [top], add_exactly)
+    log_sum = log_of_sum(exp(own_gap, own_lost), rest, lost)
+    absent = (own_gap == -jnp.inf) & ~jnp.isnan(log_sum)
+    surprise = jnp.where(absent, jnp.inf, (log_sum - own_lost) - own_gap)
+
+    def excess(score: Array, hit: Array, top: Array, log_sum: Array, own: Array) -> Array:
+        gap, lost = _softmax.exact_gap(score, top)
+        return jnp.where(hit, own, jnp.exp(gap + (lost - log_sum)))
+
+    # What takes no part has no gradient, not even as the target.
+    own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
+    log_sum = jnp.where(log_sum == -jnp.inf, 0, log_sum)
+    scores, top = lax.optimization_barrier((scores, top))
+    return surprise, rows.map(excess, [scores, hits], [top, log_sum, own_excess])
+
+
+def _surprise_and_excess_fwd(
+    rows: Rows, scores: Entries, classes: Classes
+) -> tuple[tuple[Array, Entries], Any]:
+    surprise, excess = _surprise_and_excess(rows, scores, classes)
+    return (surprise, excess), (rows, classes, surprise, excess)
+
+
+def _surprise_and_excess_bwd(
+    residuals: Any, ct: tuple[Array, Entries]
+) -> tuple[None, Entries, None]:
+    rows, classes, surprise, excess = residuals
+    ct_surprise, ct_excess = ct
+    hits = (classes.hits(rows, excess[0]),)
+    p = rows.map(
+        lambda excess, hit, own: jnp.where(hit, own, excess), [excess, hits], [jnp.exp(-surprise)]
+    )
+    mean = rows.sum(rows.map(jnp.multiply, [p, ct_excess]))
+
+    def ct_score(p: Array, excess: Array, ct_e: Array, mean: Array, ct_s: Array) -> Array:
+        return p * (ct_e - mean) + ct_s * excess
+
+    return None, rows.map(ct_score, [p, excess, ct_excess], [mean, ct_surprise]), None
+
+
+_surprise_and_excess.defvjp(_surprise_and_excess_fwd, _surprise_and_excess_bwd)

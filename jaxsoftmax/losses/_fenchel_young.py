@@ -1,0 +1,148 @@
+"""The loss of any mapping that says what it maximizes."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike
+
+from jaxsoftmax import _threshold
+from jaxsoftmax._differentiation import custom_vjp, hoist
+from jaxsoftmax._reductions import Entries, Rows
+from jaxsoftmax._scores import Axis, Options, prepare, public
+from jaxsoftmax.losses._targets import as_distribution, one_per_row
+
+
+def fenchel_young_loss(
+    mapping: Callable[..., Array], entropy: Callable[..., Array]
+) -> Callable[..., Array]:
+    r"""Makes the loss of a mapping from what the mapping maximizes.
+
+    .. math:: L(x, y) = \langle p - y, x \rangle + H(p) - H(y), \quad
+              p = \mathrm{mapping}(x) = \arg\max_p \langle p, x \rangle + H(p)
+
+    The gradient in `x` is `p - y`, whatever the mapping: it is evaluated once, and not gone through
+    backwards (second derivatives do that). Numbers that `entropy` closes over, such as a learned
+    `alpha`, get their gradients: at fixed `p`, since `p` is the maximum.
+
+    Args:
+      mapping: `mapping(scores, axis=axis, where=where)` gives probabilities of the shape of
+        `scores`; `where` is passed only if there is one, and what it excludes is -inf.
+      entropy: `entropy(p, axis=axis)` gives the concave `H`, one value per row. For a mapping that
+        divides by a temperature it is multiplied by that.
+
+    Returns:
+      The function `loss(scores, targets, axis=-1, where=None)`. It gives one value per row, never
+      negative, in the dtype of `scores`; classes and distributions as targets are treated as by
+      `cross_entropy`. It is compiled once for each call of `fenchel_young_loss`: make it once.
+
+    Raises:
+      TypeError: if an argument is no function; by the loss, if `scores` or `targets` are not real.
+      ValueError: by the loss, if shapes do not fit, those from `mapping` and `entropy` included.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> gini = lambda p, axis: (1 - jnp.sum(p * p, axis)) / 2
+      >>> loss = jsm.fenchel_young_loss(jsm.sparsemax, gini)
+      >>> loss(jnp.array([[2.0, 0.0], [0.5, 0.0]]), jnp.array([0, 0]))
+      Array([0.    , 0.0625], dtype=float32)
+
+    References:
+      Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
+    """
+    for name, argument in (("mapping", mapping), ("entropy", entropy)):
+        if not callable(argument):
+            raise TypeError(f"{name} must be a function, got {type(argument).__name__}.")
+
+    @public
+    def loss(
+        scores: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
+    ) -> Array:
+        """The Fenchel-Young loss of one mapping."""
+        rows, z = prepare(scores, axis, Options(where), name="scores")
+        target, classes = as_distribution(rows, z, targets)
+        mask = {} if where is None else {"where": where}
+        p = mapping(z[0], axis=axis, **mask)
+        if jnp.shape(p) != z[0].shape:
+            raise ValueError(
+                f"mapping must give probabilities of the shape of scores, {z[0].shape}, got shape "
+                f"{jnp.shape(p)}."
+            )
+        p = (p.astype(z[0].dtype),)
+
+        def entropy_of_rows(p: Entries) -> Array:
+            values = jnp.asarray(entropy(p[0], axis=axis))
+            wanted = rows.flatten(jnp.empty(rows.shape(p[0]))).shape
+            if values.shape != wanted:
+                raise ValueError(
+                    f"entropy must give one value per row, shape {wanted}, got shape "
+                    f"{values.shape}."
+                )
+            return values.astype(p[0].dtype).reshape(rows.shape(p[0]))
+
+        pure, params, rest = hoist(entropy_of_rows, p)
+        return one_per_row(rows, _gap(pure, rows, z, target, p, params, rest), classes, scores)
+
+    return loss
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _gap(
+    entropy: Callable[..., Array],
+    rows: Rows,
+    scores: Entries,
+    target: Entries,
+    p: Entries,
+    params: list[Array],
+    rest: list[Array],
+) -> Array:
+    """`(<p, x> + H(p)) - (<y, x> + H(y))` where `p` maximizes the first."""
+    gaps, top = _threshold.below_top(rows, scores)
+    excess = rows.map(jnp.subtract, [p, target])
+    # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
+    # keeps the digits.
+    shift = _without_rounding(rows, excess, p)
+    linear = rows.map(lambda e, gap: jnp.where(e == 0, 0, e * gap), [excess, gaps])
+    value = rows.sum(linear) + jnp.where(shift == 0, 0, shift * top)
+    return jnp.maximum(value + (entropy(params, rest, p) - entropy(params, rest, target)), 0)
+
+
+def _without_rounding(rows: Rows, excess: Entries, p: Entries) -> Array:
+    """The sum of the excess, 0 if it is but a rounding error of those of `p` and the target."""
+    total = rows.sum(excess)
+    noise = 8 * jnp.finfo(total.dtype).eps * rows.sum(rows.map(jnp.abs, [p]))
+    return jnp.where(jnp.abs(total) <= noise, 0, total)
+
+
+def _gap_fwd(
+    entropy: Callable[..., Array],
+    rows: Rows,
+    scores: Entries,
+    target: Entries,
+    p: Entries,
+    params: list[Array],
+    rest: list[Array],
+) -> tuple[Array, Any]:
+    gap = _gap(entropy, rows, scores, target, p, params, rest)
+    return gap, (rows, scores, target, p, params, rest)
+
+
+def _gap_bwd(entropy: Callable[..., Array], residuals: Any, ct: Array) -> tuple[Any, ...]:
+    rows, scores, target, p, params, rest = residuals
+
+    def of_params(params: list[Array]) -> Array:
+        return entropy(params, rest, p) - entropy(params, rest, target)
+
+    (ct_params,) = jax.vjp(of_params, params)[1](ct)
+    (ct_target,) = jax.vjp(lambda y: -entropy(params, rest, y), target)[1](ct)
+    ct_target = rows.map(
+        lambda c, z, ct: c - ct * jnp.where(jnp.isfinite(z), z, 0), [ct_target, scores], [ct]
+    )
+    ct_scores = rows.map(lambda p, y, ct: ct * (p - y), [p, target], [ct])
+    # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
+    return None, ct_scores, ct_target, None, ct_params, None
+
+
+_gap.defvjp(_gap_fwd, _gap_bwd)

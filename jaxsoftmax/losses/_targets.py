@@ -1,0 +1,117 @@
+"""What a loss is measured against: one class per row, or a distribution over the classes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import checkify
+from jaxtyping import Array, ArrayLike
+
+from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
+from jaxsoftmax._scores import check_real, output_dtype
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=("number", "known"), meta_fields=()
+)
+@dataclasses.dataclass(frozen=True)
+class Classes:
+    """One class per row.
+
+    Attributes:
+      number: row values, the number of the class; 0 where that is out of range.
+      known: row values, whether it is in range.
+    """
+
+    number: Array
+    known: Array
+
+    def hits(self, rows: Rows, scores: Array) -> Array:
+        """Where the scores of the classes are."""
+        (axis,) = rows.axes
+        classes = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+        return classes == self._here(rows, scores)
+
+    def distribution(self, rows: Rows, scores: Array) -> Entries:
+        """All the weight on the class; none in rows whose class is out of range."""
+        hits = self.hits(rows, scores) & self.known
+        return (vary_like(indicator(hits, scores.dtype), scores),)
+
+    def pick(self, rows: Rows, scores: Array) -> Array:
+        """The score of the class, one per row."""
+        (axis,) = rows.axes
+        here = self._here(rows, scores)
+        length = scores.shape[axis]
+        if length == 0 or jax.typeof(scores).sharding.spec[axis] is not None:
+            # Nothing to look up, or no one place to look it up on an explicit mesh.
+            return rows.sum((jnp.where(self.hits(rows, scores), scores, 0),))
+        index = jnp.clip(here, 0, length - 1)
+        picked = jnp.take_along_axis(scores, index, axis, mode="promise_in_bounds")
+        if not rows.names:
+            return picked
+        return lax.psum(jnp.where(here == index, picked, 0), rows.names)
+
+    def _here(self, rows: Rows, scores: Array) -> Array:
+        """The numbers, counted from the first class that is on this device."""
+        if not rows.names:
+            return self.number
+        (axis,) = rows.axes
+        return self.number - lax.axis_index(rows.names) * scores.shape[axis]
+
+
+def as_target(rows: Rows, entries: Entries, targets: ArrayLike) -> Classes | Entries:
+    """The targets, checked: classes if they are integers, else distributions as entries."""
+    (scores,) = entries
+    targets = jnp.asarray(targets)
+    check_real("targets", targets)
+    if jnp.issubdtype(targets.dtype, jnp.floating):
+        if targets.shape != scores.shape:
+            raise ValueError(
+                f"targets must have the shape of scores {scores.shape} if they are distributions, "
+                f"got shape {targets.shape}."
+            )
+        return (vary_like(targets.astype(scores.dtype), scores),)
+    if len(rows.axes) != 1:
+        raise ValueError(
+            f"targets must be distributions over {len(rows.axes)} axes, got integers, which name "
+            "a class along one axis."
+        )
+    (axis,) = rows.axes
+    wanted = scores.shape[:axis] + scores.shape[axis + 1 :]
+    if targets.shape != wanted:
+        raise ValueError(
+            f"targets must have the shape of scores without axis {axis}, {wanted}, if they are "
+            f"classes, got shape {targets.shape}."
+        )
+    return _as_classes(jnp.expand_dims(targets, axis), rows.length(entries))
+
+
+def as_distribution(
+    rows: Rows, entries: Entries, targets: ArrayLike
+) -> tuple[Entries, Classes | None]:
+    """The targets as distributions, and as the classes that they may be."""
+    target = as_target(rows, entries, targets)
+    if isinstance(target, Classes):
+        return target.distribution(rows, entries[0]), target
+    return target, None
+
+
+def one_per_row(
+    rows: Rows, loss: Array, target: Classes | Entries | None, scores: ArrayLike
+) -> Array:
+    """The losses as they are returned: NaN, without gradient, for a class out of range."""
+    if isinstance(target, Classes):
+        loss = jnp.where(target.known, loss, jnp.nan)
+    return rows.flatten(loss).astype(output_dtype(scores))
+
+
+def _as_classes(targets: Array, length: int) -> Classes:
+    number = targets.astype(jnp.int32)
+    # What the conversion changes was out of range, and must not become a neighbour.
+    known = (number.astype(targets.dtype) == targets) & (number >= 0) & (number < length)
+    checkify.debug_check(
+        jnp.all(known), f"targets must be classes from 0 to {length - 1}, got one out of range."
+    )
+    return Classes(jnp.where(known, number, 0), known)
