@@ -1,7 +1,9 @@
 """Pure JAX functions that turn scores into probabilities."""
 
+from jaxsoftmax import attention as attention
 from jaxsoftmax import calibration as calibration
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
+from jaxsoftmax.attention import dot_product_attention as dot_product_attention
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss
 from jaxsoftmax.losses import sparsemax_loss as sparsemax_loss

@@ -1,6 +1,5 @@
 """Budget-sparsemax: sparsemax whose rows sum to a budget, with no entry above 1."""
 
-
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float

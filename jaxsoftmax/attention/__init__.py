@@ -1,0 +1,3 @@
+"""Attention with any normalizer, in memory linear in the sequence, differentiable every way."""
+
+from jaxsoftmax.attention._attention import dot_product_attention as dot_product_attention

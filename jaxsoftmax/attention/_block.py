@@ -1,0 +1,222 @@
+"""One block of query rows with all the keys it sees: its output, and its pullback.
+
+This is all that a hand-written kernel would have to replace.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxsoftmax._reductions import vary_like
+from jaxsoftmax.attention import _dropout
+from jaxsoftmax.attention._plan import Band
+
+Parts = Mapping[str, Array]
+# Of the first row and the parts of the operands that the block sees.
+Block = Callable[..., tuple[Array, ...]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What happens between the two products. Derivatives flow to all arrays that this holds.
+
+    Attributes:
+      normalizer: makes weights of scores.
+      scale: multiplies the products of queries and keys.
+      log_sum: makes the logarithm of the weights' denominator, if that is asked for.
+      score_mod: changes a score, given its indices.
+      mask_mod: tells whether a score takes part, given its indices.
+      before: how far a query sees before its own position, None: without limit.
+      after: the same, after its own position.
+      soft_cap: bounds the scores, None: without bounds.
+      sink: one virtual score per head, (N, 1, 1), if there is one.
+      dropout_rate: the share of the weights that are dropped.
+      dropout_key: a key of `jax.random`, if any are.
+      kv_axis_name: the mesh axis that the keys are spread over.
+      guard: whether the normalizer is not to see rows of which nothing takes part.
+    """
+
+    normalizer: Callable[..., Array]
+    scale: ArrayLike
+    log_sum: Callable[..., Array] | None = None
+    score_mod: Callable[..., Array] | None = None
+    mask_mod: Callable[..., Array] | None = None
+    before: int | None = None
+    after: int | None = None
+    soft_cap: ArrayLike | None = None
+    sink: Array | None = None
+    dropout_rate: float = 0.0
+    dropout_key: Array | None = None
+    kv_axis_name: str | None = None
+    guard: bool = True
+
+
+def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Array, ...]:
+    """The output of a block, (B, N, rows, V), and the log-sums (B, N, rows) if they are wanted.
+
+    Args:
+      rules: what makes weights of scores.
+      band: the band that the block belongs to.
+      first_row: the position of its first query.
+      part: what the block sees of each operand that there is.
+    """
+    scores = _scores(rules, part)
+    places = _places(rules, band, first_row, scores.shape)
+    if rules.score_mod is not None:
+        scores = _modified(rules.score_mod, scores, places)
+    where = _visible(rules, part, places)
+    if rules.guard:
+        seen = _any_key(rules, where)
+        where, scores = where | ~seen, jnp.where(seen, scores, 0)
+    axis = -1 if rules.kv_axis_name is None else (-1, rules.kv_axis_name)
+    sink = {} if rules.sink is None else {"sink": rules.sink}
+    weights = _weights(rules, scores, axis=axis, where=where, **sink)
+    if rules.guard:
+        weights = jnp.where(seen, weights, 0)
+    if rules.dropout_rate > 0:
+        scale = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
+        weights = weights * scale.astype(weights.dtype)
+    out = _mix(weights, part["value"])
+    if rules.log_sum is None:
+        return (out,)
+    return out, rules.log_sum(scores, axis=axis, where=where, **sink)
+
+
+def pull_back(
+    block: Block, first_row: Array, parts: Sequence[Array], ct: tuple[Array, ...]
+) -> list[Array]:
+    """The cotangents of those parts that are not integers; the block is computed once more."""
+    smooth = [i for i, x in enumerate(parts) if is_smooth(x)]
+
+    def of_smooth(*args: Array) -> tuple[Array, ...]:
+        merged = list(parts)
+        for i, arg in zip(smooth, args, strict=True):
+            merged[i] = arg
+        return block(first_row, *merged)
+
+    _, pullback = jax.vjp(of_smooth, *(parts[i] for i in smooth))
+    return list(pullback(ct))
+
+
+def is_smooth(x: Array) -> bool:
+    """Whether `x` can have a derivative."""
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def score_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+    """What scores are computed in: float32 at least."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def _scores(rules: Rules, part: Parts) -> Array:
+    query, key = part["query"], part["key"]
+    batch, heads, rows, _ = query.shape
+    dtype = score_dtype(query.dtype)
+    # The heads that share keys are rows of one product.
+    grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
+    scores = jnp.einsum("bkrh,bkhs->bkrs", grouped, key, preferred_element_type=dtype)
+    scores = scores.reshape(batch, heads, rows, -1) * rules.scale
+    if "bias" in part:
+        scores = scores + part["bias"].astype(dtype)
+    if rules.soft_cap is not None:
+        capped = rules.soft_cap * jnp.tanh(scores / rules.soft_cap)
+        # A bias of -inf excludes; it is not to be capped.
+        scores = jnp.where(scores == -jnp.inf, scores, capped) if "bias" in part else capped
+    return scores
+
+
+def _places(
+    rules: Rules, band: Band, first_row: Array, shape: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """The indices of batch, head, query and key, one vector each."""
+    batch, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape)
+    keys = keys + band.key_start(first_row)
+    if rules.kv_axis_name is not None:
+        keys = keys + lax.axis_index(rules.kv_axis_name) * band.total_keys
+    return batch, heads, rows + first_row, keys
+
+
+def _modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
+    modified = jnp.asarray(_over_all(score_mod, scores)(scores, *places))
+    if modified.shape != scores.shape:
+        raise ValueError(
+            "score_mod must return one number per score, got an array of shape "
+            f"{modified.shape[4:]}."
+        )
+    return modified.astype(scores.dtype)
+
+
+def _over_all(function: Callable[..., Array], *scores: Array) -> Callable[..., Array]:
+    """Maps a function of scores and four indices over vectors of indices."""
+    for axis in (3, 2, 1, 0):
+        over = [0 if i == axis else None for i in range(4)]
+        function = jax.vmap(function, in_axes=(*(0 for _ in scores), *over))
+    return function
+
+
+def _visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
+    """Where a key takes part, in a shape that broadcasts to that of the scores."""
+    query = places[2][None, None, :, None]
+    key = places[3][None, None, None, :]
+    conditions = []
+    if rules.after is not None:
+        conditions.append(key <= query + rules.after)
+    if rules.before is not None:
+        conditions.append(key >= query - rules.before)
+    if "query_lengths" in part:
+        conditions.append(query < part["query_lengths"])
+    if "key_lengths" in part:
+        conditions.append(key < part["key_lengths"])
+    if "query_segments" in part:
+        conditions.append(part["query_segments"] == part["key_segments"])
+    if "mask" in part:
+        conditions.append(part["mask"])
+    if rules.mask_mod is not None:
+        conditions.append(_mapped_mask(rules.mask_mod, places))
+    where = jnp.ones((1, 1, 1, 1), bool)
+    for condition in conditions:
+        where = where & condition
+    return where
+
+
+def _mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array]) -> Array:
+    mask = jnp.asarray(_over_all(mask_mod)(*places))
+    if mask.dtype != jnp.bool_ or mask.ndim != 4:
+        raise TypeError(
+            f"mask_mod must return one boolean per score, got dtype {mask.dtype} and shape "
+            f"{mask.shape[4:]}."
+        )
+    return mask
+
+
+def _any_key(rules: Rules, where: Array) -> Array:
+    """Whether a query sees anything."""
+    seen = jnp.any(where, -1, keepdims=True)
+    if rules.kv_axis_name is None:
+        return seen
+    seen = vary_like(seen, lax.axis_index(rules.kv_axis_name))
+    return lax.pmax(seen.astype(jnp.int32), rules.kv_axis_name) > 0
+
+
+def _weights(rules: Rules, scores: Array, **options: Array) -> Array:
+    weights = rules.normalizer(scores, **options)
+    if weights.shape != scores.shape:
+        raise ValueError(
+            f"normalizer must return an array of the shape of the scores {scores.shape}, got "
+            f"shape {weights.shape}."
+        )
+    return weights
+
+
+def _mix(weights: Array, value: Array) -> Array:
+    """The values, weighted and summed."""
+    batch, heads, rows, keys = weights.shape
+    grouped = weights.reshape(batch, value.shape[1], -1, keys).astype(value.dtype)
+    out = jnp.einsum(
+        "bkrs,bksv->bkrv", grouped, value, preferred_element_type=score_dtype(value.dtype)
+    )
+    return out.reshape(batch, heads, rows, -1)
