@@ -20,7 +20,7 @@ from jaxsoftmax.attention._blocks import Operand
 LAYOUT = {
     "query": Operand(row_axis=2),
     "key": Operand(key_axis=3),
-    "value": Operand(key_axis=2),
+    "value": Operand(key_axis=3),
     "bias": Operand(row_axis=2, key_axis=3),
     "mask": Operand(row_axis=2, key_axis=3),
     "query_lengths": Operand(),

@@ -114,6 +114,10 @@ def _attention(
     operands, sizes = _operands(static, given)
     dtype = score_dtype(operands["query"].dtype)
     rules = _rules(static, normalizer, given, sizes, dtype)
+    if operands["query"].dtype == dtype:
+        # Queries are fewer than scores. In half precision they would be rounded.
+        operands["query"] = operands["query"] * rules.scale
+        rules = dataclasses.replace(rules, scale=None)
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, dtype)
     else:
@@ -157,7 +161,7 @@ def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array],
         operands["mask"] = _arguments.check_attention_mask(given["mask"], sizes)
     operands["query"] = jnp.transpose(query, (0, 2, 1, 3))
     operands["key"] = jnp.transpose(key, (0, 2, 3, 1))
-    operands["value"] = jnp.transpose(value, (0, 2, 1, 3))
+    operands["value"] = jnp.transpose(value, (0, 2, 3, 1))
     # Outside of the reverse rule, so that JAX sums their cotangents over devices.
     return {name: vary_like(x, key) for name, x in operands.items()}, sizes
 

@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax.attention import _dropout
+from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._plan import Band
 
 Parts = Mapping[str, Array]
@@ -26,7 +26,7 @@ class Rules:
 
     Attributes:
       normalizer: makes weights of scores.
-      scale: multiplies the products of queries and keys.
+      scale: multiplies the products of queries and keys, None: nothing does.
       log_sum: makes the logarithm of the weights' denominator, if that is asked for.
       score_mod: changes a score, given its indices.
       mask_mod: tells whether a score takes part, given its indices.
@@ -41,7 +41,7 @@ class Rules:
     """
 
     normalizer: Callable[..., Array]
-    scale: ArrayLike
+    scale: ArrayLike | None
     log_sum: Callable[..., Array] | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
@@ -118,8 +118,9 @@ def _scores(rules: Rules, part: Parts) -> Array:
     dtype = score_dtype(query.dtype)
     # The heads that share keys are rows of one product.
     grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    scores = jnp.einsum("bkrh,bkhs->bkrs", grouped, key, preferred_element_type=dtype)
-    scores = scores.reshape(batch, heads, rows, -1) * rules.scale
+    scores = _products.scores(grouped, key).reshape(batch, heads, rows, -1)
+    if rules.scale is not None:
+        scores = scores * rules.scale
     if "bias" in part:
         scores = scores + part["bias"].astype(dtype)
     if rules.soft_cap is not None:
@@ -216,7 +217,5 @@ def _mix(weights: Array, value: Array) -> Array:
     """The values, weighted and summed."""
     batch, heads, rows, keys = weights.shape
     grouped = weights.reshape(batch, value.shape[1], -1, keys).astype(value.dtype)
-    out = jnp.einsum(
-        "bkrs,bksv->bkrv", grouped, value, preferred_element_type=score_dtype(value.dtype)
-    )
+    out = _products.rows(grouped, value)
     return out.reshape(batch, heads, rows, -1)

@@ -44,18 +44,23 @@ class Operand:
         part = part.astype(total.dtype)
         if sizes == total.shape:
             return total + part
-        return lax.dynamic_update_slice(
-            total, lax.dynamic_slice(total, starts, sizes) + part, starts
-        )
+        # Rows belong to one block only. To read first would make XLA copy the whole.
+        if not self._is_cut(total, self.row_axis):
+            part = lax.dynamic_slice(total, starts, sizes) + part
+        return lax.dynamic_update_slice(total, part, starts)
+
+    @staticmethod
+    def _is_cut(x: Array, axis: int | None) -> bool:
+        return axis is not None and x.shape[axis] != 1
 
     def _window(
         self, x: Array, band: Band, first_row: int | Array
     ) -> tuple[list[int | Array], tuple[int, ...]]:
         starts: list[int | Array] = [0] * x.ndim
         sizes = list(x.shape)
-        if self.row_axis is not None and x.shape[self.row_axis] != 1:
+        if self.row_axis is not None and self._is_cut(x, self.row_axis):
             starts[self.row_axis], sizes[self.row_axis] = first_row, band.rows
-        if self.key_axis is not None and x.shape[self.key_axis] != 1:
+        if self.key_axis is not None and self._is_cut(x, self.key_axis):
             starts[self.key_axis], sizes[self.key_axis] = band.key_start(first_row), band.keys
         return starts, tuple(sizes)
 

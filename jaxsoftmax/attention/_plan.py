@@ -75,7 +75,7 @@ def block_rows(queries: int, row_size: int) -> int:
 
 # As measured: a block's scores should stay near the core that works on them, yet a block
 # of few rows spends its time on going through all keys.
-_BLOCK_SCORES = 2**21
+_BLOCK_SCORES = 2**20
 _FEWEST_ROWS = 64
 _MOST_ROWS = 512
 _BANDS = 8
