@@ -13,20 +13,20 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._scores import broadcasts, check_mask, check_real, with_ndim
-from jaxsoftmax.attention._blocks import Operand
+from jaxsoftmax.attention._operands import KEYS, ROWS, SCORES, WHOLE
 
-# How blocks are cut from each array, all in the layout of the scores, (B, N, T, S), but for the
-# last axis of queries and values and the last but one of keys, their features.
+# How blocks are cut from each array. All are in the layout of the scores, (B, N, T, S), but for
+# the features: the last axis of queries, the last but one of keys and values.
 LAYOUT = {
-    "query": Operand(row_axis=2),
-    "key": Operand(key_axis=3),
-    "value": Operand(key_axis=3),
-    "bias": Operand(row_axis=2, key_axis=3),
-    "mask": Operand(row_axis=2, key_axis=3),
-    "query_lengths": Operand(),
-    "key_lengths": Operand(),
-    "query_segments": Operand(row_axis=2),
-    "key_segments": Operand(key_axis=3),
+    "query": ROWS,
+    "key": KEYS,
+    "value": KEYS,
+    "bias": SCORES,
+    "mask": SCORES,
+    "query_lengths": WHOLE,
+    "key_lengths": WHOLE,
+    "query_segments": ROWS,
+    "key_segments": KEYS,
 }
 
 

@@ -6,6 +6,7 @@ Nothing is kept for the reverse rule but what came in: each block is computed on
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,56 +17,8 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax.attention._block import Block, is_smooth, pull_back, score_dtype
+from jaxsoftmax.attention._operands import ROWS, WHOLE, Operand
 from jaxsoftmax.attention._plan import Band
-
-
-@dataclasses.dataclass(frozen=True)
-class Operand:
-    """How blocks are cut from an array.
-
-    Attributes:
-      row_axis: the axis of the query rows, None if all blocks see the same.
-      key_axis: the axis of the keys, None if all blocks see the same.
-    """
-
-    row_axis: int | None = None
-    key_axis: int | None = None
-
-    def cut(self, x: Array, band: Band, first_row: int | Array) -> Array:
-        """The part of `x` that a block sees."""
-        starts, sizes = self._window(x, band, first_row)
-        if sizes == x.shape:
-            return x
-        return lax.dynamic_slice(x, starts, sizes)
-
-    def add(self, total: Array, part: Array, band: Band, first_row: int | Array) -> Array:
-        """`total` with `part` added where `cut` took it from: the transpose of `cut`."""
-        starts, sizes = self._window(total, band, first_row)
-        part = part.astype(total.dtype)
-        if sizes == total.shape:
-            return total + part
-        # Rows belong to one block only. To read first would make XLA copy the whole.
-        if not self._is_cut(total, self.row_axis):
-            part = lax.dynamic_slice(total, starts, sizes) + part
-        return lax.dynamic_update_slice(total, part, starts)
-
-    @staticmethod
-    def _is_cut(x: Array, axis: int | None) -> bool:
-        return axis is not None and x.shape[axis] != 1
-
-    def _window(
-        self, x: Array, band: Band, first_row: int | Array
-    ) -> tuple[list[int | Array], tuple[int, ...]]:
-        starts: list[int | Array] = [0] * x.ndim
-        sizes = list(x.shape)
-        if self.row_axis is not None and self._is_cut(x, self.row_axis):
-            starts[self.row_axis], sizes[self.row_axis] = first_row, band.rows
-        if self.key_axis is not None and self._is_cut(x, self.key_axis):
-            starts[self.key_axis], sizes[self.key_axis] = band.key_start(first_row), band.keys
-        return starts, tuple(sizes)
-
-
-_ROWS = Operand(row_axis=2)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -79,11 +32,6 @@ class Plan:
 
     steps: tuple[tuple[Band, Block], ...]
     operands: tuple[Operand, ...]
-
-    def cut(self, arrays: Sequence[Array], band: Band, first_row: int | Array) -> list[Array]:
-        """The parts that a block sees."""
-        pairs = zip(self.operands, arrays, strict=True)
-        return [operand.cut(x, band, first_row) for operand, x in pairs]
 
 
 def attend_in_blocks(
@@ -102,66 +50,86 @@ def attend_in_blocks(
       arrays: the arrays.
     """
     plan = Plan(tuple((band, block_of(band)) for band in bands), tuple(operands))
-    plan, closed_over = _hoist(plan, arrays)
+    plan, closed_over = _hoisted(plan, arrays)
     return _attend(plan, *arrays, *closed_over)
 
 
-def _hoist(plan: Plan, arrays: Sequence[Array]) -> tuple[Plan, list[Array]]:
+def _hoisted(plan: Plan, arrays: Sequence[Array]) -> tuple[Plan, list[Array]]:
     """Makes operands of what the blocks close over: a reverse rule must not hide any of it."""
     pool: dict[int, Array] = {}
-    steps = []
+    traced = []
     for band, block in plan.steps:
         first_row = jnp.asarray(band.start, jnp.int32)
-        closed = jax.make_jaxpr(block)(first_row, *plan.cut(arrays, band, band.start))
+        pairs = zip(plan.operands, arrays, strict=True)
+        parts = [operand.cut(x, band, band.start) for operand, x in pairs]
+        closed = jax.make_jaxpr(block)(first_row, *parts)
         pool |= {id(const): const for const in closed.consts}
-        steps.append((band, closed))
-    order = {key: len(arrays) + i for i, key in enumerate(pool)}
-    opened = tuple(
-        (band, _open(closed, len(arrays), [order[id(const)] for const in closed.consts]))
-        for band, closed in steps
+        traced.append((band, closed))
+    places = {key: len(arrays) + i for i, key in enumerate(pool)}
+    steps = tuple(
+        (band, _opened(closed, len(arrays), [places[id(const)] for const in closed.consts]))
+        for band, closed in traced
     )
-    operands = (*plan.operands, *(Operand() for _ in pool))
-    return Plan(opened, operands), [jnp.asarray(const) for const in pool.values()]
+    operands = (*plan.operands, *(WHOLE for _ in pool))
+    return Plan(steps, operands), [jnp.asarray(const) for const in pool.values()]
 
 
-def _open(closed: ClosedJaxpr, count: int, where: Sequence[int]) -> Block:
-    """The same block, whose constants come last among its arguments."""
+def _opened(closed: ClosedJaxpr, count: int, places: Sequence[int]) -> Block:
+    """The same block, whose constants are among its arguments, at `places`."""
 
     def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
-        consts = [parts[i] for i in where]
-        return tuple(jaxpr_as_fun(ClosedJaxpr(closed.jaxpr, consts))(first_row, *parts[:count]))
+        opened = ClosedJaxpr(closed.jaxpr, [parts[i] for i in places])
+        return tuple(jaxpr_as_fun(opened)(first_row, *parts[:count]))
 
     return block
 
 
+def _over_blocks(
+    plan: Plan,
+    band: Band,
+    function: Callable[..., Any],
+    arrays: Sequence[Array],
+    state: Any = None,
+    of_rows: Sequence[Array] = (),
+) -> Any:
+    """Scans `state, out = function(state, first_row, parts, parts of of_rows)` over a band.
+
+    What has rows but no keys is handed out by the scan; so derivatives are gathered by it, too.
+    """
+    pairs = list(zip(plan.operands, arrays, strict=True))
+    handed = [i for i, (op, x) in enumerate(pairs) if op.has_rows(x) and not op.has_keys(x)]
+
+    def step(state: Any, xs: Any) -> Any:
+        block, own, of_rows = xs
+        first_row = band.first_row(block)
+        own = dict(zip(handed, own, strict=True))
+        parts = [
+            own[i] if i in own else op.cut(x, band, first_row) for i, (op, x) in enumerate(pairs)
+        ]
+        return function(state, first_row, parts, of_rows)
+
+    xs = (
+        jnp.arange(band.blocks, dtype=jnp.int32),
+        [pairs[i][0].stack(pairs[i][1], band) for i in handed],
+        [ROWS.stack(x, band) for x in of_rows],
+    )
+    if band.blocks > 1:
+        return lax.scan(step, state, xs)
+    state, out = step(state, jax.tree.map(lambda x: x[0], xs))
+    return state, jax.tree.map(lambda x: x[None], out)
+
+
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
-    return _joined([_forward(plan, band, block, arrays) for band, block in plan.steps])
+    bands = []
+    for band, block in plan.steps:
 
+        def output(state: None, first_row: Array, parts: Any, _: Any, block: Block = block) -> Any:
+            return state, block(first_row, *parts)
 
-def _forward(plan: Plan, band: Band, block: Block, arrays: Sequence[Array]) -> tuple[Array, ...]:
-    def of_block(i: Array | int) -> tuple[Array, ...]:
-        first_row = band.first_row(i)
-        return block(jnp.asarray(first_row, jnp.int32), *plan.cut(arrays, band, first_row))
-
-    if band.blocks == 1:
-        return of_block(0)
-    _, outs = lax.scan(lambda _, i: (None, of_block(i)), None, _steps(band))
-    return tuple(_unstacked(out) for out in outs)
-
-
-def _unstacked(x: Array) -> Array:
-    """(blocks, B, N, rows, ...) as (B, N, blocks * rows, ...)."""
-    x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(*x.shape[:2], -1, *x.shape[4:])
-
-
-def _joined(parts: Sequence[tuple[Array, ...]]) -> tuple[Array, ...]:
-    return tuple(x[0] if len(x) == 1 else jnp.concatenate(x, 2) for x in zip(*parts, strict=True))
-
-
-def _steps(band: Band) -> Array:
-    return jnp.arange(band.blocks, dtype=jnp.int32)
+        _, outs = _over_blocks(plan, band, output, arrays)
+        bands.append([ROWS.unstack(out) for out in outs])
+    return tuple(ROWS.join(outs) for outs in zip(*bands, strict=True))
 
 
 def _attend_fwd(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -172,34 +140,35 @@ def _attend_bwd(
     plan: Plan, arrays: tuple[Array, ...], ct: tuple[Array, ...]
 ) -> tuple[Array | None, ...]:
     smooth = [i for i, x in enumerate(arrays) if is_smooth(x)]
-    totals = [_zeros(arrays[i]) for i in smooth]
+    # Blocks have rows of their own, or else they add to one sum.
+    own = [i for i in smooth if plan.operands[i].has_rows(arrays[i])]
+    shared = [i for i in smooth if i not in own]
+    sums = {i: _zeros(arrays[i]) for i in shared}
+    rows: list[dict[int, Array]] = []
     for band, block in plan.steps:
+        pull = functools.partial(pull_back, block)
 
-        def step(totals: list[Array], i: Array | int, band: Band = band, block: Block = block):
-            first_row = band.first_row(i)
-            parts = plan.cut(arrays, band, first_row)
-            ct_block = tuple(_ROWS.cut(x, band, first_row) for x in ct)
-            # Recomputed rather than kept, if this is itself differentiated.
-            pull = jax.checkpoint(functools.partial(pull_back, block))
-            cotangents = pull(jnp.asarray(first_row, jnp.int32), parts, ct_block)
-            added = zip(smooth, totals, cotangents, strict=True)
-            return [
-                plan.operands[i].add(total, part, band, first_row) for i, total, part in added
-            ], None
+        def cotangents(
+            sums: Any, first_row: Array, parts: Any, ct: Any, band: Band = band, pull: Any = pull
+        ) -> Any:
+            # Computed once more rather than kept, where this is itself differentiated.
+            found = jax.checkpoint(pull)(first_row, parts, tuple(ct))
+            found = dict(zip(smooth, found, strict=True))
+            sums = {i: plan.operands[i].add(sums[i], found[i], band, first_row) for i in shared}
+            spread = {i: plan.operands[i].spread(found[i], arrays[i], band, first_row) for i in own}
+            return sums, spread
 
-        if band.blocks == 1:
-            totals, _ = step(totals, 0)
-        else:
-            totals, _ = lax.scan(step, totals, _steps(band))
-    result: list[Array | None] = [None] * len(arrays)
-    for i, total in zip(smooth, totals, strict=True):
-        result[i] = total.astype(arrays[i].dtype)
-    return tuple(result)
+        sums, of_rows = _over_blocks(plan, band, cotangents, arrays, sums, ct)
+        rows.append({i: plan.operands[i].unstack(of_rows[i]) for i in own})
+    gathered = sums | {i: plan.operands[i].join([band[i] for band in rows]) for i in own}
+    return tuple(
+        gathered[i].astype(x.dtype) if i in gathered else None for i, x in enumerate(arrays)
+    )
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _zeros(x: Array) -> Array:
-    """Where the cotangent of `x` is gathered: in float32 at least."""
+    """Where cotangents of `x` are summed: in float32 at least."""
     return vary_like(jnp.zeros(x.shape, score_dtype(x.dtype)), x)
