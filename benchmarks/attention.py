@@ -130,9 +130,8 @@ def growth() -> str:
 
 def main(selected: list[str]) -> None:
     """Prints the table."""
-    print(
-        f"float32, (1, T, {HEADS}, {FEATURES}), {jax.devices()[0].device_kind}, jax {jax.__version__}"
-    )
+    device = jax.devices()[0].device_kind
+    print(f"float32, (1, T, {HEADS}, {FEATURES}), {device}, jax {jax.__version__}")
     print("\n| | time | memory | ours, ms | ours, MiB |\n|---|---|---|---|---|")
     for name, row in rows().items():
         if not selected or any(part in name for part in selected):

@@ -3,6 +3,7 @@
 from jaxsoftmax import attention as attention
 from jaxsoftmax import calibration as calibration
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
+from jaxsoftmax.attention import attention_fn as attention_fn
 from jaxsoftmax.attention import dot_product_attention as dot_product_attention
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss

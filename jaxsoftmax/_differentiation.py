@@ -200,7 +200,8 @@ def _with_fresh_loops(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
             out = _scan([read(atom) for atom in eqn.invars], **eqn.params)
         else:
             known = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, Literal)))
-            step = ClosedJaxpr(Jaxpr([], known, eqn.outvars, [eqn]), [])
+            names = jaxpr.debug_info.with_unknown_names()
+            step = ClosedJaxpr(Jaxpr([], known, eqn.outvars, [eqn], debug_info=names), [])
             out = jaxpr_as_fun(step)(*(values[atom] for atom in known))
         values |= zip(eqn.outvars, out, strict=True)
     return [read(atom) for atom in jaxpr.outvars]

@@ -49,7 +49,102 @@ def dot_product_attention(
     block_size: int | None = None,
     return_residual: bool = False,
 ) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
-    r"""DOC."""
+    r"""Attention with any normalizer, in memory linear in the sequence, differentiable every way.
+
+    .. math:: \mathrm{normalizer}(\mathrm{cap}(\mathrm{scale} \cdot Q K^\top + \mathrm{bias})) V
+
+    The signature and the meaning of `jax.nn.dot_product_attention`, and more. The scores of a block
+    of query rows are made, normalized and used before those of the next are made; derivatives of
+    every kind and order make them once more. Keys that no query of a band of blocks can see, since
+    `is_causal` or `local_window_size` exclude them, are not computed.
+
+    B is the batch, T the length of the queries, S that of keys and values, N the number of query
+    heads, K that of key and value heads, of which N is a multiple, H the features of queries and
+    keys and V those of values. Half precision is summed, scored and normalized in float32. Queries
+    that see nothing get 0 and have gradient 0.
+
+    Args:
+      query: queries, (B, T, N, H) or (T, N, H).
+      key: keys, (B, S, K, H) or (S, K, H), in the dtype of `query`.
+      value: values, (B, S, K, V) or (S, K, V), in the dtype of `query`.
+      bias: added to the scores; broadcasts to (B, N, T, S). -inf excludes.
+      mask: what takes part; booleans that broadcast to (B, N, T, S).
+      normalizer: makes weights of scores: `f(scores, axis=axis, where=mask)`, with `scores` of
+        shape (B, N, rows, S) and a boolean `mask` that broadcasts to it. Any mapping of this
+        package, a `functools.partial` of one (a parameter per head has shape (N, 1, 1)) or a
+        function of your own that gives each row of scores its weights.
+      scale: multiplies the products of queries and keys; None: :math:`1 / \sqrt H`.
+      is_causal: whether a query sees no keys after its own position, counted from the first of
+        both.
+      query_seq_lengths: how many queries are not padding, (B,). The rest give 0, whatever they
+        hold.
+      key_value_seq_lengths: how many keys and values are not padding, (B,). The rest take no part,
+        whatever they hold, be it NaN. What the other masks exclude has to be finite, in keys and
+        values: 0 times NaN is NaN.
+      local_window_size: how far a query sees before and after its own position; an int is both.
+      query_segment_ids: integers, (B, T), for packed sequences: queries see keys of their number.
+      key_value_segment_ids: integers, (B, S); goes with `query_segment_ids`.
+      logits_soft_cap: bounds the scores by `cap * tanh(scores / cap)`, the bias included.
+      sink: a virtual score per head, (N,) or a number, whose share is dropped; for normalizers with
+        an argument `sink` (softmax, sparsemax, entmax, entmax15).
+      score_mod: `f(score, batch, head, q_index, kv_index) -> score`, of single numbers, after the
+        cap and before the masks.
+      mask_mod: `f(batch, head, q_index, kv_index) -> bool`, of single numbers: what takes part.
+      dropout_rate: the share of the weights to drop; the rest is divided by 1 less the share. Which
+        are dropped depends on `dropout_key` and the four indices of a weight, on nothing else: not
+        on blocks, windows or devices along `kv_axis_name`.
+      dropout_key: a key of `jax.random`, needed if anything is dropped.
+      kv_axis_name: the mesh axis, within `shard_map`, that keys and values are spread over; queries
+        are on all its devices. Positions of keys are then global: the device's index times its
+        number of keys, plus the index on the device. `bias`, `mask` and `key_value_segment_ids`
+        have the device's keys, `key_value_seq_lengths` are of whole sequences. The normalizer is
+        called with `axis=(-1, kv_axis_name)`; the output is the same on all devices.
+      block_size: how many query rows make a block; None: as sizes suggest.
+      return_residual: whether to return the logarithm of the softmax's denominator as well.
+
+    Returns:
+      The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
+      the logsumexp of each row of scores and sink, (B, T, N) or (T, N), in float32 (float64 if
+      queries are), -inf for queries that see nothing. Unlike that of `jax.nn` it has a gradient.
+
+    Raises:
+      TypeError: if dtypes differ or do not fit, or what should be a function is none.
+      ValueError: if shapes do not fit, `sink` goes to a normalizer without that argument,
+        `return_residual` to one that is not softmax, or an option is out of range.
+
+    Example:
+      >>> import functools
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 2, 4))  # (B, T, N, H) each
+      >>> jsm.dot_product_attention(q, k, v, is_causal=True).shape
+      (1, 6, 2, 4)
+
+      Each head learns how sparse it is:
+
+      >>> def loss(alpha):
+      ...     normalizer = functools.partial(jsm.entmax, alpha=alpha[:, None, None])
+      ...     return jnp.sum(jsm.dot_product_attention(q, k, v, normalizer=normalizer) ** 2)
+      >>> jax.grad(loss)(jnp.array([1.2, 1.8])).shape
+      (2,)
+
+      A bias made of positions, with learned slopes, is a function and not an array:
+
+      >>> def alibi(slopes):
+      ...     score_mod = lambda score, b, n, i, j: score - slopes[n] * abs(i - j)
+      ...     return jnp.sum(jsm.dot_product_attention(q, k, v, score_mod=score_mod) ** 2)
+      >>> jax.grad(alibi)(jnp.array([0.5, 0.25])).shape
+      (2,)
+
+    Note:
+      Outside of `jax.jit`, a call with a normalizer, `score_mod` or `mask_mod` that is not of this
+      package is compiled anew each time, since they may close over other arrays.
+
+    References:
+      Rabe & Staats, 2021: Self-attention does not need O(n^2) memory (arXiv:2112.05682); Dao, 2023:
+      FlashAttention-2 (arXiv:2307.08691). Functions of scores: FlexAttention (arXiv:2412.05496).
+      Learned sparsity: Correia, Niculae & Martins, 2019 (arXiv:1909.00015). The gradient of a
+      tangent: Lu & Song, 2024 (arXiv:2410.11081), appendix F.
+    """
     for name, function in {
         "normalizer": normalizer,
         "score_mod": score_mod,

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax.attention._block import Block, is_smooth, pull_back, score_dtype
-from jaxsoftmax.attention._operands import ROWS, WHOLE, Operand
+from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
 from jaxsoftmax.attention._plan import Band
 
 
@@ -110,8 +110,8 @@ def _over_blocks(
 
     xs = (
         jnp.arange(band.blocks, dtype=jnp.int32),
-        [pairs[i][0].stack(pairs[i][1], band) for i in handed],
-        [ROWS.stack(x, band) for x in of_rows],
+        [stack(pairs[i][1], band) for i in handed],
+        [stack(x, band) for x in of_rows],
     )
     if band.blocks > 1:
         return lax.scan(step, state, xs)
@@ -128,8 +128,8 @@ def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
             return state, block(first_row, *parts)
 
         _, outs = _over_blocks(plan, band, output, arrays)
-        bands.append([ROWS.unstack(out) for out in outs])
-    return tuple(ROWS.join(outs) for outs in zip(*bands, strict=True))
+        bands.append([unstack(out) for out in outs])
+    return tuple(join(outs) for outs in zip(*bands, strict=True))
 
 
 def _attend_fwd(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
@@ -159,8 +159,8 @@ def _attend_bwd(
             return sums, spread
 
         sums, of_rows = _over_blocks(plan, band, cotangents, arrays, sums, ct)
-        rows.append({i: plan.operands[i].unstack(of_rows[i]) for i in own})
-    gathered = sums | {i: plan.operands[i].join([band[i] for band in rows]) for i in own}
+        rows.append({i: unstack(of_rows[i]) for i in own})
+    gathered = sums | {i: join([band[i] for band in rows]) for i in own}
     return tuple(
         gathered[i].astype(x.dtype) if i in gathered else None for i, x in enumerate(arrays)
     )

@@ -1,4 +1,4 @@
-"""How blocks are cut from arrays, and how cotangents of the parts are put together again."""
+"""How blocks are cut from arrays, and how what they give is put together again."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -10,26 +10,29 @@ from jaxtyping import Array
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax.attention._plan import Band
 
+# The axes of the scores, (B, N, T, S), along which blocks are cut.
+ROW_AXIS, KEY_AXIS = 2, 3
+
 
 @dataclasses.dataclass(frozen=True)
 class Operand:
-    """The axes along which blocks are cut from an array; where its size is 1, all see the same.
+    """Whether blocks are cut along an axis; where its size is 1, all see the same.
 
     Attributes:
-      row_axis: the axis of the query rows.
-      key_axis: the axis of the keys.
+      rows: along the query rows.
+      keys: along the keys.
     """
 
-    row_axis: int | None = None
-    key_axis: int | None = None
+    rows: bool = False
+    keys: bool = False
 
     def has_rows(self, x: Array) -> bool:
         """Whether each block sees rows of its own."""
-        return self.row_axis is not None and x.shape[self.row_axis] != 1
+        return self.rows and x.shape[ROW_AXIS] != 1
 
     def has_keys(self, x: Array) -> bool:
         """Whether blocks may see different keys."""
-        return self.key_axis is not None and x.shape[self.key_axis] != 1
+        return self.keys and x.shape[KEY_AXIS] != 1
 
     def cut(self, x: Array, band: Band, first_row: int | Array) -> Array:
         """The part that a block sees."""
@@ -47,31 +50,11 @@ class Operand:
 
     def spread(self, part: Array, x: Array, band: Band, first_row: int | Array) -> Array:
         """`part` with 0 for all keys that the block does not see."""
-        if not self.has_keys(x):
+        if not self.has_keys(x) or part.shape[KEY_AXIS] == x.shape[KEY_AXIS]:
             return part
-        shape = list(part.shape)
-        shape[self.key_axis] = x.shape[self.key_axis]
-        starts = [0] * part.ndim
-        starts[self.key_axis] = band.key_start(first_row)
+        shape = (*part.shape[:KEY_AXIS], x.shape[KEY_AXIS])
         zeros = vary_like(jnp.zeros(shape, part.dtype), part)
-        return lax.dynamic_update_slice(zeros, part, starts)
-
-    def stack(self, x: Array, band: Band) -> Array:
-        """The rows of a band as (blocks, ..., rows, ...)."""
-        axis = self.row_axis
-        x = lax.slice_in_dim(x, band.start, band.start + band.blocks * band.rows, axis=axis)
-        x = x.reshape(*x.shape[:axis], band.blocks, band.rows, *x.shape[axis + 1 :])
-        return jnp.moveaxis(x, axis, 0)
-
-    def unstack(self, x: Array) -> Array:
-        """What blocks gave, (blocks, ..., rows, ...), with the rows of all in their axis."""
-        axis = self.row_axis
-        x = jnp.moveaxis(x, 0, axis)
-        return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
-
-    def join(self, bands: Sequence[Array]) -> Array:
-        """The rows of all bands, which come in order."""
-        return bands[0] if len(bands) == 1 else jnp.concatenate(bands, self.row_axis)
+        return lax.dynamic_update_slice(zeros, part, (0, 0, 0, band.key_start(first_row)))
 
     def _window(
         self, x: Array, band: Band, first_row: int | Array
@@ -79,13 +62,31 @@ class Operand:
         starts: list[int | Array] = [0] * x.ndim
         sizes = list(x.shape)
         if self.has_rows(x):
-            starts[self.row_axis], sizes[self.row_axis] = first_row, band.rows
+            starts[ROW_AXIS], sizes[ROW_AXIS] = first_row, band.rows
         if self.has_keys(x):
-            starts[self.key_axis], sizes[self.key_axis] = band.key_start(first_row), band.keys
+            starts[KEY_AXIS], sizes[KEY_AXIS] = band.key_start(first_row), band.keys
         return starts, tuple(sizes)
 
 
 WHOLE = Operand()
-ROWS = Operand(row_axis=2)
-KEYS = Operand(key_axis=3)
-SCORES = Operand(row_axis=2, key_axis=3)
+ROWS = Operand(rows=True)
+KEYS = Operand(keys=True)
+SCORES = Operand(rows=True, keys=True)
+
+
+def stack(x: Array, band: Band) -> Array:
+    """The rows of a band, block by block: (blocks, B, N, rows, ...)."""
+    x = lax.slice_in_dim(x, band.start, band.start + band.blocks * band.rows, axis=ROW_AXIS)
+    x = x.reshape(*x.shape[:ROW_AXIS], band.blocks, band.rows, *x.shape[ROW_AXIS + 1 :])
+    return jnp.moveaxis(x, ROW_AXIS, 0)
+
+
+def unstack(x: Array) -> Array:
+    """(blocks, B, N, rows, ...) with the rows of all blocks in one axis."""
+    x = jnp.moveaxis(x, 0, ROW_AXIS)
+    return x.reshape(*x.shape[:ROW_AXIS], -1, *x.shape[ROW_AXIS + 2 :])
+
+
+def join(bands: Sequence[Array]) -> Array:
+    """The rows of all bands, which come in order."""
+    return bands[0] if len(bands) == 1 else jnp.concatenate(bands, ROW_AXIS)
