@@ -178,9 +178,8 @@ def check_dropout(rate: float, key: Array | None) -> Array | None:
         return None
     if key is None:
         raise ValueError(f"dropout_key is needed for a dropout_rate of {rate}, got None.")
-    if not hasattr(key, "dtype"):
-        raise TypeError(f"dropout_key must be a key of jax.random, got {type(key).__name__}.")
-    if not jax.dtypes.issubdtype(key.dtype, jax.dtypes.prng_key):
+    key = jnp.asarray(key)
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
     if key.shape != ():
         raise ValueError(f"dropout_key must be one key, got an array of shape {key.shape}.")

@@ -209,7 +209,7 @@ def _attention(
     operands, sizes = _operands(static, given)
     dtype = score_dtype(operands["query"].dtype)
     rules = _rules(static, normalizer, given, sizes, dtype)
-    if operands["query"].dtype == dtype:
+    if rules.scale is not None and operands["query"].dtype == dtype:
         # Queries are fewer than scores. In half precision they would be rounded.
         operands["query"] = operands["query"] * rules.scale
         rules = dataclasses.replace(rules, scale=None)

@@ -5,6 +5,7 @@ This is all that a hand-written kernel would have to replace.
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -68,22 +69,18 @@ def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Arr
     places = _places(rules, band, first_row, scores.shape)
     if rules.score_mod is not None:
         scores = _modified(rules.score_mod, scores, places)
-    where = _visible(rules, part, places)
-    if rules.guard:
-        seen = _any_key(rules, where)
-        where, scores = where | ~seen, jnp.where(seen, scores, 0)
-    axis = -1 if rules.kv_axis_name is None else (-1, rules.kv_axis_name)
-    sink = {} if rules.sink is None else {"sink": rules.sink}
-    weights = _weights(rules, scores, axis=axis, where=where, **sink)
-    if rules.guard:
-        weights = jnp.where(seen, weights, 0)
-    if rules.dropout_rate > 0:
+    options: dict[str, Any] = {
+        "axis": -1 if rules.kv_axis_name is None else (-1, rules.kv_axis_name),
+        "where": _visible(rules, part, places),
+    }
+    if rules.sink is not None:
+        options["sink"] = rules.sink
+    weights = _weights(rules, scores, options)
+    if rules.dropout_key is not None:
         scale = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
         weights = weights * scale.astype(weights.dtype)
     out = _mix(weights, part["value"])
-    if rules.log_sum is None:
-        return (out,)
-    return out, rules.log_sum(scores, axis=axis, where=where, **sink)
+    return (out,) if rules.log_sum is None else (out, rules.log_sum(scores, **options))
 
 
 def pull_back(
@@ -107,7 +104,7 @@ def is_smooth(x: Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def score_dtype(dtype: jax.typing.DTypeLike) -> jnp.dtype:
+def score_dtype(dtype: Any) -> Any:
     """What scores are computed in: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)
 
@@ -194,6 +191,21 @@ def _mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array]) -> Arr
     return mask
 
 
+def _weights(rules: Rules, scores: Array, options: dict[str, Any]) -> Array:
+    if not rules.guard:
+        return rules.normalizer(scores, **options)
+    where = options["where"]
+    seen = _any_key(rules, where)
+    options = options | {"where": where | ~seen}
+    weights = rules.normalizer(jnp.where(seen, scores, 0), **options)
+    if jnp.shape(weights) != scores.shape:
+        raise ValueError(
+            f"normalizer must return an array of the shape of the scores {scores.shape}, got "
+            f"shape {jnp.shape(weights)}."
+        )
+    return jnp.where(seen, weights, 0)
+
+
 def _any_key(rules: Rules, where: Array) -> Array:
     """Whether a query sees anything."""
     seen = jnp.any(where, -1, keepdims=True)
@@ -201,16 +213,6 @@ def _any_key(rules: Rules, where: Array) -> Array:
         return seen
     seen = vary_like(seen, lax.axis_index(rules.kv_axis_name))
     return lax.pmax(seen.astype(jnp.int32), rules.kv_axis_name) > 0
-
-
-def _weights(rules: Rules, scores: Array, **options: Array) -> Array:
-    weights = rules.normalizer(scores, **options)
-    if weights.shape != scores.shape:
-        raise ValueError(
-            f"normalizer must return an array of the shape of the scores {scores.shape}, got "
-            f"shape {weights.shape}."
-        )
-    return weights
 
 
 def _mix(weights: Array, value: Array) -> Array:

@@ -54,18 +54,23 @@ class Operand:
             return part
         shape = (*part.shape[:KEY_AXIS], x.shape[KEY_AXIS])
         zeros = vary_like(jnp.zeros(shape, part.dtype), part)
-        return lax.dynamic_update_slice(zeros, part, (0, 0, 0, band.key_start(first_row)))
+        return lax.dynamic_update_slice(zeros, part, _indices(0, 0, 0, band.key_start(first_row)))
 
     def _window(
         self, x: Array, band: Band, first_row: int | Array
-    ) -> tuple[list[int | Array], tuple[int, ...]]:
+    ) -> tuple[list[Array], tuple[int, ...]]:
         starts: list[int | Array] = [0] * x.ndim
         sizes = list(x.shape)
         if self.has_rows(x):
             starts[ROW_AXIS], sizes[ROW_AXIS] = first_row, band.rows
         if self.has_keys(x):
             starts[KEY_AXIS], sizes[KEY_AXIS] = band.key_start(first_row), band.keys
-        return starts, tuple(sizes)
+        return _indices(*starts), tuple(sizes)
+
+
+def _indices(*starts: int | Array) -> list[Array]:
+    """Indices of one dtype, as a slice wants them."""
+    return [jnp.asarray(start, jnp.int32) for start in starts]
 
 
 WHOLE = Operand()
