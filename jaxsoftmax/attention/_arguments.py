@@ -116,7 +116,8 @@ def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
             f"{name} must have one length per batch, shape {(sizes.batch,)}, got shape "
             f"{lengths.shape}."
         )
-    return lengths.reshape(-1, 1, 1, 1)
+    # None is longer than an int32 can say, whatever the dtype.
+    return jnp.clip(lengths, 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
 
 
 def check_segments(
@@ -128,6 +129,11 @@ def check_segments(
         raise ValueError(f"query_segment_ids goes with key_value_segment_ids, got no {missing}.")
     query_ids = _segments("query_segment_ids", query_ids, sizes.batch, sizes.queries)
     key_ids = _segments("key_value_segment_ids", key_ids, sizes.batch, sizes.keys)
+    if query_ids.dtype != key_ids.dtype:
+        raise TypeError(
+            f"key_value_segment_ids must have the dtype of query_segment_ids, {query_ids.dtype}, "
+            f"got {key_ids.dtype}."
+        )
     return query_ids[:, None, :, None], key_ids[:, None, None, :]
 
 
@@ -178,12 +184,12 @@ def check_dropout(rate: float, key: Array | None) -> Array | None:
         return None
     if key is None:
         raise ValueError(f"dropout_key is needed for a dropout_rate of {rate}, got None.")
-    key = jnp.asarray(key)
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    if key.shape != ():
-        raise ValueError(f"dropout_key must be one key, got an array of shape {key.shape}.")
-    return key
+    typed = jnp.asarray(key)
+    if not jnp.issubdtype(typed.dtype, jax.dtypes.prng_key):
+        typed = jax.random.wrap_key_data(typed)
+    if typed.shape != ():
+        raise ValueError(f"dropout_key must be one key, got an array of shape {typed.shape}.")
+    return typed
 
 
 def known_number(value: Any) -> float | None:

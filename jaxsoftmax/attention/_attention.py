@@ -13,9 +13,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax.attention import _arguments, _pure
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
-from jaxsoftmax.attention._block import Block, Rules, attend, score_dtype
+from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
 from jaxsoftmax.attention._plan import Band, Reach, bands, block_rows
+from jaxsoftmax.attention._products import score_dtype
 from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.mappings import logsumexp, softmax
 
@@ -221,7 +222,11 @@ def _attention(
         outs = (lax.psum(outs[0], static.kv_axis_name), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
     # (B, N, T, ...) to the layout of the query, which may lack a batch.
-    out = jnp.moveaxis(outs[0], 1, 2).reshape(*shape, -1).astype(operands["query"].dtype)
+    out = (
+        jnp.moveaxis(outs[0], 1, 2)
+        .reshape(*shape, sizes.value_features)
+        .astype(operands["query"].dtype)
+    )
     if rules.log_sum is None:
         return out
     return out, jnp.moveaxis(outs[1], 1, 2).reshape(shape)

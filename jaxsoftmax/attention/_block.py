@@ -104,15 +104,10 @@ def is_smooth(x: Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def score_dtype(dtype: Any) -> Any:
-    """What scores are computed in: float32 at least."""
-    return jnp.promote_types(dtype, jnp.float32)
-
-
 def _scores(rules: Rules, part: Parts) -> Array:
     query, key = part["query"], part["key"]
     batch, heads, rows, _ = query.shape
-    dtype = score_dtype(query.dtype)
+    dtype = _products.score_dtype(query.dtype)
     # The heads that share keys are rows of one product.
     grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     scores = _products.scores(grouped, key).reshape(batch, heads, rows, -1)

@@ -16,9 +16,10 @@ from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax.attention._block import Block, is_smooth, pull_back, score_dtype
+from jaxsoftmax.attention._block import Block, is_smooth, pull_back
 from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
 from jaxsoftmax.attention._plan import Band
+from jaxsoftmax.attention._products import score_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -20,7 +20,8 @@ def scale(rate: float, key: Array, places: Sequence[Array]) -> Array:
     """
     *of_row, keys = places
     seeds = _row_seeds(key, *of_row)
-    bits = _mixed(_mixed(keys.astype(jnp.uint32) ^ seeds[..., :1]) + seeds[..., 1:])
+    keys = keys.astype(jnp.uint32)[None, None, None, :]
+    bits = _mixed(_mixed(keys ^ seeds[..., :1]) + seeds[..., 1:])
     dropped = bits < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(dropped, 0.0, 1 / (1 - rate))
 

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jax import lax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 
@@ -38,7 +38,8 @@ class Band:
         """The first key of the block that begins at `first_row`."""
         if self.slide is None:
             return self.first_key
-        return lax.clamp(0, first_row - self.slide, self.total_keys - self.keys)
+        start = jnp.asarray(first_row - self.slide, jnp.int32)
+        return jnp.clip(start, 0, self.total_keys - self.keys)
 
 
 @dataclasses.dataclass(frozen=True)

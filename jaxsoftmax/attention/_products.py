@@ -51,9 +51,13 @@ def _bind(axes: str, first: Array, second: Array) -> Array:
 
 
 def _evaluate(first: Array, second: Array, *, axes: str, out: Any) -> Array:
-    # Half precision is summed in float32.
-    dtype = jnp.promote_types(jnp.promote_types(first.dtype, second.dtype), jnp.float32)
-    return jnp.einsum(axes, first, second, preferred_element_type=dtype)
+    widest = max(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
+    return jnp.einsum(axes, first, second, preferred_element_type=score_dtype(widest))
+
+
+def score_dtype(dtype: Any) -> Any:
+    """What is summed and scored in: half precision in float32."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], *, axes: str, out: Any) -> tuple[Array, int]:
