@@ -10,7 +10,7 @@ import pytest
 
 import jaxsoftmax as jsm
 
-HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex")
+HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex", "flax")
 
 
 def public_objects():
@@ -117,6 +117,8 @@ def test_names_are_those_of_the_contract():
         "cross_entropy",
         "sparsemax_loss",
         "entmax_loss",
+        "dot_product_attention",
+        "attention_fn",
     }
     assert expected <= {name for name in vars(jsm) if not name.startswith("_")}
 
@@ -133,6 +135,7 @@ def test_names_are_those_of_the_contract():
         ("cross_entropy", "(scores, targets, axis, where, *, temperature)"),
         ("sparsemax_loss", "(scores, targets, axis, where, *, temperature)"),
         ("entmax_loss", "(scores, targets, alpha, axis, where, *, temperature)"),
+        ("dot_product_attention", "(query, key, value, bias, mask, *, normalizer, scale)"),
     ],
 )
 def test_signatures_begin_as_in_the_contract(name, signature):
