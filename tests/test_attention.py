@@ -644,6 +644,7 @@ BAD_OPTIONS = [
     ("one length per batch", {"query_seq_lengths": np.array([1])}),
     ("key_value_seq_lengths must be integers", {"key_value_seq_lengths": np.ones(B)}),
     ("got no key_value_segment_ids", {"query_segment_ids": zeros(B, T, dtype=int)}),
+    ("kv_axis_name must be", {"kv_axis_name": 1}),
     ("dropout_rate must", {"dropout_rate": 1.0}),
     ("dropout_key is needed", {"dropout_rate": 0.5}),
     ("goes with the normalizer", {"return_residual": True, "normalizer": jsm.sparsemax}),

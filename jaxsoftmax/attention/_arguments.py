@@ -235,6 +235,13 @@ def function_name(function: Callable) -> str:
     return getattr(function, "__name__", repr(function))
 
 
+def check_axis_name(name: str | None) -> str | None:
+    """The mesh axis of the keys."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"kv_axis_name must be the name of a mesh axis or None, got {name!r}.")
+    return name
+
+
 def check_callable(name: str, function: Any) -> None:
     """Refuses what cannot be called."""
     if function is not None and not callable(function):

@@ -15,7 +15,7 @@ from jaxsoftmax.attention import _arguments, _pure
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
-from jaxsoftmax.attention._plan import Band, Reach, bands, block_rows
+from jaxsoftmax.attention._plan import BACKWARD, FORWARD, Band, Budget, Reach, bands
 from jaxsoftmax.attention._products import score_dtype
 from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.mappings import logsumexp, softmax
@@ -161,7 +161,7 @@ def dot_product_attention(
         scale=_arguments.known_number(scale),
         soft_cap=_arguments.known_number(logits_soft_cap),
         dropout_rate=dropout_rate,
-        kv_axis_name=kv_axis_name,
+        kv_axis_name=_arguments.check_axis_name(kv_axis_name),
         block_size=_arguments.check_block_size(block_size),
         return_residual=bool(return_residual),
     )
@@ -316,7 +316,6 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
 def _in_blocks(
     block_size: int | None, rules: Rules, operands: dict[str, Array], sizes: Sizes
 ) -> tuple[Array, ...]:
-    rows = block_size or block_rows(sizes.queries, sizes.batch * sizes.heads * sizes.keys)
     # Where the positions of the keys are not known while tracing, no key is out of reach.
     reach = Reach(rules.before, rules.after) if rules.kv_axis_name is None else Reach()
     names = tuple(operands)
@@ -327,9 +326,14 @@ def _in_blocks(
 
         return block
 
+    def bands_of(budget: Budget) -> tuple[Band, ...]:
+        rows = block_size or budget.rows(sizes.queries, sizes.batch * sizes.heads * sizes.keys)
+        return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach)
+
     return attend_in_blocks(
         block_of,
-        bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach),
+        bands_of(FORWARD),
+        bands_of(BACKWARD),
         [LAYOUT[name] for name in names],
         list(operands.values()),
     )

@@ -116,7 +116,8 @@ def _scores(rules: Rules, part: Parts) -> Array:
     if "bias" in part:
         scores = scores + part["bias"].astype(dtype)
     if rules.soft_cap is not None:
-        capped = rules.soft_cap * jnp.tanh(scores / rules.soft_cap)
+        cap = jnp.asarray(rules.soft_cap, dtype)
+        capped = cap * jnp.tanh(scores / cap)
         # A bias of -inf excludes; it is not to be capped.
         scores = jnp.where(scores == -jnp.inf, scores, capped) if "bias" in part else capped
     return scores

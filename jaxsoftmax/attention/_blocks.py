@@ -27,17 +27,20 @@ class Plan:
     """All that is known while tracing.
 
     Attributes:
-      steps: the bands, and what is to be computed for each block of them.
+      forward: the bands, and what is to be computed for each block of them.
+      backward: the same for the reverse rule, whose blocks may be smaller.
       operands: how blocks are cut from each array.
     """
 
-    steps: tuple[tuple[Band, Block], ...]
+    forward: tuple[tuple[Band, Block], ...]
+    backward: tuple[tuple[Band, Block], ...]
     operands: tuple[Operand, ...]
 
 
 def attend_in_blocks(
     block_of: Callable[[Band], Block],
-    bands: Sequence[Band],
+    forward: Sequence[Band],
+    backward: Sequence[Band],
     operands: Sequence[Operand],
     arrays: Sequence[Array],
 ) -> tuple[Array, ...]:
@@ -46,33 +49,32 @@ def attend_in_blocks(
     Args:
       block_of: gives what is to be computed for each block of a band. It may close over arrays,
         tracers among them: derivatives flow there too.
-      bands: the blocks.
+      forward: the blocks.
+      backward: the blocks of the reverse rule.
       operands: how parts are cut from each array.
       arrays: the arrays.
     """
-    plan = Plan(tuple((band, block_of(band)) for band in bands), tuple(operands))
-    plan, closed_over = _hoisted(plan, arrays)
-    return _attend(plan, *arrays, *closed_over)
-
-
-def _hoisted(plan: Plan, arrays: Sequence[Array]) -> tuple[Plan, list[Array]]:
-    """Makes operands of what the blocks close over: a reverse rule must not hide any of it."""
-    pool: dict[int, Array] = {}
-    traced = []
-    for band, block in plan.steps:
-        first_row = jnp.asarray(band.start, jnp.int32)
-        pairs = zip(plan.operands, arrays, strict=True)
-        parts = [operand.cut(x, band, band.start) for operand, x in pairs]
-        closed = jax.make_jaxpr(block)(first_row, *parts)
-        pool |= {id(const): const for const in closed.consts}
-        traced.append((band, closed))
+    traced = {}
+    for band in (*forward, *backward):
+        if band not in traced:
+            pairs = zip(operands, arrays, strict=True)
+            parts = [operand.cut(x, band, band.start) for operand, x in pairs]
+            traced[band] = jax.make_jaxpr(block_of(band))(
+                jnp.asarray(band.start, jnp.int32), *parts
+            )
+    # What the blocks close over becomes an operand: a reverse rule must not hide any of it.
+    pool = {id(const): const for closed in traced.values() for const in closed.consts}
     places = {key: len(arrays) + i for i, key in enumerate(pool)}
-    steps = tuple(
-        (band, _opened(closed, len(arrays), [places[id(const)] for const in closed.consts]))
-        for band, closed in traced
+    blocks = {
+        band: _opened(closed, len(arrays), [places[id(const)] for const in closed.consts])
+        for band, closed in traced.items()
+    }
+    plan = Plan(
+        tuple((band, blocks[band]) for band in forward),
+        tuple((band, blocks[band]) for band in backward),
+        (*operands, *(WHOLE for _ in pool)),
     )
-    operands = (*plan.operands, *(WHOLE for _ in pool))
-    return Plan(steps, operands), [jnp.asarray(const) for const in pool.values()]
+    return _attend(plan, *arrays, *(jnp.asarray(const) for const in pool.values()))
 
 
 def _opened(closed: ClosedJaxpr, count: int, places: Sequence[int]) -> Block:
@@ -123,7 +125,7 @@ def _over_blocks(
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
     bands = []
-    for band, block in plan.steps:
+    for band, block in plan.forward:
 
         def output(state: None, first_row: Array, parts: Any, _: Any, block: Block = block) -> Any:
             return state, block(first_row, *parts)
@@ -146,7 +148,7 @@ def _attend_bwd(
     shared = [i for i in smooth if i not in own]
     sums = {i: _zeros(arrays[i]) for i in shared}
     rows: list[dict[int, Array]] = []
-    for band, block in plan.steps:
+    for band, block in plan.backward:
         pull = functools.partial(pull_back, block)
 
         def cotangents(
