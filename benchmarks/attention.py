@@ -135,7 +135,7 @@ def main(selected: list[str]) -> None:
     print("\n| | time | memory | ours, ms | ours, MiB |\n|---|---|---|---|---|")
     for name, row in rows().items():
         if not selected or any(part in name for part in selected):
-            time, memory, seconds, mib = compare(*row, rounds=9)
+            time, memory, seconds, mib = compare(*row, rounds=5)
             print(
                 f"| {name} | {time:.2f}x | {memory:.3f}x | {1e3 * seconds:.0f} | {mib:.0f} |",
                 flush=True,

@@ -441,6 +441,21 @@ def test_memory_is_linear_in_every_derivative():
     assert len(sizes) > 1000
 
 
+def test_arrays_without_a_tangent_cost_no_gradient():
+    """A bias of constants, as large as all the scores, gets no cotangent of that size."""
+    q, bias = jnp.zeros((1, 64, 1, 4), np.float32), jnp.zeros((1, 1, 64, 64), np.float32)
+
+    def loss(q, bias):
+        return jnp.sum(jsm.dot_product_attention(q, q, q, bias, block_size=16))
+
+    def sizes(argnums):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums))(q, bias)
+        return [x.aval.size for eqn, _ in equations(jaxpr) for x in eqn.outvars]
+
+    assert max(sizes(0)) < bias.size
+    assert max(sizes((0, 1))) >= bias.size
+
+
 @pytest.mark.parametrize("what", [lambda f: f, lambda f: jax.grad(lambda *args: f(*args).sum())])
 def test_only_keys_within_reach_are_computed(what):
     attention = functools.partial(jsm.dot_product_attention, block_size=16)
@@ -624,6 +639,7 @@ def zeros(*shape, dtype=np.float32):
 
 Q, KV = zeros(B, T, N, H), zeros(B, S, K, H)
 BAD_INPUTS = [
+    ("query must be an array", (None, KV, KV), {}),
     ("query must be of a float dtype", (zeros(T, N, H, dtype=int), KV, KV), {}),
     ("value must have the dtype of query", (Q, KV, KV.astype(jnp.bfloat16)), {}),
     ("query must have the axes", (zeros(T, H), KV, KV), {}),

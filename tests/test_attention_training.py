@@ -90,7 +90,7 @@ def test_a_transformer_learns_to_recall(name):
         tokens = sequences(jax.random.key(2), 500)
         logits = predict(params, tokens, attention)[:, recalled]
     assert losses[0] > 1.5
-    assert np.mean(np.argmax(logits, -1) == tokens[:, HALF:]) > 0.99
+    assert np.mean(np.argmax(logits, -1) == np.asarray(tokens[:, HALF:])) > 0.99
     assert (name == "sink") == bool(np.any(params["sink"] != 0))
 
 
@@ -110,7 +110,7 @@ def layer(**kwargs):
 
 
 @pytest.mark.usefixtures("promotion")
-@pytest.mark.parametrize("batch", [(), (3,), (3, 2)])
+@pytest.mark.parametrize("batch", [(3,), (3, 2)])
 def test_layer_of_nnx_with_our_attention(batch, rng):
     x = jnp.asarray(rng.normal(size=(*batch, 5, 8)), np.float32)
     mask = nnx.make_causal_mask(jnp.ones((*batch, 5)))  # of floats
@@ -129,8 +129,9 @@ def test_layer_of_nnx_learns_with_options(rng):
     def loss(model, rngs):
         return jnp.sum(model(x, rngs=rngs, deterministic=False) ** 2)
 
-    value, grads = nnx.jit(nnx.value_and_grad(loss))(model, nnx.Rngs(1))
-    other, _ = nnx.jit(nnx.value_and_grad(loss))(model, nnx.Rngs(2))
+    value_and_grad = nnx.jit(nnx.value_and_grad(loss))
+    value, grads = value_and_grad(model, nnx.Rngs(1))
+    other, _ = value_and_grad(model, nnx.Rngs(2))
     assert value != other
     assert all(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(grads)["out"]["kernel"]))
 

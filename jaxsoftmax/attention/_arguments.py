@@ -74,6 +74,9 @@ def check_inputs(
 
 
 def _with_batch(**arrays: ArrayLike) -> list[Array]:
+    for name, x in arrays.items():
+        if x is None:
+            raise TypeError(f"{name} must be an array, got None.")
     found = {name: jnp.asarray(x) for name, x in arrays.items()}
     for name, x in found.items():
         if not jnp.issubdtype(x.dtype, jnp.floating):

@@ -238,7 +238,9 @@ _compiled = jax.jit(_attention, static_argnums=0)
 
 def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array], Sizes]:
     """What blocks are cut from, in the layouts of `LAYOUT`."""
-    query, key, value, sizes = _arguments.check_inputs(given["query"], given["key"], given["value"])
+    query, key, value, sizes = _arguments.check_inputs(
+        *(given.get(name) for name in ("query", "key", "value"))
+    )
     operands: dict[str, Array] = {}
     if "query_seq_lengths" in given:
         lengths = _arguments.check_lengths("query_seq_lengths", given["query_seq_lengths"], sizes)

@@ -84,18 +84,21 @@ def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Arr
 
 
 def pull_back(
-    block: Block, first_row: Array, parts: Sequence[Array], ct: tuple[Array, ...]
+    block: Block,
+    wanted: Sequence[int],
+    first_row: Array,
+    parts: Sequence[Array],
+    ct: tuple[Array, ...],
 ) -> list[Array]:
-    """The cotangents of those parts that are not integers; the block is computed once more."""
-    smooth = [i for i, x in enumerate(parts) if is_smooth(x)]
+    """The cotangents of the parts at `wanted`; the block is computed once more."""
 
-    def of_smooth(*args: Array) -> tuple[Array, ...]:
+    def of_wanted(*args: Array) -> tuple[Array, ...]:
         merged = list(parts)
-        for i, arg in zip(smooth, args, strict=True):
+        for i, arg in zip(wanted, args, strict=True):
             merged[i] = arg
         return block(first_row, *merged)
 
-    _, pullback = jax.vjp(of_smooth, *(parts[i] for i in smooth))
+    _, pullback = jax.vjp(of_wanted, *(parts[i] for i in wanted))
     return list(pullback(ct))
 
 

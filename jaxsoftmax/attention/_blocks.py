@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
@@ -135,21 +136,31 @@ def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
     return tuple(join(outs) for outs in zip(*bands, strict=True))
 
 
-def _attend_fwd(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-    return _attend(plan, *arrays), arrays
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Wanted:
+    """Which arrays get a cotangent. A bias of constants is none, which saves its (T, S) numbers."""
+
+    places: tuple[int, ...]
 
 
-def _attend_bwd(
-    plan: Plan, arrays: tuple[Array, ...], ct: tuple[Array, ...]
-) -> tuple[Array | None, ...]:
-    smooth = [i for i, x in enumerate(arrays) if is_smooth(x)]
+def _attend_fwd(plan: Plan, *primals: Any) -> tuple[tuple[Array, ...], Any]:
+    arrays = tuple(primal.value for primal in primals)
+    wanted = (i for i, x in enumerate(arrays) if primals[i].perturbed and is_smooth(x))
+    return _attend(plan, *arrays), (Wanted(tuple(wanted)), arrays)
+
+
+def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array | None, ...]:
+    wanted, arrays = residuals
+    smooth = wanted.places
+    ct = tuple(_instantiated(x, arrays[0]) for x in ct)
     # Blocks have rows of their own, or else they add to one sum.
     own = [i for i in smooth if plan.operands[i].has_rows(arrays[i])]
     shared = [i for i in smooth if i not in own]
     sums = {i: _zeros(arrays[i]) for i in shared}
     rows: list[dict[int, Array]] = []
     for band, block in plan.backward:
-        pull = functools.partial(pull_back, block)
+        pull = functools.partial(pull_back, block, smooth)
 
         def cotangents(
             sums: Any, first_row: Array, parts: Any, ct: Any, band: Band = band, pull: Any = pull
@@ -169,7 +180,14 @@ def _attend_bwd(
     )
 
 
-_attend.defvjp(_attend_fwd, _attend_bwd)
+_attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+
+
+def _instantiated(ct: Any, like: Array) -> Array:
+    """A cotangent as an array, be it known to be 0."""
+    if isinstance(ct, SymbolicZero):
+        return vary_like(jnp.zeros(ct.shape, ct.dtype), like)
+    return ct
 
 
 def _zeros(x: Array) -> Array:
