@@ -15,7 +15,14 @@ from jaxsoftmax.attention import _arguments, _pure
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
-from jaxsoftmax.attention._plan import BACKWARD, FORWARD, Band, Budget, Reach, bands
+from jaxsoftmax.attention._plan import (
+    BACKWARD_SCORES,
+    FORWARD_SCORES,
+    Band,
+    Reach,
+    bands,
+    block_rows,
+)
 from jaxsoftmax.attention._products import score_dtype
 from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.mappings import logsumexp, softmax
@@ -328,14 +335,15 @@ def _in_blocks(
 
         return block
 
-    def bands_of(budget: Budget) -> tuple[Band, ...]:
-        rows = block_size or budget.rows(sizes.queries, sizes.batch * sizes.heads * sizes.keys)
+    def bands_of(block_scores: int) -> tuple[Band, ...]:
+        row_size = sizes.batch * sizes.heads * sizes.keys
+        rows = block_size or block_rows(sizes.queries, row_size, block_scores)
         return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach)
 
     return attend_in_blocks(
         block_of,
-        bands_of(FORWARD),
-        bands_of(BACKWARD),
+        bands_of(FORWARD_SCORES),
+        bands_of(BACKWARD_SCORES),
         [LAYOUT[name] for name in names],
         list(operands.values()),
     )

@@ -98,6 +98,8 @@ def _over_blocks(
 ) -> Any:
     """Scans `state, out = function(state, first_row, parts, parts of of_rows)` over a band.
 
+    `parts()` cuts them when it is called: within `jax.checkpoint`, so that they are not kept.
+
     What has rows but no keys is handed out by the scan; so derivatives are gathered by it, too.
     """
     pairs = list(zip(plan.operands, arrays, strict=True))
@@ -107,9 +109,13 @@ def _over_blocks(
         block, own, of_rows = xs
         first_row = band.first_row(block)
         own = dict(zip(handed, own, strict=True))
-        parts = [
-            own[i] if i in own else op.cut(x, band, first_row) for i, (op, x) in enumerate(pairs)
-        ]
+
+        def parts() -> list[Array]:
+            return [
+                own[i] if i in own else operand.cut(x, band, first_row)
+                for i, (operand, x) in enumerate(pairs)
+            ]
+
         return function(state, first_row, parts, of_rows)
 
     xs = (
@@ -129,7 +135,7 @@ def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
     for band, block in plan.forward:
 
         def output(state: None, first_row: Array, parts: Any, _: Any, block: Block = block) -> Any:
-            return state, block(first_row, *parts)
+            return state, block(first_row, *parts())
 
         _, outs = _over_blocks(plan, band, output, arrays)
         bands.append([unstack(out) for out in outs])
@@ -166,7 +172,7 @@ def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array 
             sums: Any, first_row: Array, parts: Any, ct: Any, band: Band = band, pull: Any = pull
         ) -> Any:
             # Computed once more rather than kept, where this is itself differentiated.
-            found = jax.checkpoint(pull)(first_row, parts, tuple(ct))
+            found = jax.checkpoint(lambda *args: pull(args[0], parts(), args[1:]))(first_row, *ct)
             found = dict(zip(smooth, found, strict=True))
             sums = {i: plan.operands[i].add(sums[i], found[i], band, first_row) for i in shared}
             spread = {i: plan.operands[i].spread(found[i], arrays[i], band, first_row) for i in own}

@@ -57,42 +57,28 @@ class Reach:
         return low, max(high, low + 1)
 
 
-@dataclasses.dataclass(frozen=True)
-class Budget:
-    """How large blocks should be, as measured.
+def block_rows(queries: int, row_size: int, block_scores: int) -> int:
+    """How many rows a block should have.
 
-    A block's scores should stay near the core that works on them, yet a block of few rows spends
-    its time on going through all keys.
-
-    Attributes:
-      scores: how many scores a block should have, over the batch and the heads.
-      fewest_rows: how many rows it should have at least.
+    Args:
+      queries: how many query rows there are.
+      row_size: how many scores there are to a row, over the batch and the heads.
+      block_scores: how many scores a block should have.
     """
-
-    scores: int
-    fewest_rows: int
-
-    def rows(self, queries: int, row_size: int) -> int:
-        """How many rows a block has.
-
-        Args:
-          queries: how many query rows there are.
-          row_size: how many scores there are to a row, over the batch and the heads.
-        """
-        most = min(max(self.scores // max(row_size, 1), self.fewest_rows), _MOST_ROWS)
-        if queries <= most:
-            return queries
-        # A number that leaves no rest, if there is one that is not much smaller.
-        for rows in range(most, most // 2, -1):
-            if queries % rows == 0:
-                return rows
-        return math.ceil(queries / math.ceil(queries / most))
+    most = min(max(block_scores // max(row_size, 1), _FEWEST_ROWS), _MOST_ROWS)
+    if queries <= most:
+        return queries
+    # A number that leaves no rest, if there is one that is not much smaller.
+    for rows in range(most, most // 2, -1):
+        if queries % rows == 0:
+            return rows
+    return math.ceil(queries / math.ceil(queries / most))
 
 
-FORWARD = Budget(2**21, 128)
-# There a block holds several arrays of the size of its scores.
-BACKWARD = Budget(2**20, 64)
-_MOST_ROWS = 512
+# As measured: a block's scores should stay near the core that works on them, yet a block of few
+# rows spends its time on going through all keys. The reverse rule holds several arrays of scores.
+FORWARD_SCORES, BACKWARD_SCORES = 2**21, 2**20
+_FEWEST_ROWS, _MOST_ROWS = 64, 512
 _BANDS = 8
 
 
