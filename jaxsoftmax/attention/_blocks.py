@@ -191,9 +191,10 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 def _instantiated(ct: Any, like: Array) -> Array:
     """A cotangent as an array, be it known to be 0."""
-    if isinstance(ct, SymbolicZero):
-        return vary_like(jnp.zeros(ct.shape, ct.dtype), like)
-    return ct
+    if not isinstance(ct, SymbolicZero):
+        return ct
+    aval: Any = ct.aval
+    return vary_like(jnp.zeros(aval.shape, aval.dtype), like)
 
 
 def _zeros(x: Array) -> Array:
