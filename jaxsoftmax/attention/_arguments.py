@@ -49,10 +49,10 @@ class Sizes:
 
 
 def check_inputs(
-    query: ArrayLike, key: ArrayLike, value: ArrayLike
+    *inputs: ArrayLike | None,
 ) -> tuple[Array, Array, Array, Sizes]:
-    """The three of them with a batch axis, and their sizes."""
-    query, key, value = _with_batch(query=query, key=key, value=value)
+    """Queries, keys and values with a batch axis, and their sizes."""
+    query, key, value = _with_batch(dict(zip(("query", "key", "value"), inputs, strict=True)))
     batch, queries, heads, features = query.shape
     _, keys, key_heads, _ = key.shape
     sizes = Sizes(batch, queries, keys, heads, key_heads, features, value.shape[3])
@@ -73,12 +73,12 @@ def check_inputs(
     return query, key, value, sizes
 
 
-def _with_batch(**arrays: ArrayLike) -> list[Array]:
-    for name, x in arrays.items():
-        if x is None:
+def _with_batch(arrays: dict[str, ArrayLike | None]) -> list[Array]:
+    found: dict[str, Array] = {}
+    for name, given in arrays.items():
+        if given is None:
             raise TypeError(f"{name} must be an array, got None.")
-    found = {name: jnp.asarray(x) for name, x in arrays.items()}
-    for name, x in found.items():
+        found[name] = x = jnp.asarray(given)
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise TypeError(f"{name} must be of a float dtype, got {x.dtype}.")
         if x.dtype != found["query"].dtype:
