@@ -1,8 +1,11 @@
 """Pure JAX functions that turn scores into probabilities."""
 
+from jaxsoftmax import attention as attention
 from jaxsoftmax import calibration as calibration
 from jaxsoftmax import plots as plots
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
+from jaxsoftmax.attention import attention_fn as attention_fn
+from jaxsoftmax.attention import dot_product_attention as dot_product_attention
 from jaxsoftmax.linear_loss import linear_cross_entropy as linear_cross_entropy
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss

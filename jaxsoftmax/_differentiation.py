@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core
-from jax.extend.core import ClosedJaxpr, Primitive, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
 P = ParamSpec("P")
@@ -250,10 +250,58 @@ def _push_forward(pullback: Callable, out: Sequence[Any], tangents: Sequence[Any
         return pullback(merged)
 
     transpose = jax.linear_transpose(pullback_of_smooth, *(out[i] for i in smooth))
+    pushed = _with_fresh_loops(jax.make_jaxpr(transpose)(tuple(tangents)), tangents)
     result: list[Any] = [ad.Zero(jax.typeof(x).to_tangent_aval()) for x in out]
-    for i, tangent in zip(smooth, transpose(tuple(tangents)), strict=True):
+    for i, tangent in zip(smooth, pushed, strict=True):
         result[i] = tangent
     return result
+
+
+def _with_fresh_loops(closed: ClosedJaxpr, args: Sequence[Any]) -> list[Any]:
+    """Evaluates a jaxpr whose scans are written anew, by `jax.lax.scan`.
+
+    What a scan in `bwd` sums up is handed on unchanged from step to step of its transpose. There it
+    looks like a state, and reverse mode would keep it for every step; a new scan finds that it is
+    a constant.
+    """
+    jaxpr = closed.jaxpr
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*closed.consts, *args), strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "scan":
+            out = _scan([read(atom) for atom in eqn.invars], **eqn.params)
+        else:
+            known = list(dict.fromkeys(a for a in eqn.invars if not isinstance(a, Literal)))
+            names = jaxpr.debug_info.with_unknown_names()
+            step = ClosedJaxpr(Jaxpr([], known, eqn.outvars, [eqn], debug_info=names), [])
+            out = jaxpr_as_fun(step)(*(values[atom] for atom in known))
+        values |= zip(eqn.outvars, out, strict=True)
+    return [read(atom) for atom in jaxpr.outvars]
+
+
+def _scan(
+    inputs: Sequence[Any],
+    *,
+    jaxpr: ClosedJaxpr,
+    num_consts: int,
+    num_carry: int,
+    length: int,
+    reverse: bool,
+    unroll: int,
+    **_: Any,
+) -> list[Any]:
+    consts, rest = inputs[:num_consts], inputs[num_consts:]
+
+    def body(carry: Sequence[Any], x: Sequence[Any]) -> tuple[list[Any], list[Any]]:
+        out = jaxpr_as_fun(jaxpr)(*consts, *carry, *x)
+        return out[:num_carry], out[num_carry:]
+
+    start, xs = list(rest[:num_carry]), list(rest[num_carry:])
+    carry, ys = jax.lax.scan(body, start, xs, length, reverse, unroll)
+    return [*carry, *ys]
 
 
 def _is_tangent(tangent: Any) -> bool:

@@ -64,7 +64,13 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
             kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
         return jitted(*args, **kwargs)
 
+    vars(checked)["is_public"] = True
     return cast(Callable[P, R], checked)
+
+
+def is_public(fun: Callable[..., Any]) -> bool:
+    """Whether `public` made the function, and so it holds no state."""
+    return getattr(fun, "is_public", False)
 
 
 def _look_at_temperature(value: Any) -> Any:
@@ -228,14 +234,14 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     return Rows(axes, (), ids, operator.index(options.num_segments))
 
 
-def check_mask(where: ArrayLike, shape: tuple[int, ...]) -> Array:
+def check_mask(where: ArrayLike, shape: tuple[int, ...], name: str = "where") -> Array:
     """The mask, if it is one for arrays of `shape`."""
     where = jnp.asarray(where)
     if where.dtype != jnp.bool_:
-        raise TypeError(f"where must be boolean, got dtype {where.dtype}.")
-    if not _broadcasts(where.shape, shape):
-        raise ValueError(f"where must broadcast to shape {shape}, got shape {where.shape}.")
-    return _with_ndim(where, len(shape))
+        raise TypeError(f"{name} must be boolean, got dtype {where.dtype}.")
+    if not broadcasts(where.shape, shape):
+        raise ValueError(f"{name} must broadcast to shape {shape}, got shape {where.shape}.")
+    return with_ndim(where, len(shape))
 
 
 def temper(
@@ -279,11 +285,11 @@ def check_per_row(name: str, value: ArrayLike | Fixed, scores: Array, rows: Rows
     value = jnp.asarray(value.value if isinstance(value, Fixed) else value)
     check_real(name, value)
     shape = rows.shape(scores)
-    if not _broadcasts(value.shape, shape):
+    if not broadcasts(value.shape, shape):
         raise ValueError(
             f"{name} must broadcast to one value per row, shape {shape}, got shape {value.shape}."
         )
-    value = _with_ndim(value, scores.ndim).astype(scores.dtype)
+    value = with_ndim(value, scores.ndim).astype(scores.dtype)
     return vary_like(value, scores, but=rows.names)
 
 
@@ -306,11 +312,13 @@ def check_key(key: Any) -> Array:
     return cast(Array, key)
 
 
-def _with_ndim(x: Array, ndim: int) -> Array:
+def with_ndim(x: Array, ndim: int) -> Array:
+    """`x` with axes of size 1 before its own."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)
 
 
-def _broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
+    """Whether arrays of `shape` broadcast to the shape `to`."""
     try:
         return np.broadcast_shapes(shape, to) == to
     except ValueError:

@@ -187,7 +187,7 @@ def test_nothing_sorts(case):
         assert "sort" not in primitives(jaxpr)
 
 
-# Beside deep-spin/entmax, where it is installed: pip install -e ".[compare]".
+# Beside deep-spin/entmax, where it is installed: pip install -e ".[peers]".
 
 COMPARED = {
     "sparsemax": (jsm.sparsemax, lambda e: e.sparsemax),

@@ -10,7 +10,7 @@ import pytest
 
 import jaxsoftmax as jsm
 
-HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex")
+HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex", "flax")
 
 
 def public_objects():
@@ -123,6 +123,8 @@ def test_names_are_those_of_the_contract():
         "plots",
         "fenchel_young_loss",
         "linear_cross_entropy",
+        "dot_product_attention",
+        "attention_fn",
     }
     assert expected <= {name for name in vars(jsm) if not name.startswith("_")}
 
@@ -151,6 +153,7 @@ def test_names_are_those_of_the_contract():
             "(hidden, weight, labels, *, bias, loss, reduction, where, logits_soft_cap, "
             "chunk_size, vocab_axis_name)",
         ),
+        ("dot_product_attention", "(query, key, value, bias, mask, *, normalizer, scale)"),
     ],
 )
 def test_signatures_begin_as_in_the_contract(name, signature):

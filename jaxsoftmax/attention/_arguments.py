@@ -1,0 +1,260 @@
+"""What was passed: checked, and brought into the layouts that blocks are cut from."""
+
+import dataclasses
+import inspect
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxsoftmax._scores import broadcasts, check_mask, check_real, with_ndim
+from jaxsoftmax.attention._operands import KEYS, ROWS, SCORES, WHOLE
+
+# How blocks are cut from each array. All are in the layout of the scores, (B, N, T, S), but for
+# the features: the last axis of queries, the last but one of keys and values.
+LAYOUT = {
+    "query": ROWS,
+    "key": KEYS,
+    "value": KEYS,
+    "bias": SCORES,
+    "mask": SCORES,
+    "query_lengths": WHOLE,
+    "key_lengths": WHOLE,
+    "query_segments": ROWS,
+    "key_segments": KEYS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """The sizes of the axes, by the letters that the documentation gives them."""
+
+    batch: int
+    queries: int
+    keys: int
+    heads: int
+    key_heads: int
+    features: int
+    value_features: int
+
+    @property
+    def scores(self) -> tuple[int, int, int, int]:
+        """The shape of the scores."""
+        return self.batch, self.heads, self.queries, self.keys
+
+
+def check_inputs(
+    *inputs: ArrayLike | None,
+) -> tuple[Array, Array, Array, Sizes]:
+    """Queries, keys and values with a batch axis, and their sizes."""
+    query, key, value = _with_batch(dict(zip(("query", "key", "value"), inputs, strict=True)))
+    batch, queries, heads, features = query.shape
+    _, keys, key_heads, _ = key.shape
+    sizes = Sizes(batch, queries, keys, heads, key_heads, features, value.shape[3])
+    if key.shape != (batch, keys, key_heads, features) or features == 0:
+        raise ValueError(
+            "query and key must have the shapes (B, T, N, H) and (B, S, K, H), H not 0, got "
+            f"{query.shape} and {key.shape}."
+        )
+    if value.shape[:3] != key.shape[:3]:
+        raise ValueError(
+            f"value must have the shape of key {key.shape} but for the last axis, got "
+            f"{value.shape}."
+        )
+    if key_heads == 0 or heads % key_heads:
+        raise ValueError(
+            f"query must have a multiple of the heads of key, {key_heads}, got {heads} heads."
+        )
+    return query, key, value, sizes
+
+
+def _with_batch(arrays: dict[str, ArrayLike | None]) -> list[Array]:
+    found: dict[str, Array] = {}
+    for name, given in arrays.items():
+        if given is None:
+            raise TypeError(f"{name} must be an array, got None.")
+        found[name] = x = jnp.asarray(given)
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be of a float dtype, got {x.dtype}.")
+        if x.dtype != found["query"].dtype:
+            raise TypeError(
+                f"{name} must have the dtype of query, {found['query'].dtype}, got {x.dtype}."
+            )
+        if x.ndim not in (3, 4):
+            raise ValueError(
+                f"{name} must have the axes (batch, length, heads, features) or the last three "
+                f"of them, got shape {x.shape}."
+            )
+    return [with_ndim(x, 4) for x in found.values()]
+
+
+def check_bias(bias: ArrayLike, sizes: Sizes) -> Array:
+    """A bias for the scores."""
+    bias = jnp.asarray(bias)
+    check_real("bias", bias)
+    if not broadcasts(bias.shape, sizes.scores):
+        raise ValueError(
+            f"bias must broadcast to shape {sizes.scores}, batch, heads, queries and keys, got "
+            f"shape {bias.shape}."
+        )
+    return with_ndim(bias, 4)
+
+
+def check_attention_mask(mask: ArrayLike, sizes: Sizes) -> Array:
+    """A mask for the scores."""
+    return check_mask(mask, sizes.scores, "mask")
+
+
+def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
+    """The lengths of sequences, (B, 1, 1, 1)."""
+    lengths = jnp.asarray(lengths)
+    _check_integers(name, lengths)
+    if lengths.shape != (sizes.batch,):
+        raise ValueError(
+            f"{name} must have one length per batch, shape {(sizes.batch,)}, got shape "
+            f"{lengths.shape}."
+        )
+    # None is longer than an int32 can say, whatever the dtype.
+    return jnp.clip(lengths, 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
+
+
+def check_segments(
+    query_ids: ArrayLike | None, key_ids: ArrayLike | None, sizes: Sizes
+) -> tuple[Array, Array]:
+    """The segments of queries and keys, (B, 1, T, 1) and (B, 1, 1, S)."""
+    if query_ids is None or key_ids is None:
+        missing = "query_segment_ids" if query_ids is None else "key_value_segment_ids"
+        raise ValueError(f"query_segment_ids goes with key_value_segment_ids, got no {missing}.")
+    query_ids = _segments("query_segment_ids", query_ids, sizes.batch, sizes.queries)
+    key_ids = _segments("key_value_segment_ids", key_ids, sizes.batch, sizes.keys)
+    if query_ids.dtype != key_ids.dtype:
+        raise TypeError(
+            f"key_value_segment_ids must have the dtype of query_segment_ids, {query_ids.dtype}, "
+            f"got {key_ids.dtype}."
+        )
+    return query_ids[:, None, :, None], key_ids[:, None, None, :]
+
+
+def _segments(name: str, ids: ArrayLike, batch: int, length: int) -> Array:
+    ids = jnp.asarray(ids)
+    _check_integers(name, ids)
+    if ids.ndim == 0 or not broadcasts(ids.shape, (batch, length)) or ids.shape[-1] != length:
+        raise ValueError(
+            f"{name} must have shape {(batch, length)}, batch and length, got shape {ids.shape}."
+        )
+    return with_ndim(ids, 2)
+
+
+def _check_integers(name: str, x: Array) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
+
+
+def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
+    """How far queries see before and after their own position."""
+    if window is None:
+        return None, None
+    pair = window if isinstance(window, tuple | list) else (window, window)
+    if len(pair) != 2 or not all(_is_int(n) and n >= 0 for n in pair):
+        raise ValueError(
+            "local_window_size must be an int or two, before and after, none negative, got "
+            f"{window!r}."
+        )
+    return int(pair[0]), int(pair[1])
+
+
+def check_block_size(block_size: int | None) -> int | None:
+    """The number of query rows in a block, if it is given."""
+    if block_size is not None and not (_is_int(block_size) and block_size > 0):
+        raise ValueError(f"block_size must be a positive int or None, got {block_size!r}.")
+    return block_size
+
+
+def _is_int(n: Any) -> bool:
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
+
+
+def check_dropout(rate: float, key: Array | None) -> Array | None:
+    """The key for dropout, if there is any."""
+    if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
+        raise ValueError(f"dropout_rate must be a number from 0 to 1, not 1, got {rate!r}.")
+    if rate == 0:
+        return None
+    if key is None:
+        raise ValueError(f"dropout_key is needed for a dropout_rate of {rate}, got None.")
+    typed = jnp.asarray(key)
+    if not jnp.issubdtype(typed.dtype, jax.dtypes.prng_key):
+        typed = jax.random.wrap_key_data(typed)
+    if typed.shape != ():
+        raise ValueError(f"dropout_key must be one key, got an array of shape {typed.shape}.")
+    return typed
+
+
+def known_number(value: Any) -> float | None:
+    """The number that an argument is, if it is known while tracing."""
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def check_number(name: str, value: ArrayLike, dtype: Any) -> Array:
+    """An array without axes."""
+    value = jnp.asarray(value)
+    check_real(name, value)
+    if value.shape != ():
+        raise ValueError(f"{name} must be a number, got an array of shape {value.shape}.")
+    return value.astype(dtype)
+
+
+def check_sink(sink: ArrayLike, normalizer: Callable, heads: int, dtype: Any) -> Array:
+    """One virtual score per head, (N, 1, 1)."""
+    if not takes(normalizer, "sink"):
+        raise ValueError(
+            f"sink goes with a normalizer that takes one, got {function_name(normalizer)}."
+        )
+    sink = jnp.asarray(sink)
+    check_real("sink", sink)
+    if not broadcasts(sink.shape, (heads,)):
+        raise ValueError(f"sink must have one value per head, {heads}, got shape {sink.shape}.")
+    return jnp.broadcast_to(sink.astype(dtype).reshape(-1), (heads,)).reshape(heads, 1, 1)
+
+
+def takes(function: Callable, name: str) -> bool:
+    """Whether a function takes an argument of this name."""
+    try:
+        parameters = inspect.signature(getattr(function, "function", function)).parameters
+    except (TypeError, ValueError):  # a callable that cannot tell
+        return True
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def function_name(function: Callable) -> str:
+    """What error messages call a function."""
+    for inner in ("func", "function"):  # of a partial, or of one of ours with its options
+        function = getattr(function, inner, function)
+    return getattr(function, "__name__", repr(function))
+
+
+def check_axis_name(name: str | None) -> str | None:
+    """The mesh axis of the keys."""
+    if name is not None and not isinstance(name, str):
+        raise TypeError(f"kv_axis_name must be the name of a mesh axis or None, got {name!r}.")
+    return name
+
+
+def check_callable(name: str, function: Any) -> None:
+    """Refuses what cannot be called."""
+    if function is not None and not callable(function):
+        raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
+
+
+def without_padding(x: Array, lengths: Array, axis_name: str | None = None) -> Array:
+    """(B, L, ...) with 0 from each sequence's length on, whatever was there."""
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32)
+    if axis_name is not None:
+        positions = positions + lax.axis_index(axis_name) * x.shape[1]
+    inside = positions[None, :, None, None] < lengths
+    return jnp.where(inside, x, jnp.zeros((), x.dtype))

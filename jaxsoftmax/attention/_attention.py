@@ -1,0 +1,349 @@
+"""Attention with any normalizer."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jaxsoftmax._reductions import vary_like
+from jaxsoftmax.attention import _arguments, _pure
+from jaxsoftmax.attention._arguments import LAYOUT, Sizes
+from jaxsoftmax.attention._block import Block, Rules, attend
+from jaxsoftmax.attention._blocks import attend_in_blocks
+from jaxsoftmax.attention._plan import (
+    BACKWARD_SCORES,
+    FORWARD_SCORES,
+    Band,
+    Reach,
+    bands,
+    block_rows,
+)
+from jaxsoftmax.attention._products import score_dtype
+from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.mappings import logsumexp, softmax
+
+Normalizer = Callable[..., Array]
+ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
+MaskMod = Callable[[Array, Array, Array, Array], Array]
+
+
+def dot_product_attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K V"],
+    bias: Float[ArrayLike, "*#B #N #T #S"] | None = None,
+    mask: Bool[ArrayLike, "*#B #N #T #S"] | None = None,
+    *,
+    normalizer: Normalizer = softmax,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: Int[ArrayLike, " B"] | None = None,
+    key_value_seq_lengths: Int[ArrayLike, " B"] | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    query_segment_ids: Int[ArrayLike, "*B T"] | None = None,
+    key_value_segment_ids: Int[ArrayLike, "*B S"] | None = None,
+    logits_soft_cap: ArrayLike | None = None,
+    sink: Float[ArrayLike, "#N"] | None = None,
+    score_mod: ScoreMod | None = None,
+    mask_mod: MaskMod | None = None,
+    dropout_rate: float = 0.0,
+    dropout_key: Array | None = None,
+    kv_axis_name: str | None = None,
+    block_size: int | None = None,
+    return_residual: bool = False,
+) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
+    r"""Attention with any normalizer, in memory linear in the sequence, differentiable every way.
+
+    .. math:: \mathrm{normalizer}(\mathrm{cap}(\mathrm{scale} \cdot Q K^\top + \mathrm{bias})) V
+
+    The signature and the meaning of `jax.nn.dot_product_attention`, and more. The scores of a block
+    of query rows are made, normalized and used before those of the next are made; derivatives of
+    every kind and order make them once more. Keys that no query of a band of blocks can see, since
+    `is_causal` or `local_window_size` exclude them, are not computed.
+
+    B is the batch, T the length of the queries, S that of keys and values, N the number of query
+    heads, K that of key and value heads, of which N is a multiple, H the features of queries and
+    keys and V those of values. Half precision is summed, scored and normalized in float32. Queries
+    that see nothing get 0 and have gradient 0.
+
+    Args:
+      query: queries, (B, T, N, H) or (T, N, H).
+      key: keys, (B, S, K, H) or (S, K, H), in the dtype of `query`.
+      value: values, (B, S, K, V) or (S, K, V), in the dtype of `query`.
+      bias: added to the scores; broadcasts to (B, N, T, S). -inf excludes.
+      mask: what takes part; booleans that broadcast to (B, N, T, S).
+      normalizer: makes weights of scores: `f(scores, axis=axis, where=mask)`, with `scores` of
+        shape (B, N, rows, S) and a boolean `mask` that broadcasts to it. Any mapping of this
+        package, a `functools.partial` of one (a parameter per head has shape (N, 1, 1)) or a
+        function of your own that gives each row of scores its weights.
+      scale: multiplies the products of queries and keys; None: :math:`1 / \sqrt H`.
+      is_causal: whether a query sees no keys after its own position, counted from the first of
+        both.
+      query_seq_lengths: how many queries are not padding, (B,). The rest give 0, whatever they
+        hold.
+      key_value_seq_lengths: how many keys and values are not padding, (B,). The rest take no part,
+        whatever they hold, be it NaN. What the other masks exclude has to be finite, in keys and
+        values: 0 times NaN is NaN.
+      local_window_size: how far a query sees before and after its own position; an int is both.
+      query_segment_ids: integers, (B, T), for packed sequences: queries see keys of their number.
+      key_value_segment_ids: integers, (B, S); goes with `query_segment_ids`.
+      logits_soft_cap: bounds the scores by `cap * tanh(scores / cap)`, the bias included.
+      sink: a virtual score per head, (N,) or a number, whose share is dropped; for normalizers with
+        an argument `sink` (softmax, sparsemax, entmax, entmax15).
+      score_mod: `f(score, batch, head, q_index, kv_index) -> score`, of single numbers, after the
+        cap and before the masks.
+      mask_mod: `f(batch, head, q_index, kv_index) -> bool`, of single numbers: what takes part.
+      dropout_rate: the share of the weights to drop; the rest is divided by 1 less the share. Which
+        are dropped depends on `dropout_key` and the four indices of a weight, on nothing else: not
+        on blocks, windows or devices along `kv_axis_name`.
+      dropout_key: a key of `jax.random`, needed if anything is dropped.
+      kv_axis_name: the mesh axis, within `shard_map`, that keys and values are spread over; queries
+        are on all its devices. Positions of keys are then global: the device's index times its
+        number of keys, plus the index on the device. `bias`, `mask` and `key_value_segment_ids`
+        have the device's keys, `key_value_seq_lengths` are of whole sequences. The normalizer is
+        called with `axis=(-1, kv_axis_name)`; the output is the same on all devices.
+      block_size: how many query rows make a block; None: as sizes suggest.
+      return_residual: whether to return the logarithm of the softmax's denominator as well.
+
+    Returns:
+      The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
+      the logsumexp of each row of scores and sink, (B, T, N) or (T, N), in float32 (float64 if
+      queries are), -inf for queries that see nothing. Unlike that of `jax.nn` it has a gradient.
+
+    Raises:
+      TypeError: if dtypes differ or do not fit, or what should be a function is none.
+      ValueError: if shapes do not fit, `sink` goes to a normalizer without that argument,
+        `return_residual` to one that is not softmax, or an option is out of range.
+
+    Example:
+      >>> import functools
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 6, 2, 4))  # (B, T, N, H) each
+      >>> jsm.dot_product_attention(q, k, v, is_causal=True).shape
+      (1, 6, 2, 4)
+
+      Each head learns how sparse it is:
+
+      >>> def loss(alpha):
+      ...     normalizer = functools.partial(jsm.entmax, alpha=alpha[:, None, None])
+      ...     return jnp.sum(jsm.dot_product_attention(q, k, v, normalizer=normalizer) ** 2)
+      >>> jax.grad(loss)(jnp.array([1.2, 1.8])).shape
+      (2,)
+
+      A bias made of positions, with learned slopes, is a function and not an array:
+
+      >>> def alibi(slopes):
+      ...     score_mod = lambda score, b, n, i, j: score - slopes[n] * abs(i - j)
+      ...     return jnp.sum(jsm.dot_product_attention(q, k, v, score_mod=score_mod) ** 2)
+      >>> jax.grad(alibi)(jnp.array([0.5, 0.25])).shape
+      (2,)
+
+    Note:
+      Outside of `jax.jit`, a call with a normalizer, `score_mod` or `mask_mod` that is not of this
+      package is compiled anew each time, since they may close over other arrays.
+
+    References:
+      Rabe & Staats, 2021: Self-attention does not need O(n^2) memory (arXiv:2112.05682); Dao, 2023:
+      FlashAttention-2 (arXiv:2307.08691). Functions of scores: FlexAttention (arXiv:2412.05496).
+      Learned sparsity: Correia, Niculae & Martins, 2019 (arXiv:1909.00015). The gradient of a
+      tangent: Lu & Song, 2024 (arXiv:2410.11081), appendix F.
+    """
+    for name, function in {
+        "normalizer": normalizer,
+        "score_mod": score_mod,
+        "mask_mod": mask_mod,
+    }.items():
+        _arguments.check_callable(name, function)
+    before, after = _arguments.check_window(local_window_size)
+    static = _Static(
+        score_mod=score_mod,
+        mask_mod=mask_mod,
+        before=before,
+        after=0 if is_causal else after,
+        scale=_arguments.known_number(scale),
+        soft_cap=_arguments.known_number(logits_soft_cap),
+        dropout_rate=dropout_rate,
+        kv_axis_name=_arguments.check_axis_name(kv_axis_name),
+        block_size=_arguments.check_block_size(block_size),
+        return_residual=bool(return_residual),
+    )
+    arrays = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "bias": bias,
+        "mask": mask,
+        "query_seq_lengths": query_seq_lengths,
+        "key_value_seq_lengths": key_value_seq_lengths,
+        "query_segment_ids": query_segment_ids,
+        "key_value_segment_ids": key_value_segment_ids,
+        "sink": sink,
+        "dropout_key": _arguments.check_dropout(dropout_rate, dropout_key),
+        "scale": None if static.scale is not None else scale,
+        "soft_cap": None if static.soft_cap is not None else logits_soft_cap,
+    }
+    ours = _pure.configured(normalizer)
+    if ours is not None and score_mod is None and mask_mod is None:
+        return _compiled(static, ours, arrays)
+    # Compiled for this call alone: what the functions close over may be other arrays at the next.
+    return jax.jit(functools.partial(_attention, static, ours or normalizer))(arrays)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What is known while tracing."""
+
+    score_mod: ScoreMod | None
+    mask_mod: MaskMod | None
+    before: int | None
+    after: int | None
+    scale: float | None
+    soft_cap: float | None
+    dropout_rate: float
+    kv_axis_name: str | None
+    block_size: int | None
+    return_residual: bool
+
+
+def _attention(
+    static: _Static, normalizer: Normalizer, arrays: dict[str, Any]
+) -> Array | tuple[Array, Array]:
+    given = {name: x for name, x in arrays.items() if x is not None}
+    operands, sizes = _operands(static, given)
+    dtype = score_dtype(operands["query"].dtype)
+    rules = _rules(static, normalizer, given, sizes, dtype)
+    if rules.scale is not None and operands["query"].dtype == dtype:
+        # Queries are fewer than scores. In half precision they would be rounded.
+        operands["query"] = operands["query"] * rules.scale
+        rules = dataclasses.replace(rules, scale=None)
+    if 0 in (*sizes.scores, sizes.value_features):
+        outs = _nothing(sizes, rules, dtype)
+    else:
+        outs = _in_blocks(static.block_size, rules, operands, sizes)
+    if static.kv_axis_name is not None:
+        outs = (lax.psum(outs[0], static.kv_axis_name), *outs[1:])
+    shape = jnp.shape(given["query"])[:-1]
+    # (B, N, T, ...) to the layout of the query, which may lack a batch.
+    out = (
+        jnp.moveaxis(outs[0], 1, 2)
+        .reshape(*shape, sizes.value_features)
+        .astype(operands["query"].dtype)
+    )
+    if rules.log_sum is None:
+        return out
+    return out, jnp.moveaxis(outs[1], 1, 2).reshape(shape)
+
+
+# The normalizer is a pytree here, of which only the arrays are traced.
+_compiled = jax.jit(_attention, static_argnums=0)
+
+
+def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array], Sizes]:
+    """What blocks are cut from, in the layouts of `LAYOUT`."""
+    query, key, value, sizes = _arguments.check_inputs(
+        *(given.get(name) for name in ("query", "key", "value"))
+    )
+    operands: dict[str, Array] = {}
+    if "query_seq_lengths" in given:
+        lengths = _arguments.check_lengths("query_seq_lengths", given["query_seq_lengths"], sizes)
+        query = _arguments.without_padding(query, lengths)
+        operands["query_lengths"] = lengths
+    if "key_value_seq_lengths" in given:
+        lengths = _arguments.check_lengths(
+            "key_value_seq_lengths", given["key_value_seq_lengths"], sizes
+        )
+        key = _arguments.without_padding(key, lengths, static.kv_axis_name)
+        value = _arguments.without_padding(value, lengths, static.kv_axis_name)
+        operands["key_lengths"] = lengths
+    if "query_segment_ids" in given or "key_value_segment_ids" in given:
+        operands["query_segments"], operands["key_segments"] = _arguments.check_segments(
+            given.get("query_segment_ids"), given.get("key_value_segment_ids"), sizes
+        )
+    if "bias" in given:
+        operands["bias"] = _arguments.check_bias(given["bias"], sizes)
+    if "mask" in given:
+        operands["mask"] = _arguments.check_attention_mask(given["mask"], sizes)
+    operands["query"] = jnp.transpose(query, (0, 2, 1, 3))
+    operands["key"] = jnp.transpose(key, (0, 2, 3, 1))
+    operands["value"] = jnp.transpose(value, (0, 2, 3, 1))
+    # Outside of the reverse rule, so that JAX sums their cotangents over devices.
+    return {name: vary_like(x, key) for name, x in operands.items()}, sizes
+
+
+def _rules(
+    static: _Static, normalizer: Normalizer, given: dict[str, Any], sizes: Sizes, dtype: Any
+) -> Rules:
+    scale = static.scale
+    if scale is None:
+        scale = sizes.features**-0.5
+        if "scale" in given:
+            scale = _arguments.check_number("scale", given["scale"], dtype)
+    soft_cap = static.soft_cap
+    if "soft_cap" in given:
+        soft_cap = _arguments.check_number("logits_soft_cap", given["soft_cap"], dtype)
+    sink = given.get("sink")
+    if sink is not None:
+        sink = _arguments.check_sink(sink, normalizer, sizes.heads, dtype)
+    return Rules(
+        normalizer=normalizer,
+        log_sum=_log_sum(normalizer) if static.return_residual else None,
+        score_mod=static.score_mod,
+        mask_mod=static.mask_mod,
+        before=static.before,
+        after=static.after,
+        scale=scale,
+        soft_cap=soft_cap,
+        sink=sink,
+        dropout_rate=static.dropout_rate,
+        dropout_key=given.get("dropout_key"),
+        kv_axis_name=static.kv_axis_name,
+        guard=not isinstance(normalizer, Configured),
+    )
+
+
+def _log_sum(normalizer: Normalizer) -> Configured:
+    if not (isinstance(normalizer, Configured) and normalizer.function is softmax):
+        raise ValueError(
+            "return_residual goes with the normalizer softmax, got "
+            f"{_arguments.function_name(normalizer)}."
+        )
+    return normalizer.of(logsumexp)
+
+
+def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
+    """What queries without keys get."""
+    shape = sizes.batch, sizes.heads, sizes.queries
+    out = jnp.zeros((*shape, sizes.value_features), dtype)
+    return (out,) if rules.log_sum is None else (out, jnp.full(shape, -jnp.inf, dtype))
+
+
+def _in_blocks(
+    block_size: int | None, rules: Rules, operands: dict[str, Array], sizes: Sizes
+) -> tuple[Array, ...]:
+    # Where the positions of the keys are not known while tracing, no key is out of reach.
+    reach = Reach(rules.before, rules.after) if rules.kv_axis_name is None else Reach()
+    names = tuple(operands)
+
+    def block_of(band: Band) -> Block:
+        def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
+            return attend(rules, band, first_row, dict(zip(names, parts, strict=True)))
+
+        return block
+
+    def bands_of(block_scores: int) -> tuple[Band, ...]:
+        row_size = sizes.batch * sizes.heads * sizes.keys
+        rows = block_size or block_rows(sizes.queries, row_size, block_scores)
+        return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach)
+
+    return attend_in_blocks(
+        block_of,
+        bands_of(FORWARD_SCORES),
+        bands_of(BACKWARD_SCORES),
+        [LAYOUT[name] for name in names],
+        list(operands.values()),
+    )

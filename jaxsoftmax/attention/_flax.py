@@ -1,0 +1,99 @@
+"""Our attention in the calling convention of Flax."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Shaped
+
+from jaxsoftmax.attention._attention import dot_product_attention
+
+
+def attention_fn(
+    query: Float[Array, "*B T N H"],
+    key: Float[Array, "*B S K H"],
+    value: Float[Array, "*B S K V"],
+    bias: Float[ArrayLike, "*#B #N #T #S"] | None = None,
+    mask: Shaped[ArrayLike, "*#B #N #T #S"] | None = None,
+    broadcast_dropout: bool = True,
+    dropout_rng: Array | None = None,
+    dropout_rate: float = 0.0,
+    deterministic: bool = False,
+    dtype: Any = None,
+    precision: Any = None,
+    module: Any = None,
+    is_causal: bool = False,
+    **options: Any,
+) -> Float[Array, "*B T N V"]:
+    r"""`dot_product_attention` as `flax.nnx.MultiHeadAttention` and `flax.linen` call theirs.
+
+    Pass it as `attention_fn`; a `functools.partial` of it sets options. It needs no Flax itself.
+
+    .. math:: \mathrm{normalizer}(Q K^\top / \sqrt H + \mathrm{bias}) V
+
+    Args:
+      query: queries, with any number of batch axes.
+      key: keys.
+      value: values.
+      bias: added to the scores.
+      mask: what takes part; booleans, or numbers that are 0 where nothing does.
+      broadcast_dropout: accepted and not used: each weight is dropped on its own.
+      dropout_rng: a key, needed if anything is dropped.
+      dropout_rate: the share of weights that are dropped.
+      deterministic: if true, nothing is dropped.
+      dtype: what queries, keys and values are converted to; None: what they have in common.
+      precision: None; for another, call within `jax.default_matmul_precision`.
+      module: None; the weights of all queries are never held at once and cannot be sown.
+      is_causal: whether no query sees keys after its own position.
+      options: all other options of `dot_product_attention`.
+
+    Returns:
+      The attention outputs, in the layout of `query`.
+
+    Raises:
+      ValueError: if `precision` or `module` is given, or for what `dot_product_attention` refuses.
+      TypeError: for what `dot_product_attention` refuses.
+
+    Example:
+      >>> import functools
+      >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> from flax import nnx
+      >>> sparse = functools.partial(jsm.attention_fn, normalizer=jsm.entmax15)
+      >>> layer = nnx.MultiHeadAttention(
+      ...     num_heads=2, in_features=8, decode=False, attention_fn=sparse, rngs=nnx.Rngs(0)
+      ... )
+      >>> layer(jnp.ones((3, 5, 8))).shape
+      (3, 5, 8)
+
+    References:
+      The attention of Flax: https://flax.readthedocs.io/en/latest/api_reference/flax.nnx/nn/attention.html
+    """
+    if precision is not None:
+        raise ValueError(
+            f"precision must be None, got {precision!r}: use jax.default_matmul_precision."
+        )
+    if module is not None:
+        raise ValueError("module must be None, since there are no weights to sow, got a module.")
+    if dtype is None:
+        dtype = jnp.result_type(query, key, value)
+    batch = query.shape[:-3]
+    query, key, value = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    out = dot_product_attention(
+        query,
+        key,
+        value,
+        None if bias is None else _one_batch_axis(jnp.asarray(bias), batch),
+        None if mask is None else _one_batch_axis(jnp.asarray(mask) != 0, batch),
+        is_causal=is_causal,
+        dropout_rate=0.0 if deterministic else dropout_rate,
+        dropout_key=None if deterministic else dropout_rng,
+        **options,
+    )
+    return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+
+def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:
+    """What broadcasts to (*batch, N, T, S), with one batch axis at most."""
+    if x.ndim <= 3 or len(batch) == 1:
+        return x
+    return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])

@@ -1,0 +1,120 @@
+"""Which query rows are taken together, and which keys they can reach; all of it static."""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+
+@dataclasses.dataclass(frozen=True)
+class Band:
+    """Consecutive blocks of query rows, each of which sees a stretch of keys of one length.
+
+    Attributes:
+      start: the first row.
+      rows: how many rows a block has.
+      blocks: how many blocks there are.
+      keys: how many keys a block sees.
+      first_key: the first of them; of the band's first block, if they slide.
+      slide: how far a block's keys lie behind its first row, or None if all blocks see the same.
+      total_keys: how many keys there are.
+    """
+
+    start: int
+    rows: int
+    blocks: int
+    keys: int
+    first_key: int
+    slide: int | None
+    total_keys: int
+
+    def first_row(self, block: int | Array) -> int | Array:
+        """The first row of a block."""
+        return self.start + block * self.rows
+
+    def key_start(self, first_row: int | Array) -> int | Array:
+        """The first key of the block that begins at `first_row`."""
+        if self.slide is None:
+            return self.first_key
+        start = jnp.asarray(first_row - self.slide, jnp.int32)
+        return jnp.clip(start, 0, self.total_keys - self.keys)
+
+
+@dataclasses.dataclass(frozen=True)
+class Reach:
+    """How far before and after its own position a query sees; None: everything."""
+
+    before: int | None = None
+    after: int | None = None
+
+    def keys(self, start: int, stop: int, total: int) -> tuple[int, int]:
+        """The stretch of keys that rows from `start` to `stop` can see, never empty."""
+        low = 0 if self.before is None else max(start - self.before, 0)
+        high = total if self.after is None else min(stop + self.after, total)
+        low = min(low, total - 1)
+        return low, max(high, low + 1)
+
+
+def block_rows(queries: int, row_size: int, block_scores: int) -> int:
+    """How many rows a block should have.
+
+    Args:
+      queries: how many query rows there are.
+      row_size: how many scores there are to a row, over the batch and the heads.
+      block_scores: how many scores a block should have.
+    """
+    most = min(max(block_scores // max(row_size, 1), _FEWEST_ROWS), _MOST_ROWS)
+    if queries <= most:
+        return queries
+    # A number that leaves no rest, if there is one that is not much smaller.
+    for rows in range(most, most // 2, -1):
+        if queries % rows == 0:
+            return rows
+    return math.ceil(queries / math.ceil(queries / most))
+
+
+# As measured: a block's scores should stay near the core that works on them, yet a block of few
+# rows spends its time on going through all keys. The reverse rule holds several arrays of scores.
+FORWARD_SCORES, BACKWARD_SCORES = 2**21, 2**20
+_FEWEST_ROWS, _MOST_ROWS = 64, 512
+_BANDS = 8
+
+
+def bands(queries: int, keys: int, rows: int, reach: Reach) -> tuple[Band, ...]:
+    """Covers all query rows, from the first to the last."""
+    whole = queries // rows
+    per_band = whole if reach == Reach() else math.ceil(whole / _BANDS)
+    starts = range(0, whole, max(per_band, 1))
+    parts = [_band(i * rows, rows, min(per_band, whole - i), keys, reach) for i in starts]
+    if rest := queries % rows:
+        parts.append(_band(queries - rest, rest, 1, keys, reach))
+    return tuple(_merged(parts))
+
+
+def _band(start: int, rows: int, blocks: int, total: int, reach: Reach) -> Band:
+    low, high = reach.keys(start, start + rows * blocks, total)
+    if reach.before is not None and reach.after is not None:
+        window = min(reach.before + rows + reach.after, total)
+        if window < high - low:
+            return Band(start, rows, blocks, window, low, reach.before, total)
+    return Band(start, rows, blocks, high - low, low, None, total)
+
+
+def _merged(parts: Sequence[Band]) -> list[Band]:
+    """Neighbours that see stretches of one length are one band: there is less to compile."""
+    merged: list[Band] = []
+    for band in parts:
+        last = merged[-1] if merged else None
+        if last is not None and _alike(last, band):
+            merged[-1] = dataclasses.replace(last, blocks=last.blocks + band.blocks)
+        else:
+            merged.append(band)
+    return merged
+
+
+def _alike(first: Band, second: Band) -> bool:
+    if (first.rows, first.keys, first.slide) != (second.rows, second.keys, second.slide):
+        return False
+    return first.slide is not None or first.first_key == second.first_key

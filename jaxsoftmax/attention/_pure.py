@@ -1,0 +1,55 @@
+"""Functions whose calls may be compiled once and for all, since they hold no state."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jaxtyping import Array
+
+from jaxsoftmax._scores import is_public
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("arrays",),
+    meta_fields=("function", "options"),
+)
+@dataclasses.dataclass(frozen=True)
+class Configured:
+    """A partial of one of our functions as a pytree, whose leaves are the arrays in it."""
+
+    function: Callable[..., Array]
+    options: tuple[tuple[str, Any], ...]
+    arrays: dict[str, Array]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Array:
+        """Calls the function."""
+        return self.function(*args, **dict(self.options), **self.arrays, **kwargs)
+
+    def of(self, function: Callable[..., Array]) -> "Configured":
+        """Another function with the same options."""
+        return dataclasses.replace(self, function=function)
+
+
+def configured(function: Callable[..., Array]) -> Configured | None:
+    """The function as a pytree, if it is one of ours or a partial of one; None otherwise.
+
+    Of other functions nothing is known: what they close over may be another thing at each call.
+    """
+    partial = functools.partial(function)
+    if not is_public(partial.func) or partial.args:
+        return None
+    arrays = {name: x for name, x in partial.keywords.items() if _is_array(x)}
+    options = tuple(item for item in partial.keywords.items() if item[0] not in arrays)
+    try:
+        hash(options)
+    except TypeError:
+        return None
+    return Configured(partial.func, options, arrays)
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, jax.Array | np.ndarray | np.generic)

@@ -1,0 +1,684 @@
+"""Attention against `jax.nn`, and against itself on whole matrices of scores, in every mode."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+from jax.sharding import PartitionSpec as P
+
+import jaxsoftmax as jsm
+
+B, T, S, N, K, H, V = 2, 10, 12, 4, 2, 3, 5
+# Blocks of 4, 4 and 2 rows.
+attend = functools.partial(jsm.dot_product_attention, block_size=4)
+
+
+def inputs(rng, dtype=np.float64, queries=T, keys=S):
+    """Queries, keys and values."""
+    shapes = (B, queries, N, H), (B, keys, K, H), (B, keys, K, V)
+    return tuple(jnp.asarray(rng.normal(size=shape), dtype) for shape in shapes)
+
+
+def dense(
+    q, k, v, bias=0.0, where=True, normalizer=jsm.softmax, change=lambda s: s, factor=1.0, **kwargs
+):
+    """Attention by its definition, on the whole matrix of scores."""
+    groups = q.shape[2] // k.shape[2]
+    k, v = jnp.repeat(k, groups, 2), jnp.repeat(v, groups, 2)
+    scores = change(jnp.einsum("btnh,bsnh->bnts", q, k) / np.sqrt(q.shape[-1]) + bias)
+    where = jnp.broadcast_to(where, scores.shape)
+    weights = normalizer(scores, axis=-1, where=where, **kwargs) * factor
+    return jnp.einsum("bnts,bsnv->btnv", weights, v)
+
+
+def derivatives(f):
+    """The value and the derivatives of a function, of every kind that is used."""
+
+    def weigh(out):
+        weights = jnp.cos(jnp.arange(out.size, dtype=out.dtype)).reshape(out.shape)
+        return jnp.sum(weights * jnp.sin(out))
+
+    def everything(args, tangents):
+        def loss(*args):
+            return weigh(f(*args))
+
+        def tangent_loss(*args):
+            return weigh(jax.jvp(f, args, tangents)[1])
+
+        grad = jax.grad(loss, tuple(range(len(args))))
+        return {
+            "value and tangent": jax.jvp(f, args, tangents),
+            "gradient and Hessian times vector": jax.jvp(grad, args, tangents),
+            "gradient of tangent": jax.grad(tangent_loss, tuple(range(len(args))))(*args),
+        }
+
+    return jax.jit(everything)
+
+
+def assert_same_derivatives(ours, reference, args, rng, rtol=1e-11):
+    tangents = tuple(jnp.asarray(rng.normal(size=x.shape), x.dtype) for x in args)
+    actual = derivatives(ours)(args, tangents)
+    wanted = derivatives(reference)(args, tangents)
+    for name, value in wanted.items():
+        for x, y in zip(jax.tree.leaves(actual[name]), jax.tree.leaves(value), strict=True):
+            scale = max(float(np.max(np.abs(y))), 1e-3)
+            np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol * scale, err_msg=name)
+
+
+def causal(queries=T, keys=S):
+    return np.tril(np.ones((queries, keys), bool))
+
+
+def window(before, after):
+    distance = np.arange(T)[:, None] - np.arange(S)
+    return (distance <= before) & (distance >= -after)
+
+
+# ---- jax.nn, option by option
+
+
+def options_of_jax_nn(rng):
+    mask = rng.random((B, 1, T, S)) < 0.6
+    mask[..., 0] = True
+    lengths = {
+        "query_seq_lengths": jnp.array([T, 7], jnp.int32),
+        "key_value_seq_lengths": jnp.array([5, S], jnp.int32),
+    }
+    return {
+        "nothing": {},
+        "causal": {"is_causal": True},
+        "scale": {"scale": 0.3},
+        "window": {"local_window_size": 3},
+        "causal window": {"local_window_size": (2, 1), "is_causal": True},
+        "bias": {"bias": rng.normal(size=(N, T, S))},
+        "bias of heads": {"bias": rng.normal(size=(1, N, 1, S)), "is_causal": True},
+        "mask": {"mask": mask},
+        "mask and bias": {"mask": mask[0], "bias": rng.normal(size=(B, 1, T, 1))},
+        "lengths": lengths,
+    }
+
+
+@pytest.mark.parametrize("name", options_of_jax_nn(np.random.default_rng(0)))
+def test_equals_jax_nn(name, rng):
+    """In float32, in which `jax.nn` normalizes anyway."""
+    args = inputs(rng, np.float32)
+    args = *args[:2], args[2][..., :H]  # (it wants values as wide as keys)
+    options = {
+        key: jnp.asarray(x, np.float32) if key == "bias" else x
+        for key, x in options_of_jax_nn(rng)[name].items()
+    }
+
+    def with_gradient(f):
+        out, pullback = jax.vjp(lambda *args: f(*args, **options), *args)
+        return out, *pullback(jnp.cos(out))
+
+    actual = jax.jit(lambda: with_gradient(attend))()
+    with jax.numpy_dtype_promotion("standard"):  # (which it asks for)
+        wanted = jax.jit(lambda: with_gradient(jax.nn.dot_product_attention))()
+    for x, y in zip(actual, wanted, strict=True):
+        assert x.dtype == y.dtype
+        np.testing.assert_allclose(x, y, rtol=2e-6, atol=2e-6 * np.max(np.abs(y)))
+
+
+def test_equals_jax_nn_without_a_batch_and_with_one_key_head(rng):
+    q, k, v = (x[0] for x in inputs(rng, np.float32))
+    k, v = k[:, :1], v[:, :1, :H]
+    actual, log_sum = attend(q, k, v, return_residual=True)
+    wanted, their_log_sum = jax.nn.dot_product_attention(q, k, v, return_residual=True)
+    assert actual.shape == (T, N, H)
+    assert log_sum.dtype == jnp.float32
+    np.testing.assert_allclose(actual, wanted, rtol=2e-6, atol=1e-6)
+    np.testing.assert_allclose(log_sum, their_log_sum, rtol=2e-6)
+
+
+# ---- every derivative, against the whole matrix
+
+
+def test_softmax_with_bias_and_cap(rng):
+    args = *inputs(rng), jnp.asarray(rng.normal(size=(1, N, T, S)))
+
+    def ours(q, k, v, bias):
+        return attend(q, k, v, bias, is_causal=True, logits_soft_cap=2.0)
+
+    def reference(q, k, v, bias):
+        return dense(q, k, v, bias, causal(), change=lambda s: 2 * jnp.tanh(s / 2))
+
+    assert_same_derivatives(ours, reference, args, rng)
+
+
+def test_heads_that_learn_their_alpha_and_sink(rng):
+    alpha, sink = jnp.array([1.2, 1.5, 1.8, 2.0]), jnp.array([0.1, -1.0, 0.5, 0.0])
+    queries, keys = np.repeat([[0, 1, 2]], [3, 4, 3], 1), np.repeat([[0, 2, 1]], [4, 2, 6], 1)
+
+    def ours(q, k, v, alpha, sink):
+        normalizer = functools.partial(jsm.entmax, alpha=alpha[:, None, None])
+        return attend(
+            q,
+            k,
+            v,
+            normalizer=normalizer,
+            sink=sink,
+            query_segment_ids=queries,
+            key_value_segment_ids=keys,
+        )
+
+    def reference(q, k, v, alpha, sink):
+        normalizer = functools.partial(jsm.entmax, alpha=alpha[:, None, None])
+        where = (queries[..., None] == keys[:, None])[:, None]
+        return dense(q, k, v, where=where, normalizer=normalizer, sink=sink[:, None, None])
+
+    assert_same_derivatives(ours, reference, (*inputs(rng), alpha, sink), rng, rtol=1e-9)
+
+
+@pytest.mark.parametrize("normalizer", [jsm.sparsemax, jsm.entmax15])
+def test_sparse_mappings_in_a_window(normalizer, rng):
+    def ours(q, k, v):
+        return attend(q, k, v, normalizer=normalizer, local_window_size=(3, 2))
+
+    def reference(q, k, v):
+        return dense(q, k, v, where=window(3, 2), normalizer=normalizer)
+
+    assert_same_derivatives(ours, reference, inputs(rng), rng)
+
+
+def normalized_sigmoid(scores, axis, where):
+    """A function that knows nothing of rows in which nothing takes part."""
+    weights = jnp.where(where, jax.nn.sigmoid(scores), 0)
+    return weights / jnp.sum(weights, axis, keepdims=True)
+
+
+def test_functions_that_close_over_what_is_learned(rng):
+    """Batch 1 has a query that sees nothing, which the function of the user has not to know."""
+    slopes, table = jnp.asarray(rng.normal(size=N)), jnp.asarray(rng.normal(size=(B, T + S)))
+
+    def ours(q, k, v, slopes, table):
+        def score_mod(score, b, n, i, j):
+            return score - slopes[n] * jnp.abs(i - j).astype(score.dtype) + table[b, i - j + S]
+
+        def mask_mod(b, n, i, j):
+            return ((i + j + n) % 3 > 0) & ((b == 0) | (i != 2))
+
+        return attend(
+            q, k, v, normalizer=normalized_sigmoid, score_mod=score_mod, mask_mod=mask_mod
+        )
+
+    def reference(q, k, v, slopes, table):
+        i, j = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+        distance = abs(i - j).astype(np.float64)[None, None]
+        bias = table[:, i - j + S][:, None] - slopes[None, :, None, None] * distance
+        where = ((i + j)[None, None] + jnp.arange(N)[None, :, None, None]) % 3 > 0
+        out = dense(q, k, v, bias, where, normalizer=normalized_sigmoid)
+        return out.at[1, 2].set(0)
+
+    assert_same_derivatives(ours, reference, (*inputs(rng), slopes, table), rng)
+
+
+def test_residual_has_derivatives_too(rng):
+    lengths = np.array([7, S])
+    where = (np.arange(S) < lengths[:, None])[:, None, None]
+
+    def both(out, log_sum):
+        return jnp.concatenate([out, log_sum[..., None]], -1)
+
+    def ours(q, k, v, scale):
+        return both(
+            *attend(
+                q, k, v, scale=scale, key_value_seq_lengths=lengths, sink=0.5, return_residual=True
+            )
+        )
+
+    def reference(q, k, v, scale):
+        q = q * scale * np.sqrt(H)
+        scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, N // K, 2)) / np.sqrt(H)
+        padded = jnp.concatenate(
+            [jnp.where(where, scores, -jnp.inf), jnp.full((B, N, T, 1), 0.5)], -1
+        )
+        log_sum = jax.scipy.special.logsumexp(padded, -1)
+        return both(dense(q, k, v, where=where, sink=0.5), jnp.moveaxis(log_sum, 1, 2))
+
+    assert_same_derivatives(ours, reference, (*inputs(rng), jnp.array(0.7)), rng)
+
+
+def test_softmax_against_scipy(rng):
+    q, k, v = inputs(rng)
+    scores = np.einsum("btnh,bsnh->bnts", q, np.repeat(k, N // K, 2)) / np.sqrt(H)
+    weights = scipy.special.softmax(scores, -1)
+    wanted = np.einsum("bnts,bsnv->btnv", weights, np.repeat(v, N // K, 2))
+    np.testing.assert_allclose(attend(q, k, v), wanted, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("block_size", [1, 3, 5, 10, 64, None])
+def test_blocks_of_all_sizes_agree(block_size, rng):
+    args = inputs(rng)
+    options = {"is_causal": True, "local_window_size": (4, 0), "normalizer": jsm.sparsemax}
+    out = jsm.dot_product_attention(*args, block_size=block_size, **options)
+    np.testing.assert_allclose(out, attend(*args, **options), rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(13, 4), (3, 13), (1, 13), (13, 1)])
+@pytest.mark.parametrize("local_window_size", [None, (2, 1)])
+def test_lengths_of_all_kinds(queries, keys, local_window_size, rng):
+    q, k, v = inputs(rng, queries=queries, keys=keys)
+    out = attend(q, k, v, is_causal=True, local_window_size=local_window_size)
+    where = causal(queries, keys)
+    if local_window_size:
+        where &= np.arange(queries)[:, None] - np.arange(keys) <= 2
+    np.testing.assert_allclose(out, dense(q, k, v, where=where), rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.parametrize("empty", [{"queries": 0}, {"keys": 0}])
+def test_nothing_to_attend(empty, rng):
+    args = inputs(rng, **empty)
+    out, log_sum = attend(*args, return_residual=True)
+    assert out.shape == (B, args[0].shape[1], N, V)
+    assert not np.any(out)
+    assert np.all(log_sum == -np.inf)
+
+
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.bfloat16, 2.0**-8), (jnp.float16, 2.0**-11)])
+def test_half_precision_is_rounded_at_the_end(dtype, rounding, rng):
+    args = inputs(rng, dtype)
+    exact = dense(*(x.astype(np.float64) for x in args), where=causal())
+    out = attend(*args, is_causal=True)
+    assert out.dtype == dtype
+    # The weights are rounded for the product with the values, and the result.
+    largest = np.max(np.abs(args[2].astype(np.float64)))
+    assert np.max(np.abs(out.astype(np.float64) - exact)) <= 2 * rounding * largest
+    grads = jax.grad(
+        lambda *args: attend(*args, is_causal=True).astype(np.float32).sum(), (0, 1, 2)
+    )
+    assert [x.dtype for x in grads(*args)] == [dtype] * 3
+
+
+# ---- what is not seen
+
+
+def test_padding_may_hold_anything(rng):
+    q, k, v = inputs(rng)
+    lengths = {
+        "query_seq_lengths": jnp.array([T, 0]),
+        "key_value_seq_lengths": jnp.array([5, S]),
+    }
+    bad_q = q.at[1].set(jnp.nan)
+    bad_k, bad_v = k.at[0, 5:].set(jnp.nan), v.at[0, 5:].set(jnp.inf)
+
+    def loss(q, k, v):
+        return jnp.sum(jnp.sin(attend(q, k, v, normalizer=jsm.entmax15, **lengths)))
+
+    good = jax.value_and_grad(loss, (0, 1, 2))(q, k, v)
+    bad = jax.value_and_grad(loss, (0, 1, 2))(bad_q, bad_k, bad_v)
+    for x, y in zip(jax.tree.leaves(bad), jax.tree.leaves(good), strict=True):
+        np.testing.assert_array_equal(x, y)
+    assert not np.any(bad[1][0][1])
+    assert not np.any(bad[1][1][0, 5:])
+
+
+@pytest.mark.parametrize("normalizer", [jsm.softmax, jsm.sparsemax, normalized_sigmoid])
+def test_queries_that_see_nothing_give_zero(normalizer, rng):
+    q, k, v = inputs(rng)
+    mask = rng.random((B, N, T, S)) < 0.7
+    mask[0, :, 3] = mask[1, 2] = False
+
+    def loss(q):
+        out = attend(q, k, v, mask=mask, normalizer=normalizer)
+        return jnp.sum(jnp.sin(out)), out
+
+    (_, out), grad = jax.value_and_grad(loss, has_aux=True)(q)
+    assert np.all(np.isfinite(grad))
+    for x in (out, grad):
+        assert not np.any(x[0, 3])
+        assert not np.any(x[1, :, 2])
+    assert np.all(np.any(np.delete(out[0], 3, 0), -1))
+
+
+def test_bias_of_minus_infinity_excludes_under_a_cap(rng):
+    q, k, v = inputs(rng)
+    bias = jnp.where(causal(), 0.0, -jnp.inf)
+    out = attend(q, k, v, bias, logits_soft_cap=5.0)
+    np.testing.assert_allclose(
+        out, attend(q, k, v, is_causal=True, logits_soft_cap=5.0), rtol=1e-12
+    )
+    assert np.all(
+        np.isfinite(jax.grad(lambda q: attend(q, k, v, bias, logits_soft_cap=5.0).sum())(q))
+    )
+
+
+# ---- dropout
+
+
+def weights_of(**options):
+    """The weights: the outputs, where the values are the unit vectors."""
+    q, k, _ = inputs(np.random.default_rng(1), keys=64)
+    v = jnp.broadcast_to(jnp.eye(64)[:, None], (B, 64, K, 64))
+    return jnp.moveaxis(jsm.dot_product_attention(q, k, v, **options), 1, 2)
+
+
+def test_dropout_drops_its_share_and_scales_the_rest():
+    key = jax.random.key(3)
+    ratio = weights_of(dropout_rate=0.3, dropout_key=key) / weights_of()
+    kept = ratio > 0.5
+    np.testing.assert_allclose(ratio[kept], 1 / 0.7, rtol=1e-12)
+    assert np.all(ratio[~kept] == 0)
+    # 5120 weights: a standard deviation is 0.0064. And no index is without effect.
+    assert abs(np.mean(kept) - 0.7) < 0.026
+    for axis in range(4):
+        assert 0.35 < np.mean(kept != np.roll(kept, 1, axis)) < 0.49
+    # A raw key is the same key, another is another.
+    raw = weights_of(dropout_rate=0.3, dropout_key=jax.random.key_data(key))
+    np.testing.assert_array_equal(raw > 0, kept)
+    other = weights_of(dropout_rate=0.3, dropout_key=jax.random.key(4))
+    assert np.mean((other > 0) != kept) > 0.35
+
+
+def test_dropout_depends_on_indices_alone():
+    options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "is_causal": True}
+    whole = weights_of(**options)
+    np.testing.assert_allclose(weights_of(block_size=3, **options), whole, rtol=1e-13)
+    in_window = weights_of(block_size=2, local_window_size=4, **options)
+    near = np.abs(np.arange(T)[:, None] - np.arange(64)) <= 4
+    np.testing.assert_array_equal((in_window > 0), (whole > 0) & near[None, None])
+
+
+def test_dropout_is_the_same_in_derivatives(rng):
+    options = {"dropout_rate": 0.4, "dropout_key": jax.random.key(7), "block_size": 5}
+    args = inputs(rng)
+    unit = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, K, S))
+    dropped = jnp.moveaxis(attend(*args[:2], unit, **options) / attend(*args[:2], unit), 1, 2)
+
+    def with_gradient(f):
+        out, pullback = jax.vjp(f, *args)
+        return out, *pullback(jnp.cos(out))
+
+    actual = jax.jit(with_gradient, static_argnums=0)(functools.partial(attend, **options))
+    wanted = with_gradient(functools.partial(dense, factor=dropped))
+    for x, y in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
+
+
+# ---- how it is computed
+
+
+def equations(closed, times=1):
+    """All equations of a jaxpr, and how often each is run."""
+    for eqn in getattr(closed, "jaxpr", closed).eqns:
+        yield eqn, times
+        inner = times * eqn.params["length"] if eqn.primitive.name == "scan" else times
+        for value in eqn.params.values():
+            for sub in value if isinstance(value, tuple | list) else (value,):
+                if hasattr(sub, "eqns") or hasattr(getattr(sub, "jaxpr", None), "eqns"):
+                    yield from equations(sub, inner)
+
+
+def products(function, length):
+    """How many scores the products of a function make or use."""
+    q = jnp.zeros((1, length, 1, 4), np.float32)
+    total = 0
+    for eqn, times in equations(jax.make_jaxpr(function)(q, q, q)):
+        if eqn.primitive.name == "attention_product":
+            total += times * max(x.aval.size for x in (*eqn.invars, *eqn.outvars))
+    return total
+
+
+def test_memory_is_linear_in_every_derivative():
+    """No array is larger than what came in or the scores of a block, at whatever length."""
+    length, rows = 512, 16
+    q = jnp.zeros((1, length, 1, 4), np.float32)
+    f = functools.partial(jsm.dot_product_attention, block_size=rows, normalizer=jsm.entmax15)
+
+    def everything(*args):
+        return derivatives(f)(args, args)
+
+    sizes = [
+        x.aval.size
+        for eqn, _ in equations(jax.make_jaxpr(everything)(q, q, q))
+        for x in eqn.outvars
+        if hasattr(x.aval, "size")
+    ]
+    assert max(sizes) == rows * length
+    assert len(sizes) > 1000
+
+
+def test_arrays_without_a_tangent_cost_no_gradient():
+    """A bias of constants, as large as all the scores, gets no cotangent of that size."""
+    q, bias = jnp.zeros((1, 64, 1, 4), np.float32), jnp.zeros((1, 1, 64, 64), np.float32)
+
+    def loss(q, bias):
+        return jnp.sum(jsm.dot_product_attention(q, q, q, bias, block_size=16))
+
+    def largest(argnums):
+        jaxpr = jax.make_jaxpr(jax.grad(loss, argnums))(q, bias)
+        return max(x.aval.size for eqn, _ in equations(jaxpr) for x in eqn.outvars)
+
+    assert largest(0) == 16 * 64
+    assert largest((0, 1)) == 64 * 64
+
+
+@pytest.mark.parametrize("what", [lambda f: f, lambda f: jax.grad(lambda *args: f(*args).sum())])
+def test_only_keys_within_reach_are_computed(what):
+    attention = functools.partial(jsm.dot_product_attention, block_size=16)
+    full = products(what(attention), 512)
+    assert products(what(functools.partial(attention, is_causal=True)), 512) <= 0.57 * full
+    near = what(functools.partial(attention, local_window_size=(16, 0)))
+    assert products(near, 512) <= 33 / 512 * full
+    assert products(near, 1024) <= 2.1 * products(near, 512)
+
+
+def test_decoding_computes_one_row():
+    q, k = jnp.zeros((1, 1, 2, 4)), jnp.zeros((1, 100, 2, 4))
+    jaxpr = jax.make_jaxpr(jsm.dot_product_attention)(q, k, k)
+    shapes = [x.aval.shape for eqn, _ in equations(jaxpr) for x in eqn.outvars]
+    assert max(np.prod(shape) for shape in shapes) <= k.size
+    assert "scan" not in [eqn.primitive.name for eqn, _ in equations(jaxpr)]
+
+
+def test_lowers_for_all_platforms():
+    q = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16)
+
+    def loss(*args):
+        return attend(*args, is_causal=True, normalizer=jsm.entmax15).astype(np.float32).sum()
+
+    traced = jax.jit(jax.grad(loss, (0, 1, 2))).trace(q, q, q)
+    for platform in ("cpu", "cuda", "tpu"):
+        assert "while" in traced.lower(lowering_platforms=(platform,)).as_text()
+
+
+def test_functions_are_looked_at_anew_in_each_call(rng):
+    """They may close over other arrays; ours, which cannot, are compiled once."""
+    q, k, v = inputs(rng)
+    state = {"slope": 0.0}
+
+    def score_mod(score, b, n, i, j):
+        return score - state["slope"] * jnp.abs(i - j).astype(score.dtype)
+
+    first = attend(q, k, v, score_mod=score_mod)
+    state["slope"] = 1.0
+    assert np.any(attend(q, k, v, score_mod=score_mod) != first)
+    normalizers = [functools.partial(jsm.entmax, alpha=np.float64(a)) for a in (1.3, 1.3, 1.7)]
+    outs = [attend(q, k, v, normalizer=normalizer) for normalizer in normalizers]
+    np.testing.assert_array_equal(outs[0], outs[1])
+    assert np.any(outs[1] != outs[2])
+
+
+# ---- transformations
+
+
+def test_vmap(rng):
+    q, k, v = inputs(rng)
+
+    def grad(q, k, v):
+        return jax.grad(lambda *args: jnp.sin(attend(*args, is_causal=True)).sum(), (0, 1, 2))(
+            q, k, v
+        )
+
+    # Keys of the second batch for both: what is not mapped is shared.
+    mapped = jax.jit(jax.vmap(grad, in_axes=(0, None, 0)))(q, k[1], v)
+    for i in range(B):
+        one = grad(q[i], k[1], v[i])
+        for x, y in zip(mapped, one, strict=True):
+            np.testing.assert_allclose(x[i], y, rtol=1e-11, atol=1e-12)
+
+
+def mesh():
+    return jax.make_mesh((4,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+
+def value_and_pullback(f, *args):
+    """The value and the pullback of its cosine."""
+
+    @jax.jit
+    def both(*args):
+        out, pullback = jax.vjp(f, *args)
+        return out, *pullback(jnp.cos(out))
+
+    return both(*args)
+
+
+def test_keys_spread_over_devices(rng):
+    q, k, v = inputs(rng)
+    alpha = jnp.array([1.0, 1.3, 1.5, 2.0])
+    bias = jnp.asarray(rng.normal(size=(1, N, T, S)))
+    lengths, segments = np.array([S, 7]), np.repeat([[0, 1]], [4, 6], 1)
+    key_segments = jnp.asarray(np.repeat([[0, 1]], [5, 7], 1))
+
+    def attention(q, k, v, alpha, bias, key_segments, name):
+        return jsm.dot_product_attention(
+            q,
+            k,
+            v,
+            bias,
+            normalizer=functools.partial(jsm.entmax, alpha=alpha[:, None, None]),
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            query_segment_ids=segments,
+            key_value_segment_ids=key_segments,
+            mask_mod=lambda b, n, i, j: (i + j) % 5 > 0,
+            kv_axis_name=name,
+            block_size=5,
+        )
+
+    spec = P(None, "d")
+    specs = P(), spec, spec, P(), P(None, None, None, "d"), spec
+    spread = jax.shard_map(
+        functools.partial(attention, name="d"), mesh=mesh(), in_specs=specs, out_specs=P()
+    )
+    args = q, k, v, alpha, bias
+    actual = value_and_pullback(lambda *args: spread(*args, key_segments), *args)
+    wanted = value_and_pullback(lambda *args: attention(*args, key_segments, None), *args)
+    for x, y in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-11)
+
+
+def test_keys_spread_over_devices_that_jax_does_not_check(rng):
+    options = {"dropout_rate": 0.2, "dropout_key": jax.random.key(0), "is_causal": True}
+    attention = functools.partial(jsm.dot_product_attention, **options)
+    spread = jax.shard_map(
+        functools.partial(attention, kv_axis_name="d"),
+        mesh=mesh(),
+        in_specs=(P(), P(None, "d"), P(None, "d")),
+        out_specs=P(),
+        check_vma=False,
+    )
+    args = inputs(rng)
+    actual, wanted = value_and_pullback(spread, *args), value_and_pullback(attention, *args)
+    for x, y in zip(actual, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
+
+
+def test_residual_and_guard_with_keys_spread_over_devices(rng):
+    q, k, v = inputs(rng)
+    spec = P(None, "d")
+
+    def spread(f, out_specs):
+        return jax.jit(
+            jax.shard_map(f, mesh=mesh(), in_specs=(P(), spec, spec), out_specs=out_specs)
+        )(q, k, v)
+
+    options = {"is_causal": True, "sink": 0.3, "return_residual": True}
+    actual = spread(functools.partial(attend, kv_axis_name="d", **options), (P(), P()))
+    for x, y in zip(actual, attend(q, k, v, **options), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-13)
+
+    def shares(scores, axis, where):
+        weights = jnp.where(where, jnp.exp(scores), 0)
+        return weights / jax.lax.psum(jnp.sum(weights, -1, keepdims=True), "d")
+
+    def mask_mod(b, n, i, j):
+        return i > 2
+
+    actual = spread(
+        functools.partial(attend, kv_axis_name="d", normalizer=shares, mask_mod=mask_mod), P()
+    )
+    np.testing.assert_allclose(actual, attend(q, k, v, mask_mod=mask_mod), rtol=1e-12, atol=1e-13)
+
+
+def test_heads_spread_over_devices(rng):
+    """A parameter that all devices share gets the sum of their gradients."""
+    q = jnp.asarray(rng.normal(size=(4, T, 2, H)))
+
+    def attention(q, alpha):
+        return attend(q, q, q, normalizer=functools.partial(jsm.entmax, alpha=alpha))
+
+    spread = jax.shard_map(attention, mesh=mesh(), in_specs=(P("d"), P()), out_specs=P("d"))
+
+    def grads(f):
+        return jax.jit(jax.grad(lambda *args: jnp.sin(f(*args)).sum(), (0, 1)))(q, jnp.array(1.4))
+
+    for x, y in zip(grads(spread), grads(attention), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
+
+
+# ---- bad input
+
+
+def zeros(*shape, dtype=np.float32):
+    return jnp.zeros(shape, dtype)
+
+
+Q, KV = zeros(B, T, N, H), zeros(B, S, K, H)
+BAD_INPUTS = [
+    ("query must be an array", (None, KV, KV), {}),
+    ("query must be of a float dtype", (zeros(T, N, H, dtype=int), KV, KV), {}),
+    ("value must have the dtype of query", (Q, KV, KV.astype(jnp.bfloat16)), {}),
+    ("query must have the axes", (zeros(T, H), KV, KV), {}),
+    ("query and key must have the shapes", (Q, zeros(B, S, K, 7), KV), {}),
+    ("value must have the shape of key", (Q, KV, zeros(B, 5, K, H)), {}),
+    ("multiple of the heads of key, 3", (Q, *2 * (zeros(B, S, 3, H),)), {}),
+]
+BAD_OPTIONS = [
+    ("bias must broadcast", {"bias": zeros(T, T)}),
+    ("bias must be real", {"bias": zeros(T, S, dtype=bool)}),
+    ("mask must be boolean", {"mask": zeros(T, S)}),
+    ("mask must broadcast", {"mask": zeros(3, S, dtype=bool)}),
+    ("normalizer must be a function", {"normalizer": 1.5}),
+    ("scale must be a number", {"scale": np.ones(3)}),
+    ("local_window_size must", {"local_window_size": (1, -1)}),
+    ("local_window_size must", {"local_window_size": 2.5}),
+    ("block_size must", {"block_size": 0}),
+    ("one length per batch", {"query_seq_lengths": np.array([1])}),
+    ("key_value_seq_lengths must be integers", {"key_value_seq_lengths": np.ones(B)}),
+    ("got no key_value_segment_ids", {"query_segment_ids": zeros(B, T, dtype=int)}),
+    ("kv_axis_name must be", {"kv_axis_name": 1}),
+    ("dropout_rate must", {"dropout_rate": 1.0}),
+    ("dropout_key is needed", {"dropout_rate": 0.5}),
+    ("goes with the normalizer", {"return_residual": True, "normalizer": jsm.sparsemax}),
+    ("sink goes with", {"sink": 0.0, "normalizer": jsm.softpick}),
+    ("sink must have one value per head", {"sink": np.ones(3)}),
+    ("score_mod must return one", {"score_mod": lambda score, *_: score[None]}),
+    ("mask_mod must return one", {"mask_mod": lambda *_: 1.0}),
+    ("normalizer must return", {"normalizer": lambda scores, axis, where: scores[0]}),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "args", "options"),
+    [*BAD_INPUTS, *((words, (Q, KV, KV), options) for words, options in BAD_OPTIONS)],
+)
+def test_bad_input_gets_one_sentence(words, args, options):
+    error = TypeError if "be of" in words or "dtype" in words else (TypeError, ValueError)
+    with pytest.raises(error, match=words) as caught:
+        jsm.dot_product_attention(*args, **options)
+    assert str(caught.value).endswith(".")
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,154 @@
+"""Attention in use: a transformer that learns, and the layers of Flax."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+import jaxsoftmax as jsm
+
+VOCABULARY, HALF, WIDTH, HEADS = 8, 8, 32, 2
+LENGTH = 2 * HALF
+
+
+def sequences(key, count):
+    """Random tokens, and then the same again: the second half is to be recalled from the first."""
+    half = jax.random.randint(key, (count, HALF), 0, VOCABULARY, jnp.int32)
+    return jnp.concatenate([half, half], 1)
+
+
+def initial(key):
+    shapes = {
+        "tokens": (VOCABULARY, WIDTH),
+        "places": (LENGTH, WIDTH),
+        "heads": (3, WIDTH, HEADS, WIDTH // HEADS),
+        "out": (HEADS, WIDTH // HEADS, WIDTH),
+        "logits": (WIDTH, VOCABULARY),
+    }
+    keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
+    params = {
+        name: jax.random.normal(keys[name], shape, np.float32) * np.float32(WIDTH**-0.5)
+        for name, shape in shapes.items()
+    }
+    return params | {"sink": jnp.zeros(HEADS, np.float32)}
+
+
+def predict(params, tokens, attention):
+    """The logits of the next token, by one layer of attention."""
+    x = params["tokens"][tokens] + params["places"]
+    q, k, v = jnp.einsum("btd,cdnh->cbtnh", x, params["heads"])
+    mixed = attention(q, k, v, sink=params["sink"])
+    x = x + jnp.einsum("btnh,nhd->btd", mixed, params["out"])
+    return x @ params["logits"]
+
+
+def with_sink(*args, **kwargs):
+    return jsm.dot_product_attention(*args, is_causal=True, block_size=8, **kwargs)
+
+
+def without_sink(normalizer):
+    return lambda *args, sink: with_sink(*args, normalizer=normalizer)
+
+
+ATTENTIONS = {
+    "softmax": without_sink(jsm.softmax),
+    "entmax15": without_sink(jsm.entmax15),
+    "sink": with_sink,
+}
+
+
+@pytest.mark.parametrize("name", ATTENTIONS)
+def test_a_transformer_learns_to_recall(name):
+    attention = ATTENTIONS[name]
+    # What follows token i of the second half is token i + 1 of the first; it is at i - HALF + 1.
+    recalled = slice(HALF - 1, LENGTH - 1)
+
+    def loss(params, tokens):
+        logits = predict(params, tokens, attention)[:, recalled]
+        return jnp.mean(jsm.cross_entropy(logits, tokens[:, HALF:]))
+
+    optimizer = optax.adam(1e-2)
+
+    @jax.jit
+    def train(params):
+        def step(state, key):
+            params, moments = state
+            value, grad = jax.value_and_grad(loss)(params, sequences(key, 32))
+            updates, moments = optimizer.update(grad, moments)
+            return (optax.apply_updates(params, updates), moments), value
+
+        keys = jax.random.split(jax.random.key(1), 300)
+        (params, _), losses = jax.lax.scan(step, (params, optimizer.init(params)), keys)
+        return params, losses
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # for optax
+        params, losses = train(initial(jax.random.key(0)))
+        tokens = sequences(jax.random.key(2), 500)
+        logits = predict(params, tokens, attention)[:, recalled]
+    assert losses[0] > 1.5
+    assert np.mean(np.asarray(logits).argmax(-1) == np.asarray(tokens[:, HALF:])) > 0.99
+    assert (name == "sink") == bool(np.any(params["sink"] != 0))
+
+
+# ---- Flax, whose layers need dtypes and ranks to be promoted
+
+
+@pytest.fixture
+def promotion():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
+def layer(**kwargs):
+    return nnx.MultiHeadAttention(
+        num_heads=2, in_features=8, decode=False, rngs=nnx.Rngs(0), param_dtype=np.float32, **kwargs
+    )
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("batch", [(3,), (3, 2)])
+def test_layer_of_nnx_with_our_attention(batch, rng):
+    x = jnp.asarray(rng.normal(size=(*batch, 5, 8)), np.float32)
+    mask = nnx.make_causal_mask(jnp.ones((*batch, 5)))  # of floats
+    ours, theirs = layer(attention_fn=jsm.attention_fn), layer()
+    np.testing.assert_allclose(ours(x), theirs(x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(ours(x, mask=mask), theirs(x, mask=mask), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_layer_of_nnx_learns_with_options(rng):
+    x = jnp.asarray(rng.normal(size=(3, 5, 8)), np.float32)
+    sparse = functools.partial(jsm.attention_fn, normalizer=jsm.entmax15)
+    model = layer(attention_fn=sparse, dropout_rate=0.5)
+    assert np.any(model(x, deterministic=True) != layer()(x))
+
+    def loss(model, rngs):
+        return jnp.sum(model(x, rngs=rngs, deterministic=False) ** 2)
+
+    value_and_grad = nnx.jit(nnx.value_and_grad(loss))
+    value, grads = value_and_grad(model, nnx.Rngs(1))
+    other, _ = value_and_grad(model, nnx.Rngs(2))
+    assert value != other
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(nnx.state(grads)["out"]["kernel"]))
+
+
+@pytest.mark.usefixtures("promotion")
+def test_layer_of_linen_with_our_attention(rng):
+    x = jnp.asarray(rng.normal(size=(3, 5, 8)), np.float32)
+    mask = linen.make_causal_mask(jnp.ones((3, 5)))
+    theirs = linen.MultiHeadDotProductAttention(num_heads=2)
+    params = theirs.init(jax.random.key(0), x)
+    ours = linen.MultiHeadDotProductAttention(num_heads=2, attention_fn=jsm.attention_fn)
+    wanted = theirs.apply(params, x, mask=mask)
+    np.testing.assert_allclose(ours.apply(params, x, mask=mask), wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["precision", "module"])
+def test_what_flax_may_not_ask_for(name):
+    q = jnp.zeros((1, 2, 1, 4), np.float32)
+    with pytest.raises(ValueError, match=f"{name} must be None"):
+        jsm.attention_fn(q, q, q, **{name: "highest"})
