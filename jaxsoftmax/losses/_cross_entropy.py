@@ -6,10 +6,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
-from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import exp, log_of_sum
-from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
+from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -146,21 +144,12 @@ _surprise_of_class.defvjp(_surprise_of_class_fwd, _surprise_of_class_bwd)
 def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple[Array, Entries]:
     """`-log p` of the classes, and `p - y`, without a digit lost where `p` is nearly `y`.
 
-    With the gaps `g` to the largest score it is `log(exp(g_y) + sum_{i != y} exp(g_i)) - g_y`. The
-    class is kept out of the sum: where it is the largest, all the digits are in what the others
-    hold, and elsewhere nothing cancels. So there are no maxima to be counted, and one sum is all.
+    It is the log-sum-exp of the gaps to the largest score, less the gap of the class. Where the
+    class is the largest, that gap is 0 and the sum has kept its digits; elsewhere nothing cancels.
     """
-    top = _threshold.top_of(rows, scores)
-    hits = (classes.hits(rows, scores[0]),)
+    top, log_sum = _softmax.top_and_log_sum(rows, scores)
     own = classes.pick(rows, scores[0])
     own_gap, own_lost = _softmax.exact_gap(own, top)
-
-    def others(score: Array, hit: Array, top: Array) -> tuple[Array, Array]:
-        weight = jnp.where(hit, 0, exp(*_softmax.exact_gap(score, top)))
-        return weight, jnp.zeros_like(weight)
-
-    rest, lost = rows.sums(others, [scores, hits], [top], add_exactly)
-    log_sum = log_of_sum(exp(own_gap, own_lost), rest, lost)
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(log_sum)
     surprise = jnp.where(absent, jnp.inf, (log_sum - own_lost) - own_gap)
 
@@ -171,6 +160,7 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
     log_sum = jnp.where(log_sum == -jnp.inf, 0, log_sum)
+    hits = (classes.hits(rows, scores[0]),)
     scores, top = lax.optimization_barrier((scores, top))
     return surprise, rows.map(excess, [scores, hits], [top, log_sum, own_excess])
 

@@ -11,8 +11,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import exp, log_of_sum
-from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
+from jaxsoftmax._elementary import exp, log
+from jaxsoftmax._reductions import Entries, Rows, add_exactly
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form
 
@@ -239,7 +239,7 @@ SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p)
 @custom_vjp
 def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
-    top, log_sum = _top_and_log_sum(rows, scores)
+    top, log_sum = top_and_log_sum(rows, scores)
 
     def log_p(score: Array, top: Array, log_sum: Array) -> Array:
         gap, lost = exact_gap(score, top)
@@ -266,7 +266,7 @@ log_probabilities.defvjp(_log_fwd, _log_bwd)
 @custom_vjp
 def log_sum(rows: Rows, scores: Entries) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
-    top, log_sum_of_gaps = _top_and_log_sum(rows, scores)
+    top, log_sum_of_gaps = top_and_log_sum(rows, scores)
     return top + log_sum_of_gaps
 
 
@@ -290,21 +290,20 @@ def exact_gap(score: Array, top: Array) -> tuple[Array, Array]:
     return gap, jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
 
 
-def _top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    """The maximum, and the log-sum-exp of the scores less the maximum."""
+def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
+    """The maximum, and the log-sum-exp of the scores less the maximum, to the last digits.
 
-    # Gaps are computed where they are used, thrice: to hold them in memory would take longer. The
-    # maxima count 1 each and are kept apart: where one score dominates, all the digits of the
-    # answer are in the sum of the others.
-    def terms(score: Array, top: Array) -> tuple[Array, Array, Array]:
-        gap, lost = exact_gap(score, top)
-        at_top = gap == 0
-        below = jnp.where(at_top, 0, exp(gap, lost))
-        return below, jnp.zeros_like(below), indicator(at_top, below.dtype)
+    Where one score dominates, the sum is 1 and all the digits of its logarithm are in what rounding
+    took from it.
+    """
+
+    # Gaps are computed where they are used, thrice: to hold them in memory would take longer.
+    def terms(score: Array, top: Array) -> tuple[Array, Array]:
+        weight = exp(*exact_gap(score, top))
+        return weight, jnp.zeros_like(weight)
 
     top = _threshold.top_of(rows, scores)
-    rest, lost, tops = rows.sums(terms, [scores], [top], add_exactly)
-    return top, log_of_sum(tops, rest, lost)
+    return top, log(*rows.sums(terms, [scores], [top], add_exactly))
 
 
 def _divided_by_zero(top: Array) -> Array:
