@@ -19,7 +19,10 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import mlir
 from jaxtyping import Array
 
 Entries = tuple[Array, ...]
@@ -95,11 +98,12 @@ class Rows:
                 for terms in zip(*self.map(function, entries, row_values), strict=True)
             )
         first, *sinks = zip(*entries, strict=True)
-        sums = lax.platform_dependent(
+        sums = lax.cond(
+            _is_local_cpu.bind(),
+            functools.partial(self._sums_on_cpu, function, add),
+            functools.partial(self._joint_sums, function),
             first,
             tuple(row_values),
-            cpu=functools.partial(self._sums_on_cpu, function, add),
-            default=functools.partial(self._joint_sums, function),
         )
         if self.names:
             sums = lax.psum(sums, self.names)
@@ -178,7 +182,7 @@ class Rows:
         minor = entries[0].ndim - 1
         length = entries[0].shape[minor] if minor in self.axes else 1
         lanes, depth = _folding(length)
-        if lanes == 1:
+        if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
             return _reduce(function(*entries, *row_values), add, self.axes)
         whole = length - length % (depth * lanes)
         # The entries are cut, not the terms: terms of two uses would be held in memory.
@@ -193,6 +197,29 @@ class Rows:
             return sums
         rest = tuple(x[..., whole:] for x in entries)
         return tuple(add(sums, self._sums_on_cpu(function, add, rest, row_values)))
+
+
+# Whether a program is compiled for a CPU, and for one device or one device's share. Where XLA
+# itself shares arrays among devices, a folded axis would have to be gathered.
+_is_local_cpu = Primitive("is_local_cpu")
+_is_local_cpu.def_impl(lambda: jnp.zeros((), bool))
+_is_local_cpu.def_abstract_eval(lambda: jax.typeof(np.False_))
+
+
+def _lower_is_local_cpu(ctx: Any, on_cpu: bool) -> Any:
+    context = ctx.module_context.axis_context
+    if hasattr(context, "manual_axes"):
+        is_local = context.manual_axes == frozenset(context.mesh.axis_names)
+    else:
+        is_local = getattr(context, "num_devices", 1) == 1
+    constant = mlir.lower_fun(lambda: jnp.asarray(on_cpu and is_local), multiple_results=False)
+    return constant(ctx)
+
+
+mlir.register_lowering(_is_local_cpu, functools.partial(_lower_is_local_cpu, on_cpu=False))
+mlir.register_lowering(
+    _is_local_cpu, functools.partial(_lower_is_local_cpu, on_cpu=True), platform="cpu"
+)
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:

@@ -198,6 +198,14 @@ FUNCTIONS = [
     ),
 ]
 
+# One function for each reverse rule, and for each way in which the common rule is used: what holds
+# of rules under transformations need not be compiled for all that share one.
+RULES = [
+    case
+    for case in FUNCTIONS
+    if case.name not in ("sparsemax", "entmax15", "hardmax", "budget_sparsemax")
+]
+
 
 def fenchel_young(mapping, omega):
     """The Fenchel-Young loss by its definition, in NumPy."""

@@ -11,10 +11,11 @@ import pytest
 from absl.testing import parameterized
 from jax.test_util import check_grads
 
-from tests.cases import FUNCTIONS, MAPPINGS, SCORES, named
+from tests.cases import FUNCTIONS, MAPPINGS, RULES, SCORES, named
 from tests.tools import primitives
 
 every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
+every_rule = pytest.mark.parametrize("case", **named(RULES))
 every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
 
 # No subset of these rows is without an entry, and none touches the edge of a support.
@@ -71,7 +72,7 @@ def test_jacobian_of_one_row_is_symmetric(case):
         close(jacobian, np.eye(4) - np.exp(case.fun(SCORES[0])))
 
 
-@every_function
+@every_rule
 def test_hessians_by_all_orders_of_modes(case):
     scalar = weigh(case)
     hessian = jax.jit(jax.hessian(scalar))(SCORES)  # jacfwd of jacrev
@@ -84,7 +85,7 @@ def test_hessians_by_all_orders_of_modes(case):
     close(hessian[0, :, 1], np.zeros((4, 4)))
 
 
-@every_function
+@every_rule
 def test_third_derivatives_by_both_modes(case):
     def along(direction):
         return lambda f: lambda x: jax.jvp(f, (x,), (direction,))[1]
@@ -132,7 +133,7 @@ def test_vmap_over_any_axis_with_masks_and_temperatures(case, rng):
     close(along_last(x, mask, temperature), batched)
 
 
-@every_function
+@every_rule
 def test_vmap_of_derivatives(case, rng):
     x = rng.normal(size=(3, 4))
     for derivative in (jax.jacfwd, jax.hessian):  # and so jacrev
@@ -140,7 +141,7 @@ def test_vmap_of_derivatives(case, rng):
         close(jax.jit(jax.vmap(of_row))(x), np.stack([of_row(row) for row in x]), atol=1e-13)
 
 
-@every_function
+@every_rule
 def test_scan_and_checkpoint_change_nothing(case):
     scalar = weigh(case)
     plain = jax.value_and_grad(scalar)(SCORES)
@@ -158,7 +159,7 @@ def test_scan_and_checkpoint_change_nothing(case):
         close(along, jnp.vdot(plain[1], tangent), atol=1e-13)
 
 
-@every_function
+@every_rule
 def test_hessian_of_a_scan(case):
     """Scan moves its body about while it differentiates; no rule may be lost in this."""
 
@@ -170,7 +171,7 @@ def test_hessian_of_a_scan(case):
     close(second, direct, atol=1e-13)
 
 
-@every_function
+@every_rule
 def test_vmap_of_jacfwd_of_a_recurrence(case, rng):
     """The carry of a scan runs through the mapping again and again."""
 
@@ -189,7 +190,7 @@ def test_vmap_of_jacfwd_of_a_recurrence(case, rng):
     close(forward @ direction, (moved[0] - moved[1]) / (2 * eps), rtol=1e-6, atol=1e-6)
 
 
-@every_function
+@every_rule
 def test_eager_and_compiled_agree(case):
     compiled = jax.value_and_grad(weigh(case))(SCORES)
     with jax.disable_jit():
@@ -225,7 +226,7 @@ class TestVariants(chex.TestCase):
     """With and without jit, and with and without placement on a device."""
 
     @chex.variants(with_jit=True, without_jit=True, with_device=True, without_device=True)
-    @parameterized.named_parameters((case.name, case) for case in FUNCTIONS)
+    @parameterized.named_parameters((case.name, case) for case in RULES)
     def test_value_and_gradient(self, case):
         for fun in (case.fun, jax.grad(weigh(case))):
             out = self.variant(fun)(jnp.asarray(SCORES))
