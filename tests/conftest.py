@@ -21,6 +21,13 @@ def strict_float64():
         yield
 
 
+@pytest.fixture(autouse=True, scope="module")
+def fresh_caches():
+    """What is compiled holds on to memory maps, and a process may have only so many of them."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def rng():
     return np.random.default_rng(0)

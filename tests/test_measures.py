@@ -40,8 +40,10 @@ def test_entropies():
 
 def test_entropy_gradients():
     check_grads(jsm.shannon_entropy, (P[0, :3],), 2, atol=1e-6, rtol=1e-6)
-    for alpha in (0.7, 1.0, 1 + 1e-7, 1.3, 2.0, 3.0):
-        check_grads(jsm.tsallis_entropy, (P[0, :3], alpha), 2, atol=1e-5, rtol=1e-5)
+    # All alphas at once, as many times the same row.
+    alphas = np.array([[0.7], [1.0], [1 + 1e-7], [1.3], [2.0], [3.0]])
+    rows = np.repeat(P[:1, :3], len(alphas), 0)
+    check_grads(jsm.tsallis_entropy, (rows, alphas), 2, atol=1e-5, rtol=1e-5)
     g = jax.grad(jsm.shannon_entropy)(P[0])
     np.testing.assert_allclose(g, [*(-np.log(P[0, :3]) - 1), 0])
     np.testing.assert_allclose(jax.grad(jsm.tsallis_entropy)(P[0], 1.0), g, rtol=1e-12)
@@ -63,7 +65,7 @@ def test_entropies_at_the_edges():
     assert jsm.shannon_entropy(jnp.zeros((3, 0))).tolist() == [0, 0, 0]
     assert jsm.shannon_entropy(jnp.zeros(3, jnp.bfloat16)).dtype == jnp.bfloat16
     assert jsm.tsallis_entropy(jnp.zeros(3, jnp.float16), 1.5).dtype == jnp.float16
-    assert jsm.shannon_entropy(np.array([0, 1])).dtype == jnp.float32
+    assert jsm.shannon_entropy(np.array([0, 1])).dtype == float
     for alpha in (0.0, -1.0, np.nan, np.inf):
         with pytest.raises(ValueError, match="alpha must be positive"):
             jsm.tsallis_entropy(P, alpha)

@@ -101,7 +101,7 @@ def test_third_derivatives_by_both_modes(case):
     assert np.isfinite(results[0])
 
 
-@every_function
+@every_rule
 def test_linearize_is_jvp_and_transposes_to_vjp(case):
     tangent = np.linspace(-1, 1, 8).reshape(2, 4)
     out, linear = jax.linearize(case.fun, SCORES)
@@ -115,7 +115,7 @@ def test_linearize_is_jvp_and_transposes_to_vjp(case):
     close(np.vdot(along, cotangent), np.vdot(tangent, transposed))
 
 
-@every_function
+@every_rule
 def test_vmap_over_any_axis_with_masks_and_temperatures(case, rng):
     x = rng.normal(size=(2, 3, 4))
     mask = rng.random((3, 4)) < 0.7
@@ -198,7 +198,7 @@ def test_eager_and_compiled_agree(case):
     chex.assert_trees_all_close(eager, compiled, rtol=1e-13)
 
 
-@every_function
+@every_rule
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_derivatives_in_lower_precision(case, dtype):
     @jax.jit
