@@ -206,6 +206,8 @@ def prepare(
         known = (rows.segment_ids >= 0) & (rows.segment_ids < rows.num_segments)
         shape = [-1 if i in rows.axes else 1 for i in range(scores.ndim)]
         scores = jnp.where(known.reshape(shape), scores, -jnp.inf)
+    # A sink is not divided by the temperature: beside it, the maxima grow beyond bounds.
+    at_zero = at_zero if options.sink is None else divided_by_zero
     scores = temper(rows, scores, options.temperature, at_zero)
     if options.sink is None:
         return rows, (scores,)
@@ -299,16 +301,16 @@ def check_real(name: str, x: Array) -> None:
         raise TypeError(f"{name} must be real numbers, got dtype {x.dtype}.")
 
 
-def check_key(key: Any) -> Array:
+def check_key(key: Any, name: str = "key") -> Array:
     """The key, if it is a single one of `jax.random`."""
     typed = isinstance(key, jax.Array) and jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     # Keys of the old style are bare words.
     words = isinstance(key, jax.Array | np.ndarray) and key.dtype == jnp.uint32
     if not typed and not words:
         got = f"dtype {key.dtype}" if hasattr(key, "dtype") else type(key).__name__
-        raise TypeError(f"key must be a key of jax.random.key, got {got}.")
+        raise TypeError(f"{name} must be a key of jax.random.key, got {got}.")
     if key.ndim != (0 if typed else 1):
-        raise ValueError(f"key must be a single key, got keys of shape {key.shape}.")
+        raise ValueError(f"{name} must be a single key, got keys of shape {key.shape}.")
     return cast(Array, key)
 
 
@@ -323,6 +325,11 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
         return np.broadcast_shapes(shape, to) == to
     except ValueError:
         return False
+
+
+def divided_by_zero(top: Array) -> Array:
+    """The limit of `top / t` as `t` falls to 0."""
+    return jnp.where(top == 0, 0, top * jnp.inf)
 
 
 def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Array:

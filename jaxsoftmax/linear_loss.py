@@ -9,7 +9,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -111,7 +111,9 @@ def linear_cross_entropy(
 
 def _is_constant(loss: Any) -> bool:
     """Whether what is compiled may be kept for this loss: not if that holds what is traced."""
-    if not isinstance(loss, Hashable):
+    try:
+        hash(loss)
+    except TypeError:
         return False
     held: list[Any] = []
     if isinstance(loss, functools.partial):

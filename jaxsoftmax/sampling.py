@@ -163,7 +163,7 @@ def straight_through(
       mapping: what gives the derivatives; any function of this package with an `axis` and a
         `where`, or your own.
       hard: what gives the value, of the same shape. It is called with what says which rows there
-        are (`axis`, `where`, `segment_ids`, `num_segments`), and not with the temperature.
+        are (`axis`, `where`, `sink`, `segment_ids`, `num_segments`), and not with the temperature.
 
     Returns:
       A mapping with the parameters of `mapping`.

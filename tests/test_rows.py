@@ -216,3 +216,34 @@ def test_a_mesh_axis_alone(case, rng):
     alone = on_mesh(lambda x: case.fun(x[:, 0], axis="i"), (None, "i"), out)(x)
     expected = case.fun(x)
     np.testing.assert_allclose(alone, expected if out == () else expected.T.ravel(), rtol=1e-13)
+
+
+def test_digits_survive_on_every_kind_of_row():
+    """Where one score dominates, all digits are in the others, wherever these are."""
+    x = np.array([[45.0, 0.0, 1.0, -2.0]])
+    exact = -np.log1p(np.exp(x[:, 1:] - 45).sum())
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-14)
+
+    def loss(x, axis):
+        return jsm.cross_entropy(x, jnp.zeros(1, int), axis)
+
+    close(jsm.log_softmax(x)[0, 0], exact)
+    close(loss(x, -1), [-exact])
+    over_devices = on_mesh(lambda x: jsm.log_softmax(x, (-1, "i")), (None, "i"))
+    close(over_devices(x)[0, 0], exact)
+    close(on_mesh(lambda x: loss(x, (-1, "i")), (None, "i"), ())(x), [-exact])
+    segments = jsm.log_softmax(x, segment_ids=np.zeros(4, int), num_segments=1)
+    close(segments[0, 0], exact)
+    mesh = jax.make_mesh((4,), ("i",))
+    with jax.set_mesh(mesh):
+        spread = jax.device_put(x, jax.NamedSharding(mesh, PartitionSpec(None, "i")))
+        close(jax.jit(jsm.log_softmax)(spread)[0, 0], exact)
+
+
+def test_a_sink_stays_what_it_is_as_the_temperature_falls():
+    x = np.array([[2.0, 1.0], [-2.0, -3.0], [2.0, 2.0], [0.0, -1.0]])
+    for mapping in (jsm.softmax, jsm.sparsemax, jsm.entmax15):
+        limit = mapping(x, sink=0.0, temperature=1e-6)
+        np.testing.assert_allclose(limit, [[1, 0], [0, 0], [0.5, 0.5], [0.5, 0]], atol=1e-15)
+        for zero in (0.0, jnp.asarray(0.0)):
+            np.testing.assert_array_equal(mapping(x, sink=0.0, temperature=zero), limit)

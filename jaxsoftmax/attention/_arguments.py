@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._scores import broadcasts, check_mask, check_real, with_ndim
+from jaxsoftmax._scores import broadcasts, check_key, check_mask, check_real, with_ndim
 from jaxsoftmax.attention._operands import KEYS, ROWS, SCORES, WHOLE
 
 # How blocks are cut from each array. All are in the layout of the scores, (B, N, T, S), but for
@@ -187,17 +187,22 @@ def check_dropout(rate: float, key: Array | None) -> Array | None:
         return None
     if key is None:
         raise ValueError(f"dropout_key is needed for a dropout_rate of {rate}, got None.")
-    typed = jnp.asarray(key)
-    if not jnp.issubdtype(typed.dtype, jax.dtypes.prng_key):
-        typed = jax.random.wrap_key_data(typed)
-    if typed.shape != ():
-        raise ValueError(f"dropout_key must be one key, got an array of shape {typed.shape}.")
-    return typed
+    key = check_key(key, "dropout_key")
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    return key if is_typed else jax.random.wrap_key_data(key)
 
 
 def known_number(value: Any) -> float | None:
     """The number that an argument is, if it is known while tracing."""
     return float(value) if isinstance(value, numbers.Real) else None
+
+
+def check_soft_cap(value: Any) -> float | None:
+    """The soft cap, if it is known while tracing."""
+    known = known_number(value)
+    if known is not None and not known > 0:
+        raise ValueError(f"logits_soft_cap must be positive, got {known}.")
+    return known
 
 
 def check_number(name: str, value: ArrayLike, dtype: Any) -> Array:

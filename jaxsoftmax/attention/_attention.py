@@ -113,7 +113,8 @@ def dot_product_attention(
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
       the logsumexp of each row of scores and sink, (B, T, N) or (T, N), in float32 (float64 if
-      queries are), -inf for queries that see nothing. Unlike that of `jax.nn` it has a gradient.
+      queries are), -inf for queries that see nothing, not even a sink. Unlike that of `jax.nn` it
+      has a gradient.
 
     Raises:
       TypeError: if dtypes differ or do not fit, or what should be a function is none.
@@ -166,7 +167,7 @@ def dot_product_attention(
         before=before,
         after=0 if is_causal else after,
         scale=_arguments.known_number(scale),
-        soft_cap=_arguments.known_number(logits_soft_cap),
+        soft_cap=_arguments.check_soft_cap(logits_soft_cap),
         dropout_rate=dropout_rate,
         kv_axis_name=_arguments.check_axis_name(kv_axis_name),
         block_size=_arguments.check_block_size(block_size),

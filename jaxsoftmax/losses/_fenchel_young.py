@@ -12,7 +12,7 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, hoist
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Options, prepare, public
-from jaxsoftmax.losses._targets import as_distribution, one_per_row
+from jaxsoftmax.losses._targets import as_distribution, not_negative, one_per_row
 
 
 def fenchel_young_loss(
@@ -106,7 +106,7 @@ def _gap(
     shift = _without_rounding(rows, excess, p)
     linear = rows.map(lambda e, gap: jnp.where(e == 0, 0, e * gap), [excess, gaps])
     value = rows.sum(linear) + jnp.where(shift == 0, 0, shift * top)
-    return jnp.maximum(value + (entropy(params, rest, p) - entropy(params, rest, target)), 0)
+    return not_negative(value + (entropy(params, rest, p) - entropy(params, rest, target)))
 
 
 def _without_rounding(rows: Rows, excess: Entries, p: Entries) -> Array:

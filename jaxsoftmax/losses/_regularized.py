@@ -15,7 +15,7 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Fixed, Options, known_number, prepare, public
 from jaxsoftmax._threshold import Form
-from jaxsoftmax.losses._targets import as_distribution, one_per_row
+from jaxsoftmax.losses._targets import as_distribution, not_negative, one_per_row
 from jaxsoftmax.mappings import _entmax, _softmax
 
 
@@ -163,7 +163,7 @@ def _fenchel_young_fwd(
         linear = excess * jnp.where(excess == 0, 0, gap)
         return linear + regularizer.change(p, target, *params)
 
-    loss = jnp.maximum(rows.sum(rows.map(term, [gaps, p, target], params)), 0)
+    loss = not_negative(rows.sum(rows.map(term, [gaps, p, target], params)))
     return loss, (rows, gaps, p, target, params)
 
 

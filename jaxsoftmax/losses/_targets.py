@@ -115,3 +115,8 @@ def _as_classes(targets: Array, length: int) -> Classes:
         jnp.all(known), f"targets must be classes from 0 to {length - 1}, got one out of range."
     )
     return Classes(jnp.where(known, number, 0), known)
+
+
+def not_negative(loss: Array) -> Array:
+    """The loss but for what rounding takes it below 0; a maximum might lose NaN."""
+    return jnp.where(loss < 0, 0, loss)

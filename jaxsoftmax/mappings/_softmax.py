@@ -12,8 +12,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import exp, log
-from jaxsoftmax._reductions import Entries, Rows, add_exactly
-from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
+from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
+from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form
 
 
@@ -177,7 +177,7 @@ def logsumexp(
       Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
     """
     options = Options(where, temperature, sink, segment_ids, num_segments)
-    rows, scores = prepare(x, axis, options, at_zero=_divided_by_zero)
+    rows, scores = prepare(x, axis, options, at_zero=divided_by_zero)
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
@@ -293,18 +293,17 @@ def exact_gap(score: Array, top: Array) -> tuple[Array, Array]:
 def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
     """The maximum, and the log-sum-exp of the scores less the maximum, to the last digits.
 
-    Where one score dominates, the sum is 1 and all the digits of its logarithm are in what rounding
-    took from it.
+    The maxima count 1 each and are kept apart: where one score dominates, all the digits of the
+    answer are in the sum of the others.
     """
 
     # Gaps are computed where they are used, thrice: to hold them in memory would take longer.
-    def terms(score: Array, top: Array) -> tuple[Array, Array]:
-        weight = exp(*exact_gap(score, top))
-        return weight, jnp.zeros_like(weight)
+    def terms(score: Array, top: Array) -> tuple[Array, Array, Array]:
+        gap, lost = exact_gap(score, top)
+        at_top = gap == 0
+        below = jnp.where(at_top, 0, exp(gap, lost))
+        return below, jnp.zeros_like(below), indicator(at_top, below.dtype)
 
     top = _threshold.top_of(rows, scores)
-    return top, log(*rows.sums(terms, [scores], [top], add_exactly))
-
-
-def _divided_by_zero(top: Array) -> Array:
-    return jnp.where(top == 0, 0, top * jnp.inf)
+    below, lost, tops = rows.sums(terms, [scores], [top], add_exactly)
+    return top, log(*add_exactly((tops, lost), (below, jnp.zeros_like(below))))
