@@ -181,7 +181,7 @@ class Rows:
         # a minor axis again.
         minor = entries[0].ndim - 1
         length = entries[0].shape[minor] if minor in self.axes else 1
-        lanes, depth = _folding(length)
+        lanes, depth = _folding(length, 8 if add is _add else 4)
         if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
             return _reduce(function(*entries, *row_values), add, self.axes)
         whole = length - length % (depth * lanes)
@@ -248,16 +248,16 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.sum(x, axes, keepdims=True)
 
 
-def _folding(length: int) -> tuple[int, int]:
+def _folding(length: int, deepest: int) -> tuple[int, int]:
     """Lanes and depth, as measured on rows of 10 to 100,000.
 
-    LLVM vectorizes no depth that it does not unroll, and beyond 4 it may not, if there is much to
-    be done to an entry.
+    LLVM vectorizes no depth that it does not unroll, which it does up to 8, and up to 4 where there
+    is much to be done to an entry.
     """
     if length < 32:
         return 1, 1
     lanes = 32 if length >= 256 else 16
-    return lanes, min(length // lanes, 4)
+    return lanes, min(length // lanes, deepest)
 
 
 def _reduce(terms: Sequence[Array], add: Add, axes: tuple[int, ...]) -> tuple[Array, ...]:
