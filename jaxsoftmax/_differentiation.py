@@ -124,12 +124,12 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
             return out_leaves
 
         def batch(axis_size: int, batched: Sequence[bool], leaves: Sequence[Any]) -> Any:
-            assert self._batch is not None
             trees = jax.tree.unflatten(tree, batched)
-            out = self._batch(axis_size, trees, *merged(leaves))
+            out = rule(axis_size, trees, *merged(leaves)) if rule else None
             return None if out is None else jax.tree.leaves(out)
 
-        out = _bind(flat, leaves, None if self._batch is None else batch)
+        rule = self._batch
+        out = _bind(flat, leaves, rule and batch)
         return jax.tree.unflatten(out_tree, out)
 
     def __get__(self, instance: Any, owner: Any = None) -> Any:

@@ -21,6 +21,13 @@ _LOG_2 = {
 }
 
 
+def two_sum(x: Array, y: Array) -> tuple[Array, Array]:
+    """`x + y`, rounded, and what rounding took from it (Knuth)."""
+    total = x + y
+    virtual = total - x
+    return total, (x - (total - virtual)) + (y - virtual)
+
+
 def exp(x: Array, rest: Array) -> Array:
     """`exp(x + rest)` for `x <= 0`, where `rest` is small; 0 below the smallest normal number."""
     high, low = _LOG_2[x.dtype.itemsize]

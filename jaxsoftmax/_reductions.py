@@ -25,6 +25,8 @@ from jax.extend.core import Primitive
 from jax.interpreters import mlir
 from jaxtyping import Array
 
+from jaxsoftmax._elementary import two_sum
+
 Entries = tuple[Array, ...]
 Add = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
 T = TypeVar("T")
@@ -36,9 +38,7 @@ def _add(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
 
 def add_exactly(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
     """Adds terms of which the second gathers what rounding takes from the first."""
-    total = x[0] + y[0]
-    high = total - x[0]
-    lost = (x[0] - (total - high)) + (y[0] - high)  # Knuth's two-sum
+    total, lost = two_sum(x[0], y[0])
     return total, x[1] + y[1] + lost, *map(jnp.add, x[2:], y[2:])
 
 
@@ -98,8 +98,7 @@ class Rows:
                 for terms in zip(*self.map(function, entries, row_values), strict=True)
             )
         first, *sinks = zip(*entries, strict=True)
-        sums = lax.cond(
-            _is_local_cpu.bind(),
+        sums = on_local_cpu_or_else(
             functools.partial(self._sums_on_cpu, function, add),
             functools.partial(self._joint_sums, function),
             first,
@@ -199,8 +198,14 @@ class Rows:
         return tuple(add(sums, self._sums_on_cpu(function, add, rest, row_values)))
 
 
-# Whether a program is compiled for a CPU, and for one device or one device's share. Where XLA
-# itself shares arrays among devices, a folded axis would have to be gathered.
+def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:
+    """Calls the first function in programs for one CPU device, or one device's share, on CPUs.
+
+    Where XLA itself shares arrays among devices, what is cut or folded would have to be gathered.
+    """
+    return lax.cond(_is_local_cpu.bind(), on_cpu, otherwise, *args)
+
+
 _is_local_cpu = Primitive("is_local_cpu")
 _is_local_cpu.def_impl(lambda: jnp.zeros((), bool))
 _is_local_cpu.def_abstract_eval(lambda: jax.typeof(np.False_))

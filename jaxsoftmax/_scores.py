@@ -133,8 +133,12 @@ def as_scores(x: ArrayLike, name: str = "x") -> Array:
         raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
     x = jnp.asarray(x)
     check_real(name, x)
-    dtype = output_dtype(x)
-    return x.astype(dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32)
+    return x.astype(wide(output_dtype(x)))
+
+
+def wide(dtype: Any) -> Any:
+    """What is computed in: float32 for half precision."""
+    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
 def output_dtype(x: ArrayLike) -> Any:
@@ -224,8 +228,7 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     if len(axes) != 1 or names:
         raise ValueError(f"axis must be one array axis where there are segment_ids, got {axis!r}.")
     ids = jnp.asarray(options.segment_ids)
-    if not jnp.issubdtype(ids.dtype, jnp.integer):
-        raise TypeError(f"segment_ids must be integers, got dtype {ids.dtype}.")
+    check_integers("segment_ids", ids)
     if ids.shape != (scores.shape[axes[0]],):
         raise ValueError(
             f"segment_ids must have shape {(scores.shape[axes[0]],)}, the length of the axis, got "
@@ -279,7 +282,7 @@ def known_number(value: Any) -> float | None:
     """The number that a parameter is, if it is known while tracing."""
     if isinstance(value, Fixed):
         return value.value
-    return float(value) if isinstance(value, int | float) else None
+    return float(value) if isinstance(value, numbers.Real) else None
 
 
 def check_per_row(name: str, value: ArrayLike | Fixed, scores: Array, rows: Rows) -> Array:
@@ -299,6 +302,26 @@ def check_real(name: str, x: Array) -> None:
     """Refuses complex numbers, booleans, keys, ..."""
     if not (jnp.issubdtype(x.dtype, jnp.floating) or jnp.issubdtype(x.dtype, jnp.integer)):
         raise TypeError(f"{name} must be real numbers, got dtype {x.dtype}.")
+
+
+def check_integers(name: str, x: Array) -> None:
+    """Refuses what does not count."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
+
+
+def check_soft_cap(cap: Any) -> float | None:
+    """The soft cap, if it is known while tracing."""
+    known = known_number(cap)
+    if known is not None and not known > 0:
+        raise ValueError(f"logits_soft_cap must be positive, got {known}.")
+    return known
+
+
+def soft_cap(scores: Array, cap: ArrayLike) -> Array:
+    """The scores, bounded smoothly."""
+    cap = jnp.asarray(cap).astype(scores.dtype)
+    return cap * jnp.tanh(scores / cap)
 
 
 def check_key(key: Any, name: str = "key") -> Array:

@@ -88,7 +88,8 @@ def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
 
 def top_of(rows: Rows, scores: Entries) -> Array:
     """The maximum of each row, finite in a row in which nothing takes part."""
-    top = rows.max(scores)
+    # Only differences matter, so none is taken of it; JAX has none of a maximum over devices.
+    top = rows.max(lax.stop_gradient(scores))
     return jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
 
 

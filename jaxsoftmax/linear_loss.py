@@ -15,13 +15,22 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import core, lax
-from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax._differentiation import custom_vjp, hoist
-from jaxsoftmax._reductions import vary_like
-from jaxsoftmax._scores import check_mask, check_real, known_number, output_dtype, public
+from jaxsoftmax._reductions import on_local_cpu_or_else, vary_like
+from jaxsoftmax._scores import (
+    check_integers,
+    check_mask,
+    check_real,
+    check_soft_cap,
+    output_dtype,
+    public,
+    soft_cap,
+    wide,
+)
 from jaxsoftmax.losses import cross_entropy
+from jaxsoftmax.losses._targets import check_known
 
 
 def linear_cross_entropy(
@@ -145,6 +154,7 @@ def _linear_loss(
         raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    known_cap = check_soft_cap(logits_soft_cap)
     names = () if vocab_axis_name is None else (vocab_axis_name,)
     keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
     _check_range(labels, keep, num_classes * math.prod(lax.axis_size(name) for name in names))
@@ -156,11 +166,11 @@ def _linear_loss(
 
     def losses_of(scores: Array, labels: Array) -> Array:
         if logits_soft_cap is not None:
-            scores = _soft_cap(scores, logits_soft_cap)
+            scores = soft_cap(scores, logits_soft_cap if known_cap is None else known_cap)
         values = loss(scores, labels, axis=(-1, *names)) if names else loss(scores, labels)
         return _check_losses(values, labels, scores.dtype)
 
-    some = jnp.zeros((chunks.size, num_classes), _wide(layer.weight.dtype))
+    some = jnp.zeros((chunks.size, num_classes), wide(layer.weight.dtype))
     pure, params, rest = hoist(losses_of, vary_like(some, hidden), rows_of_labels[0])
     operands = _Operands(hidden, layer.weight, layer.bias, params)
     rows = _Rows(rows_of_labels, chunks.split(keep, axes=len(shape)), rest)
@@ -211,13 +221,12 @@ def _as_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> _
     check_real("bias", bias)
     if bias.shape != weight.shape[1:]:
         raise ValueError(f"bias must have shape {weight.shape[1:]}, got shape {bias.shape}.")
-    return _Layer(hidden, weight, vary_like(bias.astype(_wide(dtype)), weight))
+    return _Layer(hidden, weight, vary_like(bias.astype(wide(dtype)), weight))
 
 
 def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:
     labels = jnp.asarray(labels)
-    if not jnp.issubdtype(labels.dtype, jnp.integer):
-        raise TypeError(f"labels must be integers, got dtype {labels.dtype}.")
+    check_integers("labels", labels)
     if labels.shape != wanted:
         raise ValueError(
             f"labels must have the shape of hidden without its last axis, {wanted}, got shape "
@@ -227,19 +236,7 @@ def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:
 
 
 def _check_range(labels: Array, keep: Array, length: int) -> None:
-    known = (labels >= 0) & (labels < length)
-    checkify.debug_check(
-        jnp.all(known | ~keep),
-        f"labels must be classes from 0 to {length - 1}, got one out of range.",
-    )
-
-
-def _soft_cap(scores: Array, cap: Any) -> Array:
-    known = known_number(cap)
-    if known is not None and not known > 0:
-        raise ValueError(f"logits_soft_cap must be positive, got {known}.")
-    cap = jnp.asarray(cap if known is None else known).astype(scores.dtype)
-    return cap * jnp.tanh(scores / cap)
+    check_known("labels", (labels >= 0) & (labels < length) | ~keep, length)
 
 
 def _check_losses(losses: Any, labels: Array, dtype: Any) -> Array:
@@ -322,12 +319,7 @@ def _scores(hidden: Array, weight: Array, bias: Array | None) -> Array:
 
 
 def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
-    return lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=_wide(x.dtype))
-
-
-def _wide(dtype: Any) -> Any:
-    """The dtype that sums are taken in: float32 for half precision."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    return lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=wide(x.dtype))
 
 
 def _losses(losses: Losses, operands: _Operands, rows: _Rows) -> Array:
@@ -366,7 +358,7 @@ def _gradients(
         total_weight = _add_product(total_weight, chunk[0], ct_scores)
         return (total_weight, jax.tree.map(jnp.add, total_rest, ct_rest)), (values, ct_hidden)
 
-    weight, *rest = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, _wide(x.dtype)), x), shared)
+    weight, *rest = jax.tree.map(lambda x: vary_like(jnp.zeros(x.shape, wide(x.dtype)), x), shared)
     chunks = operands.hidden, rows.labels, rows.keep, ct
     (weight, (bias, params)), (values, ct_hidden) = lax.scan(step, (weight, tuple(rest)), chunks)
     return values, _Operands(ct_hidden, weight, bias, params)
@@ -374,8 +366,8 @@ def _gradients(
 
 def _add_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
     """`total + hidden.T @ ct_scores`."""
-    return lax.platform_dependent(
-        total, hidden, ct_scores, cpu=_add_product_in_blocks, default=_add_whole_product
+    return on_local_cpu_or_else(
+        _add_product_in_blocks, _add_whole_product, total, hidden, ct_scores
     )
 
 
@@ -414,7 +406,7 @@ def _total(losses: Losses, operands: _Operands, rows: _Rows) -> Array:
 
 
 def _total_fwd(losses: Losses, operands: _Operands, rows: _Rows) -> tuple[Array, Any]:
-    ones = jnp.ones(rows.labels.shape, _wide(operands.weight.dtype))
+    ones = jnp.ones(rows.labels.shape, wide(operands.weight.dtype))
     values, gradients = _gradients(losses, operands, rows, ones)
     return jnp.sum(values), (gradients, operands)
 

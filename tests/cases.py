@@ -22,44 +22,50 @@ def project_by_sorting(z):
     return np.maximum(z - tau, 0)
 
 
+def threshold_by_halving(low, high, total, wanted=1.0):
+    """Where a falling `total` of rows reaches what is wanted, between `low` and `high`."""
+    for _ in range(200):
+        middle = (low + high) / 2
+        enough = total(middle) >= wanted
+        low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+    return low
+
+
+def row_sum(p):
+    return np.sum(p, -1, keepdims=True)
+
+
 def entmax_by_bisection(z, alpha):
     """Alpha-entmax, `alpha > 1`, by halving the interval that holds the threshold."""
     z = (alpha - 1) * (z - z.max(-1, keepdims=True))
-    low, high = np.full_like(z[..., :1], -1), np.zeros_like(z[..., :1])
-    for _ in range(100):
-        middle = (low + high) / 2
-        total = np.sum(np.maximum(z - middle, 0) ** (1 / (alpha - 1)), -1, keepdims=True)
-        low, high = np.where(total >= 1, middle, low), np.where(total >= 1, high, middle)
-    p = np.maximum(z - low, 0) ** (1 / (alpha - 1))
-    return p / p.sum(-1, keepdims=True)
+
+    def unnormalized(tau):
+        return np.maximum(z - tau, 0) ** (1 / (alpha - 1))
+
+    top = np.zeros_like(z[..., :1])
+    p = unnormalized(threshold_by_halving(top - 1, top, lambda tau: row_sum(unnormalized(tau))))
+    return p / row_sum(p)
 
 
 def normmax_by_bisection(z, alpha):
     """Normmax, by halving the interval that holds the threshold of the dual norm."""
     q = alpha / (alpha - 1)
     z = z - z.max(-1, keepdims=True)
-    low, high = np.full_like(z[..., :1], -1), np.zeros_like(z[..., :1])
-    for _ in range(100):
-        middle = (low + high) / 2
-        norm = np.sum(np.maximum(z - middle, 0) ** q, -1, keepdims=True)
-        low, high = np.where(norm >= 1, middle, low), np.where(norm >= 1, high, middle)
-    u = np.maximum(z - low, 0)
-    weights = np.where(u > 0, u, 0) ** (q - 1)
-    return weights / weights.sum(-1, keepdims=True)
+    top = np.zeros_like(z[..., :1])
+    tau = threshold_by_halving(top - 1, top, lambda tau: row_sum(np.maximum(z - tau, 0) ** q))
+    weights = np.maximum(z - tau, 0) ** (q - 1)
+    return weights / row_sum(weights)
 
 
 def spend_by_halving(z, budget):
-    """Budget-sparsemax: halves the interval that holds the threshold, between two kinks if it can.
+    """Budget-sparsemax; beyond the number of entries, a budget buys all of them."""
 
-    Beyond the number of entries, a budget buys all of them.
-    """
-    budget = np.minimum(budget, z.shape[-1])
+    def spent(tau):
+        return np.clip(z - tau, 0, 1)
+
     low, high = z.min(-1, keepdims=True) - 1, z.max(-1, keepdims=True)
-    for _ in range(200):
-        middle = (low + high) / 2
-        total = np.sum(np.clip(z - middle, 0, 1), -1, keepdims=True)
-        low, high = np.where(total >= budget, middle, low), np.where(total >= budget, high, middle)
-    return np.clip(z - low, 0, 1)
+    budget = np.minimum(budget, z.shape[-1])
+    return spent(threshold_by_halving(low, high, lambda tau: row_sum(spent(tau)), budget))
 
 
 def pick_softly(z):

@@ -78,31 +78,6 @@ def test_limits_and_relatives():
     np.testing.assert_allclose(jsm.normmax(X, 1e6), even, atol=1e-4)
 
 
-def test_against_deep_spin():
-    torch = pytest.importorskip("torch")
-    entmax = pytest.importorskip("entmax")
-    x, ct = RNG.normal(size=(6, 11)) * 2, RNG.normal(size=(6, 11))
-
-    def check(ours, theirs):
-        scores = torch.tensor(x, requires_grad=True)
-        expected = theirs(scores)
-        expected.backward(torch.tensor(ct))
-        p, pullback = jax.vjp(ours, jnp.asarray(x))
-        np.testing.assert_allclose(p, expected.detach().numpy(), atol=1e-9)
-        np.testing.assert_allclose(pullback(jnp.asarray(ct))[0], scores.grad.numpy(), atol=1e-9)
-
-    for budget in (0.5, 2.2, 7.7):
-        check(
-            functools.partial(jsm.budget_sparsemax, budget=budget),
-            functools.partial(entmax.budget_bisect, budget=budget, n_iter=80),
-        )
-    for alpha in (1.2, 1.5, 2.0, 3.0):
-        check(
-            functools.partial(jsm.normmax, alpha=alpha),
-            functools.partial(entmax.normmax_bisect, alpha=alpha, n_iter=80),
-        )
-
-
 ADVERSARIAL = {
     "normal": RNG.normal(size=1000),
     "wide": RNG.normal(size=1000) * 100,

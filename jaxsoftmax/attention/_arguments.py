@@ -12,7 +12,14 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._scores import broadcasts, check_key, check_mask, check_real, with_ndim
+from jaxsoftmax._scores import (
+    broadcasts,
+    check_integers,
+    check_key,
+    check_mask,
+    check_real,
+    with_ndim,
+)
 from jaxsoftmax.attention._operands import KEYS, ROWS, SCORES, WHOLE
 
 # How blocks are cut from each array. All are in the layout of the scores, (B, N, T, S), but for
@@ -113,7 +120,7 @@ def check_attention_mask(mask: ArrayLike, sizes: Sizes) -> Array:
 def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
     """The lengths of sequences, (B, 1, 1, 1)."""
     lengths = jnp.asarray(lengths)
-    _check_integers(name, lengths)
+    check_integers(name, lengths)
     if lengths.shape != (sizes.batch,):
         raise ValueError(
             f"{name} must have one length per batch, shape {(sizes.batch,)}, got shape "
@@ -142,17 +149,12 @@ def check_segments(
 
 def _segments(name: str, ids: ArrayLike, batch: int, length: int) -> Array:
     ids = jnp.asarray(ids)
-    _check_integers(name, ids)
+    check_integers(name, ids)
     if ids.ndim == 0 or not broadcasts(ids.shape, (batch, length)) or ids.shape[-1] != length:
         raise ValueError(
             f"{name} must have shape {(batch, length)}, batch and length, got shape {ids.shape}."
         )
     return with_ndim(ids, 2)
-
-
-def _check_integers(name: str, x: Array) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.integer):
-        raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
 
 
 def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
@@ -190,19 +192,6 @@ def check_dropout(rate: float, key: Array | None) -> Array | None:
     key = check_key(key, "dropout_key")
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if is_typed else jax.random.wrap_key_data(key)
-
-
-def known_number(value: Any) -> float | None:
-    """The number that an argument is, if it is known while tracing."""
-    return float(value) if isinstance(value, numbers.Real) else None
-
-
-def check_soft_cap(value: Any) -> float | None:
-    """The soft cap, if it is known while tracing."""
-    known = known_number(value)
-    if known is not None and not known > 0:
-        raise ValueError(f"logits_soft_cap must be positive, got {known}.")
-    return known
 
 
 def check_number(name: str, value: ArrayLike, dtype: Any) -> Array:

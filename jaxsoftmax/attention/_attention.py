@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._scores import check_soft_cap, known_number, wide
 from jaxsoftmax.attention import _arguments, _pure
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._block import Block, Rules, attend
@@ -23,7 +24,6 @@ from jaxsoftmax.attention._plan import (
     bands,
     block_rows,
 )
-from jaxsoftmax.attention._products import score_dtype
 from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.mappings import logsumexp, softmax
 
@@ -166,8 +166,8 @@ def dot_product_attention(
         mask_mod=mask_mod,
         before=before,
         after=0 if is_causal else after,
-        scale=_arguments.known_number(scale),
-        soft_cap=_arguments.check_soft_cap(logits_soft_cap),
+        scale=known_number(scale),
+        soft_cap=check_soft_cap(logits_soft_cap),
         dropout_rate=dropout_rate,
         kv_axis_name=_arguments.check_axis_name(kv_axis_name),
         block_size=_arguments.check_block_size(block_size),
@@ -216,7 +216,7 @@ def _attention(
 ) -> Array | tuple[Array, Array]:
     given = {name: x for name, x in arrays.items() if x is not None}
     operands, sizes = _operands(static, given)
-    dtype = score_dtype(operands["query"].dtype)
+    dtype = wide(operands["query"].dtype)
     rules = _rules(static, normalizer, given, sizes, dtype)
     if rules.scale is not None and operands["query"].dtype == dtype:
         # Queries are fewer than scores. In half precision they would be rounded.
@@ -320,7 +320,10 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
     """What queries without keys get."""
     shape = sizes.batch, sizes.heads, sizes.queries
     out = jnp.zeros((*shape, sizes.value_features), dtype)
-    return (out,) if rules.log_sum is None else (out, jnp.full(shape, -jnp.inf, dtype))
+    if rules.log_sum is None:
+        return (out,)
+    sink = -jnp.inf if rules.sink is None else rules.sink[None, ..., 0]
+    return out, jnp.broadcast_to(jnp.asarray(sink, dtype), shape)
 
 
 def _in_blocks(

@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._plan import Band
 
@@ -110,7 +111,7 @@ def is_smooth(x: Array) -> bool:
 def _scores(rules: Rules, part: Parts) -> Array:
     query, key = part["query"], part["key"]
     batch, heads, rows, _ = query.shape
-    dtype = _products.score_dtype(query.dtype)
+    dtype = wide(query.dtype)
     # The heads that share keys are rows of one product.
     grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
     scores = _products.scores(grouped, key).reshape(batch, heads, rows, -1)
@@ -119,8 +120,7 @@ def _scores(rules: Rules, part: Parts) -> Array:
     if "bias" in part:
         scores = scores + part["bias"].astype(dtype)
     if rules.soft_cap is not None:
-        cap = jnp.asarray(rules.soft_cap, dtype)
-        capped = cap * jnp.tanh(scores / cap)
+        capped = soft_cap(scores, rules.soft_cap)
         # A bias of -inf excludes; it is not to be capped.
         scores = jnp.where(scores == -jnp.inf, scores, capped) if "bias" in part else capped
     return scores

@@ -17,10 +17,10 @@ from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._scores import wide
 from jaxsoftmax.attention._block import Block, is_smooth, pull_back
 from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
 from jaxsoftmax.attention._plan import Band
-from jaxsoftmax.attention._products import score_dtype
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,4 +199,4 @@ def _instantiated(ct: Any, like: Array) -> Array:
 
 def _zeros(x: Array) -> Array:
     """Where cotangents of `x` are summed: in float32 at least."""
-    return vary_like(jnp.zeros(x.shape, score_dtype(x.dtype)), x)
+    return vary_like(jnp.zeros(x.shape, wide(x.dtype)), x)

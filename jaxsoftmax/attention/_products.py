@@ -21,6 +21,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
 from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._scores import wide
 
 
 def scores(query: Array, key: Array) -> Array:
@@ -52,12 +53,7 @@ def _bind(axes: str, first: Array, second: Array) -> Array:
 
 def _evaluate(first: Array, second: Array, *, axes: str, out: Any) -> Array:
     widest = max(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
-    return jnp.einsum(axes, first, second, preferred_element_type=score_dtype(widest))
-
-
-def score_dtype(dtype: Any) -> Any:
-    """What is summed and scored in: half precision in float32."""
-    return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
+    return jnp.einsum(axes, first, second, preferred_element_type=wide(widest))
 
 
 def _batch(args: Sequence[Any], dims: Sequence[Any], *, axes: str, out: Any) -> tuple[Array, int]:

@@ -6,11 +6,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxsoftmax.calibration._bins import Binned, Binning, into_bins
-from jaxsoftmax.calibration._predictions import as_predictions, came_true, confidences
+from jaxsoftmax.calibration._predictions import confidences, of_each_class
 
 
 @functools.partial(jax.jit, static_argnames=("num_bins", "binning", "norm", "debiased"))
@@ -166,14 +165,11 @@ def classwise_calibration_error(
       learning (arXiv:1904.01685); Kumar, Liang & Ma, 2019 (arXiv:1909.10155).
     """
     distance = _distance(norm, debiased)
-    probs, labels = as_predictions(probs, labels)
-    outcomes = came_true(labels, probs.shape[1], probs.dtype)
 
-    def of_class(columns: tuple[Array, Array]) -> Array:
-        return distance.of_bins(into_bins(*columns, num_bins, binning))
+    def of_class(p: Array, y: Array) -> Array:
+        return distance.of_bins(into_bins(p, y, num_bins, binning))
 
-    # One class after the other, for bins of all at once would fill the memory.
-    return distance.finish(distance.over_classes(lax.map(of_class, (probs.T, outcomes.T))))
+    return distance.finish(distance.over_classes(of_each_class(of_class, probs, labels)))
 
 
 class _Distance(NamedTuple):

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, check_mask, check_real
 
 Loss = Callable[[Array, Array], Array]
@@ -166,7 +167,7 @@ def spread(examples: Examples) -> Array:
     def moments(block: Examples) -> tuple[Array, Array]:
         counted = jnp.isfinite(block.logits) & (block.weights[:, None] > 0)
         finite = jnp.where(counted, block.logits, 0)
-        counts = jnp.where(counted, jnp.ones_like(finite), 0)
+        counts = indicator(counted, finite.dtype)
         mean = jnp.sum(finite, 1) / jnp.maximum(jnp.sum(counts, 1), 1)
         return jnp.sum(jnp.where(counted, finite - mean[:, None], 0) ** 2), jnp.sum(counts)
 

@@ -1,11 +1,16 @@
 """What the measures are given: probabilities and the classes that came true."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, check_real
+
+T = TypeVar("T")
 
 # Rounding takes a probability no further than this beyond 0 and 1.
 _SLACK = 1e-2
@@ -37,8 +42,17 @@ def as_predictions(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
 
 def came_true(labels: Array, classes: int, dtype: Any) -> Array:
     """1 at the class of each label, 0 at the others."""
-    hit = labels[:, None] == jnp.arange(classes, dtype=labels.dtype)[None]
-    return jnp.where(hit, jnp.ones((), dtype), jnp.zeros((), dtype))
+    return indicator(labels[:, None] == jnp.arange(classes, dtype=labels.dtype)[None], dtype)
+
+
+def of_each_class(function: Callable[[Array, Array], T], probs: ArrayLike, labels: ArrayLike) -> T:
+    """`function` of each class's probabilities, and of 1 where the class came true and 0 elsewhere.
+
+    One class after the other, for bins of all at once would fill the memory.
+    """
+    probs, labels = as_predictions(probs, labels)
+    columns = probs.T, came_true(labels, probs.shape[1], probs.dtype).T
+    return lax.map(lambda pair: function(*pair), columns)
 
 
 def confidences(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:

@@ -5,11 +5,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
 from jaxsoftmax.calibration._bins import Binning, into_bins
-from jaxsoftmax.calibration._predictions import as_predictions, came_true
+from jaxsoftmax.calibration._predictions import as_predictions, came_true, of_each_class
 
 
 @jax.jit
@@ -148,11 +147,8 @@ def brier_decomposition(
       Murphy, 1973: A new vector partition of the probability score; Stephenson, Coelho & Jolliffe,
       2008: Two extra components in the Brier score decomposition.
     """
-    probs, labels = as_predictions(probs, labels)
-    outcomes = came_true(labels, probs.shape[1], probs.dtype)
 
-    def of_class(columns: tuple[Array, Array]) -> BrierDecomposition:
-        p, y = columns
+    def of_class(p: Array, y: Array) -> BrierDecomposition:
         binned = into_bins(p, y, num_bins, binning)
         overall = jnp.where(jnp.any(jnp.isnan(p)), jnp.nan, jnp.mean(y))
         away = jnp.where(binned.count > 0, binned.share - overall, 0)
@@ -164,6 +160,5 @@ def brier_decomposition(
             within_bins=jnp.mean(beside * (beside - 2 * (y - binned.share[binned.bins]))),
         )
 
-    # One class after the other, for bins of all at once would fill the memory.
-    parts = lax.map(of_class, (probs.T, outcomes.T))
+    parts = of_each_class(of_class, probs, labels)
     return BrierDecomposition(*(jnp.sum(part) for part in parts))

@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxsoftmax import _threshold
@@ -152,11 +151,7 @@ def _fenchel_young_fwd(
     p = _threshold.apply(regularizer.form, rows, scores, *params)
     # `p` and the target have the same sum, so any shift of the scores will do; the maximum at 0
     # keeps the digits.
-    if rows.names:  # JAX has no derivative of a maximum over devices, and none is needed
-        _, top = _threshold.below_top(rows, lax.stop_gradient(scores))
-        gaps = rows.map(lambda z, t: jnp.where(z == t, 0, z - t), [scores], [top])
-    else:
-        gaps, _ = _threshold.below_top(rows, scores)
+    gaps, _ = _threshold.below_top(rows, scores)
 
     def term(gap: Array, p: Array, target: Array, *params: Array) -> Array:
         excess = p - target

@@ -111,10 +111,15 @@ def _as_classes(targets: Array, length: int) -> Classes:
     number = targets.astype(jnp.int32)
     # What the conversion changes was out of range, and must not become a neighbour.
     known = (number.astype(targets.dtype) == targets) & (number >= 0) & (number < length)
-    checkify.debug_check(
-        jnp.all(known), f"targets must be classes from 0 to {length - 1}, got one out of range."
-    )
+    check_known("targets", known, length)
     return Classes(jnp.where(known, number, 0), known)
+
+
+def check_known(name: str, known: Array, length: int) -> None:
+    """An error under `checkify` if a class is not known; without that, nothing."""
+    checkify.debug_check(
+        jnp.all(known), f"{name} must be classes from 0 to {length - 1}, got one out of range."
+    )
 
 
 def not_negative(loss: Array) -> Array:

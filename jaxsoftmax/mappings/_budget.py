@@ -5,6 +5,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float
 
 from jaxsoftmax import _threshold
+from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import (
     Axis,
@@ -179,7 +180,7 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
         middle = jnp.where(early & ~tight, low + (high / 2 - low / 2), middle)
 
         jump = excess / free
-        newton, newton_rest = _two_sum(tau, rest + jump)
+        newton, newton_rest = two_sum(tau, rest + jump)
         fits = (newton >= low) & (newton <= high)
         slow = jnp.abs(jump) > last / 2
         follow = fits & (tight | (early & ~slow))
@@ -247,13 +248,6 @@ def _is_clear_cut(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Ar
 _PATIENCE = 10
 # Between neighbouring floats there are few pieces left.
 _LAST_STEPS = 6
-
-
-def _two_sum(x: Array, y: Array) -> tuple[Array, Array]:
-    """`x + y`, rounded, and the rounding error."""
-    total = x + y
-    virtual = total - x
-    return total, (x - (total - virtual)) + (y - virtual)
 
 
 def _next(x: Array, direction: int) -> Array:

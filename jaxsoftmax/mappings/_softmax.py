@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import exp, log
+from jaxsoftmax._elementary import exp, log, two_sum
 from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form
@@ -283,11 +283,10 @@ log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
 
 
 def exact_gap(score: Array, top: Array) -> tuple[Array, Array]:
-    """The score less the maximum, and what rounding took from that (Knuth's two-sum)."""
+    """The score less the maximum, and what rounding took from that."""
+    _, lost = two_sum(score, -top)
     gap = _threshold.gap(score, top)
-    high = gap - score
-    error = (score - (gap - high)) - (top + high)
-    return gap, jnp.where(jnp.isfinite(error) & (gap < 0), error, 0)
+    return gap, jnp.where(jnp.isfinite(lost) & (gap < 0), lost, 0)
 
 
 def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
