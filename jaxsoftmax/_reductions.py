@@ -26,7 +26,7 @@ from jax.interpreters import mlir
 from jaxtyping import Array
 
 from jaxsoftmax._elementary import two_sum
-from jaxsoftmax._sharding import explicit, share_like
+from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Add = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
@@ -106,7 +106,7 @@ class Rows:
             tuple(row_values),
         )
         if self.names:
-            sums = lax.psum(sums, self.names)
+            sums = self._over_devices(sums, add)
         for sink in sinks:
             sums = add(sums, function(*sink, *row_values))
         return tuple(sums)
@@ -132,6 +132,10 @@ class Rows:
         spread = [self._spread(values, first[0]) for values in row_values]
         result = (function(*first, *spread),)
         return (*result, *(function(*sink, *row_values) for sink in sinks))
+
+    def are_shared(self, scores: Array) -> bool:
+        """Whether devices may have to tell each other about a row, as far as types tell."""
+        return bool(self.names) or any(parts_of(scores, axis) > 1 for axis in self.axes)
 
     def flatten(self, values: Array) -> Array:
         """Row values as they are returned to the caller: without the normalized axes."""
@@ -176,6 +180,14 @@ class Rows:
         row_values: tuple[Array, ...],
     ) -> tuple[Array, ...]:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
+
+    def _over_devices(self, sums: Sequence[Array], add: Add) -> Sequence[Array]:
+        if add is not add_exactly:
+            return lax.psum(tuple(sums), self.names)
+        # What rounding took is added before the sum leaves the device: one number less to tell.
+        first, lost, *others = sums
+        first, *others = lax.psum((first + lost, *others), self.names)
+        return first, jnp.zeros_like(first), *others
 
     def _sums_on_cpu(
         self,

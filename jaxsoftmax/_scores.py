@@ -233,7 +233,7 @@ def prepare(
     if options.sink is None:
         return rows, (scores,)
     sink = check_per_row("sink", options.sink, scores, rows)
-    return rows, (scores, jnp.broadcast_to(sink, rows.shape(scores)))
+    return rows, (scores, share_like(jnp.broadcast_to(sink, rows.shape(scores)), scores))
 
 
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
