@@ -137,7 +137,7 @@ def _work(options: argparse.Namespace) -> None:
     except Exception as error:
         # JAX's first line says it, be it that another process is gone.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        _complain(f"process {options.process_id}: {lines[0]}")
+        _complain(f"process {options.process_id} cannot go on: {lines[0]}")
     # JAX would wait for the other processes, which may be gone.
     sys.stdout.flush()
     os._exit(status)
