@@ -33,6 +33,7 @@ LAYOUT = {
     "key_lengths": WHOLE,
     "query_segments": ROWS,
     "key_segments": KEYS,
+    "log_sum": ROWS,
 }
 
 

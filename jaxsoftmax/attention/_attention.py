@@ -28,6 +28,7 @@ from jaxsoftmax.attention._plan import (
     interleaved,
 )
 from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.mappings import logsumexp, softmax
 
@@ -119,7 +120,10 @@ def dot_product_attention(
       return_residual: whether to return the logarithm of the softmax's denominator as well.
       query_axis_name: the mesh axis, within `shard_map`, that queries are spread over, or a tuple
         of several. Positions of queries are then global, and `query_seq_lengths` are of whole
-        sequences.
+        sequences. If it is `kv_axis_name`, keys and values go round the devices in a ring: each
+        transfer overlaps with the work on the keys before, parts that no query sees are left
+        out, and `bias` and `mask` have the device's queries and the keys of all. That goes with
+        the normalizer softmax.
 
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
@@ -224,12 +228,30 @@ class _Static:
     block_size: int | None
     return_residual: bool
 
+    def in_ring(self, normalizer: Normalizer) -> bool:
+        """Whether keys go round to the queries."""
+        common = set(self.places.queries) & set(self.places.keys)
+        if not common:
+            return False
+        if self.places.queries != self.places.keys:
+            raise ValueError(
+                "query_axis_name must be kv_axis_name or name other mesh axes, got "
+                f"{self.places.queries} and {self.places.keys}."
+            )
+        if not _shared.goes_in_ring(normalizer):
+            raise ValueError(
+                "query_axis_name must name other mesh axes than kv_axis_name but for the "
+                "normalizer softmax (with no option but a temperature other than 0), got "
+                f"{self.places.queries} and {_arguments.function_name(normalizer)}."
+            )
+        return True
+
 
 def _attention(
     static: _Static, normalizer: Normalizer, arrays: dict[str, Any]
 ) -> Array | tuple[Array, Array]:
     given = {name: x for name, x in arrays.items() if x is not None}
-    shared = _shared.plan(given, static.places)
+    shared = _shared.plan(given, static.places, normalizer)
     if shared is None:
         return _here(static, normalizer, given)
     here = functools.partial(_here, dataclasses.replace(static, places=shared.places))
@@ -247,12 +269,15 @@ def _here(
         # Queries are fewer than scores. In half precision they would be rounded.
         operands["query"] = operands["query"] * rules.scale
         rules = dataclasses.replace(rules, scale=None)
+    in_blocks = functools.partial(_in_blocks, static.block_size, sizes)
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, dtype)
+    elif static.in_ring(normalizer):
+        outs = in_ring(static.places.keys, in_blocks, rules, operands)
     else:
-        outs = _in_blocks(static.block_size, rules, operands, sizes)
-    if static.places.keys:
-        outs = (lax.psum(outs[0], static.places.keys), *outs[1:])
+        outs = in_blocks(rules, operands)
+        if static.places.keys:
+            outs = (lax.psum(outs[0], static.places.keys), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
     # (B, N, T, ...) to the layout of the query, which may lack a batch.
     out = (
@@ -291,10 +316,13 @@ def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array],
         operands["query_segments"], operands["key_segments"] = _arguments.check_segments(
             given.get("query_segment_ids"), given.get("key_value_segment_ids"), sizes
         )
+    of_scores = sizes
+    if static.places.queries == static.places.keys != ():  # then they have the keys of all devices
+        of_scores = dataclasses.replace(sizes, keys=sizes.keys * lax.axis_size(static.places.keys))
     if "bias" in given:
-        operands["bias"] = _arguments.check_bias(given["bias"], sizes)
+        operands["bias"] = _arguments.check_bias(given["bias"], of_scores)
     if "mask" in given:
-        operands["mask"] = _arguments.check_attention_mask(given["mask"], sizes)
+        operands["mask"] = _arguments.check_attention_mask(given["mask"], of_scores)
     operands["query"] = jnp.transpose(query, (0, 2, 1, 3))
     operands["key"] = jnp.transpose(key, (0, 2, 3, 1))
     operands["value"] = jnp.transpose(value, (0, 2, 3, 1))
@@ -362,7 +390,7 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
 
 
 def _in_blocks(
-    block_size: int | None, rules: Rules, operands: dict[str, Array], sizes: Sizes
+    block_size: int | None, sizes: Sizes, rules: Rules, operands: dict[str, Array]
 ) -> tuple[Array, ...]:
     # Where positions are not known while tracing, no key is out of reach.
     known = all(isinstance(first, int) for first in rules.first)

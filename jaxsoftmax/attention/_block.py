@@ -78,6 +78,8 @@ def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Arr
     }
     if rules.sink is not None:
         options["sink"] = rules.sink
+    if "log_sum" in part:
+        options["log_sum"] = part["log_sum"]
     weights = _weights(rules, scores, options)
     if rules.dropout_key is not None:
         scale = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)

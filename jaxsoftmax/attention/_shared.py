@@ -10,9 +10,11 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoftmax import _sharding
+from jaxsoftmax._scores import known_number
 from jaxsoftmax._sharding import Names, explicit, explicit_names, spec_of
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.mappings import softmax
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +51,7 @@ class Plan:
             "K": self.key_heads,
             "T": self.places.queries,
             "S": self.places.keys,
+            "A": () if self.places.queries == self.places.keys else self.places.keys,
         }
         letters = letters.rjust(x.ndim)[len(letters.rjust(x.ndim)) - x.ndim :]
         pairs = zip(letters, x.shape, strict=True)
@@ -60,23 +63,32 @@ LETTERS = {
     "query": "BTNH",
     "key": "BSKH",
     "value": "BSKV",
-    "bias": "BNTS",
-    "mask": "BNTS",
+    "bias": "BNTA",
+    "mask": "BNTA",
     "query_seq_lengths": "B",
     "key_value_seq_lengths": "B",
     "query_segment_ids": "BT",
     "key_value_segment_ids": "BS",
     "sink": "N",
 }
-_OF_NORMALIZER = "BNTS"
+_OF_NORMALIZER = "BNTA"
 
 
-def plan(given: dict[str, Any], manual: Places) -> Plan | None:
+def goes_in_ring(normalizer: Any) -> bool:
+    """Whether outputs of parts of rows make those of the whole: softmax, at some temperature."""
+    if not (isinstance(normalizer, Configured) and normalizer.function is softmax):
+        return False
+    options = dict(normalizer.options) | normalizer.arrays
+    return {*options} <= {"temperature"} and known_number(options.get("temperature")) != 0
+
+
+def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
     """How to share attention, as the types of queries, keys and values tell; None: not at all.
 
     Args:
       given: the arrays.
       manual: what is already one device's part.
+      normalizer: makes weights of scores.
     """
     inputs = [given.get(name) for name in ("query", "key", "value")]
     query, key, value, sizes = _arguments.check_inputs(*inputs)
@@ -90,8 +102,9 @@ def plan(given: dict[str, Any], manual: Places) -> Plan | None:
         heads = ()  # for a device's queries are not to need a part of the keys of another
     queries = _without(batch + heads, explicit_names(query, 1))
     keys = _without(batch + heads, explicit_names(key, 1) or explicit_names(value, 1))
-    # Keys stay where they are; queries on the same mesh axes go to all devices.
-    own = () if set(queries) & set(keys) else queries
+    # Keys stay where they are, but in a ring; queries on the same mesh axes go to all devices.
+    in_ring = queries == keys and goes_in_ring(normalizer)
+    own = queries if in_ring or not set(queries) & set(keys) else ()
     return Plan(
         sharding=sharding,
         places=Places(batch, heads, own or manual.queries, keys or manual.keys),
