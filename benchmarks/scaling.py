@@ -35,7 +35,7 @@ class Case:
 
     Attributes:
       name: what it is called in the guide.
-      formula: the same as text, in R rows, D features, V classes, n devices.
+      formula: the same as text, in R rows of scores, D features, K rows of keys, n devices.
       numbers: how many numbers, given the number of devices, but for what is in a loop.
       in_loop: the same for each pass of the loop, if there is one.
       compiled: the text of the program for a number of devices.
@@ -45,7 +45,7 @@ class Case:
     formula: str
     numbers: Callable[[int], int]
     compiled: Callable[[int], str]
-    in_loop: int = 0
+    in_loop: Callable[[int], int] = lambda n: 0
 
     def counted(self, devices: int) -> tuple[int, int]:
         """What the compiled program has: numbers, and numbers per pass of the loop."""
@@ -97,9 +97,19 @@ def _attention(query, key, value):
     return jsm.dot_product_attention(query, key, value, kv_axis_name="i")
 
 
+def _ring(query, key, value):
+    return jsm.dot_product_attention(query, key, value, kv_axis_name="i", query_axis_name="i")
+
+
+def _ring_gradient(query, key, value):
+    out, pull_back = jax.vjp(_ring, query, key, value)
+    return pull_back(out)
+
+
 _SPREAD = P(None, "i")
 _QKV = ((_BATCH, _QUERIES, _HEADS, _FEATURES), *[(_BATCH, _KEYS, _HEADS, _FEATURES)] * 2)
 _SCORE_ROWS = _BATCH * _HEADS * _QUERIES
+_KEY_ROWS = _BATCH * _HEADS * _KEYS
 CASES = [
     Case(
         "`softmax`",
@@ -121,21 +131,21 @@ CASES = [
         "2 R, and 2 R a pass",
         lambda n: 2 * _ROWS,
         _of_scores(lambda x: jsm.sparsemax(x, (-1, "i"))),
-        in_loop=2 * _ROWS,
+        in_loop=lambda n: 2 * _ROWS,
     ),
     Case(
         "`entmax15`",
         "2 R, and 2 R a pass",
         lambda n: 2 * _ROWS,
         _of_scores(lambda x: jsm.entmax15(x, (-1, "i"))),
-        in_loop=2 * _ROWS,
+        in_loop=lambda n: 2 * _ROWS,
     ),
     Case(
         "`entmax`",
         "2 R, and 2 R a pass",
         lambda n: 2 * _ROWS,
         _of_scores(lambda x: jsm.entmax(x, 1.3, (-1, "i"))),
-        in_loop=2 * _ROWS,
+        in_loop=lambda n: 2 * _ROWS,
     ),
     Case(
         "`linear_cross_entropy`, both gradients",
@@ -156,6 +166,20 @@ CASES = [
         lambda n: 2 * _SCORE_ROWS + _SCORE_ROWS * _FEATURES,
         _on_mesh(_attention, (P(), _SPREAD, _SPREAD), P(), *_QKV),
     ),
+    Case(
+        "`dot_product_attention`, ring",
+        "2 K D / n a pass, n - 1 times",
+        lambda n: 0,
+        _on_mesh(_ring, (_SPREAD,) * 3, _SPREAD, *[_QKV[1]] * 3),
+        in_loop=lambda n: 2 * _KEY_ROWS * _FEATURES // n,
+    ),
+    Case(
+        "ring and its gradient",
+        "2 K D / n; and 6 K D / n a pass: 2 forward, n - 1 times, 4 backward, n times",
+        lambda n: 2 * _KEY_ROWS * _FEATURES // n,
+        _on_mesh(_ring_gradient, (_SPREAD,) * 3, (_SPREAD,) * 3, *[_QKV[1]] * 3),
+        in_loop=lambda n: 6 * _KEY_ROWS * _FEATURES // n,
+    ),
 ]
 
 
@@ -169,13 +193,13 @@ def counts() -> str:
         cells = []
         for devices in COUNTED_ON:
             numbers, in_loop = case.counted(devices)
-            wanted = case.numbers(devices), case.in_loop
+            wanted = case.numbers(devices), case.in_loop(devices)
             if (numbers, in_loop) != wanted:
                 raise ValueError(
                     f"{case.name} on {devices} devices has {numbers} numbers and {in_loop} a pass, "
                     f"by the formula {wanted[0]} and {wanted[1]}."
                 )
-            cells.append(f"{numbers}" + (f" + {in_loop} a pass" if in_loop else ""))
+            cells.append(f"{numbers} + {in_loop} a pass" if in_loop else f"{numbers}")
         lines.append(f"| {case.name} | {case.formula} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

@@ -238,6 +238,7 @@ def prepare(
 
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     axes, names = split_axis(axis, scores.ndim)
+    mesh_names("axis", names)
     if options.segment_ids is None:
         if options.num_segments is not None:
             raise ValueError("num_segments goes with segment_ids, got None for that.")

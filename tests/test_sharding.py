@@ -102,7 +102,7 @@ def test_mappings(case, mesh):
 
 def test_parameters_and_segments_on_an_explicit_mesh(rng):
     """One value per row, spread over the mesh as the rows are or on all devices."""
-    x, t = float32(rng, ROWS, WIDTH), np.linspace(0.5, 1.5, ROWS, dtype=np.float32)[:, None]
+    x, t = rng.normal(size=(ROWS, WIDTH)), np.linspace(0.5, 1.5, ROWS)[:, None]
     ids = np.arange(WIDTH) // 7
 
     def several(x, t, alpha, sink):
@@ -225,3 +225,173 @@ def test_attention(layout, kind, rng):
     assert_nothing_is_gathered(found)
     wanted = NamedSharding(actual[0].sharding.mesh, in_queries)
     assert actual[0].sharding.is_equivalent_to(wanted, 4)
+
+
+# Queries and keys over the same devices: keys go round.
+
+
+def in_ring(fun, sizes=(4,), **specs):
+    """`fun` of queries, keys and values, all spread along their length."""
+    mesh = mesh_of(sizes, AxisType.Auto)
+    spread = P(None, "a")
+    in_specs = [spread] * 3 + list(specs.values())
+    return jax.shard_map(fun, mesh=mesh, in_specs=tuple(in_specs), out_specs=spread)
+
+
+def test_ring_with_all_options(rng):
+    """The value, a tangent, a pullback and a Hessian-vector product, in every argument."""
+    query, (key, value) = rng.normal(size=(2, 16, 4, 4)), rng.normal(size=(2, 2, 16, 2, 4))
+    bias = rng.normal(size=(1, 4, 16, 16))
+    segments, lengths = np.repeat([[0, 1]] * 2, [6, 10], 1), np.array([16, 11])
+
+    def attention(query, key, value, bias, temperature, slope, segments, **names):
+        return jsm.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            normalizer=functools.partial(jsm.softmax, temperature=temperature),
+            score_mod=lambda score, b, n, i, j: score - slope * abs(i - j).astype(float),
+            sink=slope,
+            is_causal=True,
+            local_window_size=(9, 0),
+            logits_soft_cap=temperature * 5,
+            key_value_seq_lengths=lengths,
+            query_seq_lengths=lengths,
+            query_segment_ids=segments,
+            key_value_segment_ids=segments,
+            block_size=2,
+            **names,
+        )
+
+    ring = in_ring(
+        functools.partial(attention, kv_axis_name="a", query_axis_name="a"),
+        bias=P(None, None, "a"),
+        temperature=P(),
+        slope=P(),
+        segments=P(None, "a"),
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def all_derivatives(attend, *args):
+        def scalar(*args):
+            return jnp.sum(jnp.sin(attend(*args, segments)))
+
+        tangents = jax.tree.map(jnp.cos, args)
+        hvp = jax.jvp(jax.grad(scalar, range(len(args))), args, tangents)
+        return jax.jvp(lambda *args: attend(*args, segments), args, tangents), hvp
+
+    args = query, key, value, bias, np.asarray(0.8), np.asarray(0.1)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11),
+        all_derivatives(ring, *args),
+        all_derivatives(attention, *args),
+    )
+
+
+def test_ring_of_half_precision_that_jax_does_not_check(rng):
+    """Also where no query sees a whole part, and where one sees nothing at all."""
+    arrays = [jnp.asarray(rng.normal(size=(1, 8, 2, 4)), jnp.bfloat16) for _ in range(3)]
+    options = {
+        "is_causal": True,
+        "mask_mod": lambda b, n, i, j: j > 0,
+        "dropout_rate": 0.2,
+        "dropout_key": jax.random.key(0),
+        "return_residual": True,
+    }
+    mesh, spread = mesh_of((4,), AxisType.Auto), P(None, "a")
+    ring = jax.shard_map(
+        functools.partial(
+            jsm.dot_product_attention, kv_axis_name="a", query_axis_name="a", **options
+        ),
+        mesh=mesh,
+        in_specs=spread,
+        out_specs=spread,
+        check_vma=False,
+    )
+    (actual, log_sum), wanted = (
+        jax.jit(ring)(*arrays),
+        jsm.dot_product_attention(*arrays, **options),
+    )
+    assert actual.dtype == jnp.bfloat16
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-2, atol=1e-2)
+    close(np.asarray(actual, float), np.asarray(wanted[0], float))
+    np.testing.assert_allclose(log_sum, wanted[1], rtol=1e-5)
+    assert np.all(np.asarray(log_sum[:, 0]) == -np.inf)
+
+
+@pytest.mark.parametrize("kind", ["grad", "hvp"])
+def test_ring_in_linear_memory(kind):
+    """Less than the scores of a device's queries, of which there are 256 to a key."""
+    length, block = 2048, 16
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    attend = functools.partial(
+        jsm.dot_product_attention, kv_axis_name="a", query_axis_name="a", block_size=block
+    )
+    ring = in_ring(attend, (8,))
+    grad = jax.grad(lambda *args: jnp.sum(ring(*args) ** 2), (0, 1, 2))
+    funs = {"grad": grad, "hvp": lambda *args: jax.jvp(grad, args, args)}
+    compiled = jax.jit(funs[kind]).lower(x, x, x).compile()
+    scores = 4 * length * length // 8
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
+    moved = {c.kind for c in collectives(compiled.as_text())}
+    assert moved == {"collective-permute"}
+
+
+def test_ring_of_arrays_on_an_explicit_mesh(rng):
+    query, key, value = float32(rng, 3, 2, 16, 2, 8)
+    bias = float32(rng, 2, 16, 16)
+
+    def attention(query, key, value, bias):
+        attend = functools.partial(jsm.dot_product_attention, bias=bias, is_causal=True)
+        return derivatives(attend, query, key, value)
+
+    args = query, key, value, bias
+    where = P("a", "b")
+    actual, found = on_mesh(mesh_of((2, 4)), attention, args, [where, where, where, P()])
+    assert_equal(actual, jax.jit(attention)(*args))
+    assert {c.kind for c in found} == {"collective-permute"}
+    assert P(*actual[0].sharding.spec[:2]) == where
+
+
+# What users get wrong.
+
+
+def test_wrong_names_and_normalizers(rng):
+    x = np.ones((1, 8, 2, 4))
+
+    def attend(**options):
+        return in_ring(functools.partial(jsm.dot_product_attention, **options), (4, 2))(x, x, x)
+
+    for message, options in {
+        "kv_axis_name must name mesh axes of a shard_map around the call, got 'z'": {
+            "kv_axis_name": "z"
+        },
+        "query_axis_name must name other mesh axes than kv_axis_name but for": {
+            "kv_axis_name": "a",
+            "query_axis_name": "a",
+            "normalizer": jsm.sparsemax,
+        },
+        "query_axis_name must be kv_axis_name or name other mesh axes": {
+            "kv_axis_name": ("a", "b"),
+            "query_axis_name": "a",
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            attend(**options)
+    with pytest.raises(TypeError, match="query_axis_name must be the name of a mesh axis"):
+        attend(query_axis_name=1)
+    with pytest.raises(ValueError, match="axis must name mesh axes of a shard_map around"):
+        jsm.softmax(x, axis=(-1, "z"))
+    with pytest.raises(ValueError, match="vocab_axis_name must name mesh axes of a shard_map"):
+        jsm.linear_cross_entropy(x[0, 0], x[0, 0].T, np.zeros(2, int), vocab_axis_name="z")
+
+
+def test_vmap_within_shard_map(rng):
+    x = rng.normal(size=(3, 2, 8))
+    mesh = mesh_of((4,), AxisType.Auto)
+    mapped = jax.vmap(lambda x: jsm.entmax15(x, (-1, "a")))
+    spread = jax.shard_map(
+        mapped, mesh=mesh, in_specs=P(None, None, "a"), out_specs=P(None, None, "a")
+    )
+    np.testing.assert_allclose(jax.jit(spread)(x), jsm.entmax15(x), rtol=1e-13, atol=1e-15)

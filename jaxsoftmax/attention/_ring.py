@@ -21,6 +21,7 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import Options, prepare, wide
 from jaxsoftmax.attention._block import Rules, is_smooth
 from jaxsoftmax.attention._operands import KEY_AXIS, ROW_AXIS
+from jaxsoftmax.attention._plan import Reach
 from jaxsoftmax.mappings import logsumexp
 
 
@@ -51,8 +52,7 @@ class Ring:
       names: the mesh axes of the ring.
       queries: how many queries a device has.
       keys: how many keys a device has.
-      before: how far a query sees before its own position, None: without limit.
-      after: the same, after its own position.
+      reach: how far queries see; what none can reach is left out.
       attend: makes the output and the log-sum-exp of one part.
       mix: takes the log-sum-exp of the whole as well, (B, N, T, 1), and gives the part's share of
         the output, and of the weights, which are 1 in all.
@@ -61,8 +61,7 @@ class Ring:
     names: tuple[str, ...]
     queries: int
     keys: int
-    before: int | None
-    after: int | None
+    reach: Reach
     attend: Part
     mix: Callable[[Array, Moving, Fixed, Array], tuple[Array, Array]]
 
@@ -79,10 +78,10 @@ class Ring:
         """Whether a query of this device can see a key of the part that begins there."""
         first_query = lax.axis_index(self.names) * self.queries
         seen = jnp.array(True)
-        if self.after is not None:
-            seen &= first_key <= first_query + self.queries - 1 + self.after
-        if self.before is not None:
-            seen &= first_key + self.keys - 1 >= first_query - self.before
+        if self.reach.after is not None:
+            seen &= first_key <= first_query + self.queries - 1 + self.reach.after
+        if self.reach.before is not None:
+            seen &= first_key + self.keys - 1 >= first_query - self.reach.before
         return seen
 
     def next(self, x: Any) -> Any:
@@ -114,7 +113,7 @@ def attend(ring: Ring, moving: Moving, fixed: Fixed) -> tuple[Array, Array]:
 
     steps = ring.size - 1
     state = moving, _start(ring, moving, fixed)
-    moving, state = lax.scan(go_on, state, jnp.arange(steps))[0]
+    moving, state = lax.scan(go_on, state, jnp.arange(steps, dtype=jnp.int32))[0]
     return merged(steps, moving, state)
 
 
@@ -162,7 +161,9 @@ def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Mo
         return (arriving, _sum(ct_moving, of_moving), _sum(ct_fixed, of_fixed)), None
 
     zeros = jax.tree.map(_zeros, (moving.smooth, fixed.smooth))
-    (_, ct_moving, ct_fixed), _ = lax.scan(go_on, (moving, *zeros), jnp.arange(ring.size))
+    (_, ct_moving, ct_fixed), _ = lax.scan(
+        go_on, (moving, *zeros), jnp.arange(ring.size, dtype=jnp.int32)
+    )
     ct_sink = None
     if fixed.sink is not None:
         finite = jnp.where(log_sum == -jnp.inf, 0, log_sum)
@@ -206,6 +207,14 @@ def in_ring(
     going = [name for name in ("key", "value", "key_segments") if name in operands]
     staying = [name for name in operands if name not in going]
     keys = key.shape[KEY_AXIS]
+
+    # Outside of the rule, so that JAX sums their cotangents over devices.
+    def vary(x: Any) -> Any:
+        return vary_like(x, query) if isinstance(x, jax.Array) else x
+
+    names_of_arrays = ("normalizer", "scale", "soft_cap")
+    arrays = {name: jax.tree.map(vary, getattr(rules, name)) for name in names_of_arrays}
+    rules = dataclasses.replace(rules, **arrays)
     softmax = rules.normalizer
     temperature = dict(softmax.options) | softmax.arrays
 
@@ -236,15 +245,17 @@ def in_ring(
     # What the functions close over, too, is given to the rule, which must not hide any of it.
     split = [_split(moving), _split(fixed)]
     smooth, rest = [*split[1][0].values()], [*split[1][1].values()]
-    opened = []
+    opened, can_skip = [], True
     for pure, own_smooth, own_rest in parts:
-        own_smooth = [vary_like(x, query) for x in own_smooth]
+        # Where what is common to all devices has a gradient, it is summed at every step by all.
+        can_skip &= all(vary_like(x, query) is x for x in own_smooth)
         places = [
             slice(len(x), len(x) + len(y)) for x, y in ((smooth, own_smooth), (rest, own_rest))
         ]
         smooth, rest = smooth + own_smooth, rest + own_rest
         opened.append(functools.partial(_opened, pure, places, [*split[0], *split[1]]))
-    ring = Ring(names, query.shape[ROW_AXIS], keys, rules.before, rules.after, opened[0], opened[1])
+    reach = Reach(rules.before, rules.after) if can_skip else Reach()
+    ring = Ring(names, query.shape[ROW_AXIS], keys, reach, *opened)
     sink = None if rules.sink is None else vary_like(rules.sink, query)
     of_moving = Moving([*split[0][0].values()], [*split[0][1].values()])
     return attend(ring, of_moving, Fixed(smooth, rest, sink))
@@ -268,6 +279,7 @@ def _opened(
     """Calls `pure` with arrays by their names, and with what it closed over."""
     lists = moving.smooth, moving.rest, fixed.smooth, fixed.rest
     named = [dict(zip(of, x, strict=False)) for of, x in zip(names, lists, strict=True)]
+    first_key = vary_like(first_key, fixed.smooth[0])
     own_smooth, own_rest = fixed.smooth[places[0]], fixed.rest[places[1]]
     return pure(own_smooth, own_rest, first_key, named[0] | named[1], named[2] | named[3], *more)
 
