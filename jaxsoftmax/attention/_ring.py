@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp, hoist
+from jaxsoftmax._differentiation import custom_vjp, hoist, linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import Options, prepare, wide
 from jaxsoftmax.attention._block import Rules, is_smooth
@@ -137,32 +137,11 @@ def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Mo
     worth = ct_log_sum - jnp.sum(ct_out * out, -1)
     given = log_sum[..., None]
 
-    def of_part(step: Array, moving: Moving, ct_out: Array, worth: Array) -> Any:
-        def pulled(ct_out: Array, worth: Array) -> Any:
-            def mix(of_moving: list[Array], of_fixed: list[Array]) -> tuple[Array, Array]:
-                here = moving._replace(smooth=of_moving)
-                return ring.mix(first_key, here, fixed._replace(smooth=of_fixed), given)
-
-            return jax.vjp(mix, moving.smooth, fixed.smooth)[1]((ct_out, worth))
-
-        def nothing(*_: Array) -> Any:
-            return jax.tree.map(jnp.zeros_like, (moving.smooth, fixed.smooth))
-
-        first_key = ring.first_key(step)
-        return lax.cond(ring.is_seen(first_key), pulled, nothing, ct_out, worth)
-
-    # Checkpointed, so that what is differentiated again keeps no scores.
-    @jax.checkpoint
-    def go_on(state: Any, step: Array) -> tuple[Any, None]:
-        moving, ct_moving, ct_fixed = state
-        arriving = ring.next(moving)
-        ct_moving = ring.next(ct_moving)  # both on their way while this part is used
-        of_moving, of_fixed = of_part(step, moving, ct_out, worth)
-        return (arriving, _sum(ct_moving, of_moving), _sum(ct_fixed, of_fixed)), None
-
-    zeros = jax.tree.map(_zeros, (moving.smooth, fixed.smooth))
-    (_, ct_moving, ct_fixed), _ = lax.scan(
-        go_on, (moving, *zeros), jnp.arange(ring.size, dtype=jnp.int32)
+    ct_moving, ct_fixed = linear_pair(
+        functools.partial(_pulled, ring),
+        functools.partial(_pushed, ring),
+        (moving, fixed, given),
+        (ct_out, worth),
     )
     ct_sink = None
     if fixed.sink is not None:
@@ -172,12 +151,81 @@ def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Mo
     nothing = [None] * len(moving.rest), [None] * len(fixed.rest)
     ct_moving, ct_fixed = (
         [ct.astype(x.dtype) for ct, x in zip(cts, part.smooth, strict=True)]
-        for cts, part in ((ring.next(ct_moving), moving), (ct_fixed, fixed))
+        for cts, part in ((ct_moving, moving), (ct_fixed, fixed))
     )
     return Moving(ct_moving, nothing[0]), Fixed(ct_fixed, nothing[1], ct_sink)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+# The pullback and its transpose are loops of their own. Were one transposed by JAX, the keys of all
+# devices would be kept, one part for each step.
+Point = tuple[Moving, Fixed, Array]
+
+
+def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> Any:
+    """The cotangents of what goes round and of what stays, given those of `Ring.mix`."""
+    moving, fixed, given = point
+
+    @jax.checkpoint
+    def go_on(state: Any, step: Array) -> tuple[Any, None]:
+        moving, ct_moving, ct_fixed = state
+        arriving = ring.next(moving)
+        ct_moving = ring.next(ct_moving)  # both on their way while this part is used
+        first_key = ring.first_key(step)
+
+        def pulled() -> Any:
+            mix = _mix(ring, first_key, moving, fixed, given)
+            return jax.vjp(mix, moving.smooth, fixed.smooth)[1](cts)
+
+        def nothing() -> Any:
+            return jax.tree.map(jnp.zeros_like, (moving.smooth, fixed.smooth))
+
+        of_moving, of_fixed = lax.cond(ring.is_seen(first_key), pulled, nothing)
+        return (arriving, _sum(ct_moving, of_moving), _sum(ct_fixed, of_fixed)), None
+
+    zeros = jax.tree.map(_zeros, (moving.smooth, fixed.smooth))
+    state, _ = lax.scan(go_on, (moving, *zeros), jnp.arange(ring.size, dtype=jnp.int32))
+    _, ct_moving, ct_fixed = state
+    return ring.next(ct_moving), ct_fixed
+
+
+def _pushed(ring: Ring, point: Point, tangents: Any) -> tuple[Array, Array]:
+    """The tangents of `Ring.mix`, summed over all parts: the transpose of `_pulled`."""
+    moving, fixed, given = point
+    of_moving, of_fixed = tangents
+
+    @jax.checkpoint
+    def go_on(state: Any, step: Array) -> tuple[Any, None]:
+        moving, of_moving, totals = state
+        arriving = ring.next((moving, of_moving))
+        first_key = ring.first_key(step)
+
+        def pushed() -> tuple[Array, ...]:
+            points, tangents = (moving.smooth, fixed.smooth), (of_moving, of_fixed)
+            like = jax.tree.map(lambda t, x: t.astype(x.dtype), tangents, points)
+            parts = jax.jvp(_mix(ring, first_key, moving, fixed, given), points, like)[1]
+            return tuple(map(jnp.add, totals, parts))
+
+        return (*arriving, lax.cond(ring.is_seen(first_key), pushed, lambda: totals)), None
+
+    shapes = jax.eval_shape(ring.mix, ring.first_key(0), moving, fixed, given)
+    totals = tuple(vary_like(jnp.zeros(x.shape, x.dtype), fixed.smooth[0]) for x in shapes)
+    state = moving, of_moving, totals
+    return lax.scan(go_on, state, jnp.arange(ring.size, dtype=jnp.int32))[0][2]
+
+
+def _mix(
+    ring: Ring, first_key: Array, moving: Moving, fixed: Fixed, given: Array
+) -> Callable[..., tuple[Array, Array]]:
+    """`Ring.mix` as a function of what has derivatives."""
+
+    def mix(of_moving: list[Array], of_fixed: list[Array]) -> tuple[Array, Array]:
+        here, there = moving._replace(smooth=of_moving), fixed._replace(smooth=of_fixed)
+        return tuple(ring.mix(first_key, here, there, given))
+
+    return mix
 
 
 def _zeros(x: Array) -> Array:
