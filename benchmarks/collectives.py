@@ -1,6 +1,5 @@
 """What crosses devices, read from a compiled program."""
 
-import collections
 import dataclasses
 import math
 import re
@@ -12,7 +11,9 @@ _OPERATION = re.compile(
 )
 _SHAPE = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<sizes>[\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
-_BODY = re.compile(r"body=%?([\w.\-]+)")
+_LOOP = re.compile(
+    r" while\(.*body=%?(?P<body>[\w.\-]+)(?:.*known_trip_count\":{\"n\":\"(?P<count>\d+))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,12 +23,12 @@ class Collective:
     Attributes:
       kind: its name in HLO.
       sizes: how many numbers each of its results has, on one device; several if it is fused.
-      in_loop: whether it is in the body of a loop.
+      passes: how often it runs; None in a loop that runs until it is done.
     """
 
     kind: str
     sizes: tuple[int, ...]
-    in_loop: bool
+    passes: int | None
 
     @property
     def size(self) -> int:
@@ -37,20 +38,15 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All collective operations of a compiled program, given `compiled.as_text()`."""
-    bodies, found, name = set(_BODY.findall(text)), [], ""
+    loops = {loop["body"]: loop["count"] for loop in _LOOP.finditer(text)}
+    found, name = [], ""
     for line in text.splitlines():
         if match := _COMPUTATION.match(line):
             name = match["name"]
         if match := _OPERATION.search(line):
             shapes = _SHAPE.finditer(match["shapes"])
             sizes = (math.prod(int(n) for n in s["sizes"].split(",") if n) for s in shapes)
-            found.append(Collective(match["kind"], tuple(sizes), name in bodies))
+            passes = loops.get(name, "1")
+            passes = None if passes is None else int(passes)
+            found.append(Collective(match["kind"], tuple(sizes), passes))
     return found
-
-
-def by_kind(text: str) -> dict[str, int]:
-    """How many numbers all operations of each kind give to a device."""
-    totals: collections.Counter[str] = collections.Counter()
-    for operation in collectives(text):
-        totals[operation.kind] += operation.size
-    return dict(totals)
