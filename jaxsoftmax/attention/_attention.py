@@ -16,6 +16,7 @@ from jaxsoftmax.attention import _arguments, _pure
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
+from jaxsoftmax.attention._groups import in_groups
 from jaxsoftmax.attention._plan import (
     BACKWARD_SCORES,
     FORWARD_SCORES,
@@ -225,7 +226,8 @@ def _attention(
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, dtype)
     else:
-        outs = _in_blocks(static.block_size, rules, operands, sizes)
+        attend = functools.partial(_in_blocks, static.block_size)
+        outs = in_groups(attend, rules, operands, sizes, static.block_size)
     if static.kv_axis_name is not None:
         outs = (lax.psum(outs[0], static.kv_axis_name), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
@@ -327,7 +329,11 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
 
 
 def _in_blocks(
-    block_size: int | None, rules: Rules, operands: dict[str, Array], sizes: Sizes
+    block_size: int | None,
+    rules: Rules,
+    operands: dict[str, Array],
+    sizes: Sizes,
+    forward_scores: int = FORWARD_SCORES,
 ) -> tuple[Array, ...]:
     # Where the positions of the keys are not known while tracing, no key is out of reach.
     reach = Reach(rules.before, rules.after) if rules.kv_axis_name is None else Reach()
@@ -346,7 +352,7 @@ def _in_blocks(
 
     return attend_in_blocks(
         block_of,
-        bands_of(FORWARD_SCORES),
+        bands_of(forward_scores),
         bands_of(BACKWARD_SCORES),
         [LAYOUT[name] for name in names],
         list(operands.values()),

@@ -16,6 +16,7 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._plan import Band
+from jaxsoftmax.attention._pure import Configured
 
 Parts = Mapping[str, Array]
 # Of the first row and the parts of the operands that the block sees.
@@ -39,12 +40,14 @@ class Rules:
       dropout_rate: the share of the weights that are dropped.
       dropout_key: a key of `jax.random`, if any are.
       kv_axis_name: the mesh axis that the keys are spread over.
+      first_entry: the index of the first entry of the batch.
+      first_head: the index of the first head.
       guard: whether the normalizer is not to see rows of which nothing takes part.
     """
 
     normalizer: Callable[..., Array]
     scale: ArrayLike | None
-    log_sum: Callable[..., Array] | None = None
+    log_sum: Configured | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
     before: int | None = None
@@ -54,6 +57,8 @@ class Rules:
     dropout_rate: float = 0.0
     dropout_key: Array | None = None
     kv_axis_name: str | None = None
+    first_entry: ArrayLike = 0
+    first_head: ArrayLike = 0
     guard: bool = True
 
 
@@ -134,7 +139,7 @@ def _places(
     keys = keys + band.key_start(first_row)
     if rules.kv_axis_name is not None:
         keys = keys + lax.axis_index(rules.kv_axis_name) * band.total_keys
-    return batch, heads, rows + first_row, keys
+    return batch + rules.first_entry, heads + rules.first_head, rows + first_row, keys
 
 
 def _modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
