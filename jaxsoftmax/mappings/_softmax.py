@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import exp, log, two_sum
-from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
+from jaxsoftmax._reductions import EXACT, Entries, Rows, add_exactly, indicator
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -228,7 +228,7 @@ def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
         if finfo.bits == 32:
             return rows.sum(weights)
         # XLA for CPU adds float64 one by one, with an error that grows with the row.
-        sum_, lost = rows.sums(lambda w: (w, jnp.zeros_like(w)), [weights], add=add_exactly)
+        sum_, lost = rows.sums(lambda w: (w,), [weights], adding=EXACT)
         return sum_ + lost
 
     def finite_weight(score: Array, pivot: Array) -> Array:
@@ -347,12 +347,11 @@ def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
     """
 
     # Gaps are computed where they are used, thrice: to hold them in memory would take longer.
-    def terms(score: Array, top: Array) -> tuple[Array, Array, Array]:
-        gap, lost = exact_gap(score, top)
-        at_top = gap == 0
-        below = jnp.where(at_top, 0, exp(gap, lost))
-        return below, jnp.zeros_like(below), indicator(at_top, below.dtype)
+    def terms(score: Array, top: Array) -> tuple[Array, Array]:
+        at_top = score == top
+        below = jnp.where(at_top, 0, exp(*two_sum(score, -top)))
+        return below, indicator(at_top, below.dtype)
 
     top = _threshold.top_of(rows, scores)
-    below, lost, tops = rows.sums(terms, [scores], [top], add_exactly)
+    below, lost, tops = rows.sums(terms, [scores], [top], EXACT)
     return top, log(*add_exactly((tops, lost), (below, jnp.zeros_like(below))))
