@@ -1,7 +1,7 @@
-"""The exponential, within 1.1 ulp, and the logarithm, within 0.8 ulp.
+"""The exponential, within 1.1 ulp, and the logarithm, within 0.8 ulp, of a sum of two parts.
 
-Each takes its argument in two parts, the second of which is too small for the first to hold: a
-log-softmax that is to have all its digits cannot do without. Besides, XLA for CPU is off by up to
+The second part is too small for the first to hold: a log-softmax that is to have all its digits
+cannot do without. Besides, XLA for CPU is off by up to
 1.6 ulp in `log` and by 2.5 in `log1p`.
 """
 
@@ -47,6 +47,12 @@ def _power_of_2(exponent: Array) -> Array:
     # With this added, a whole number is the last bits of a float.
     bits = lax.bitcast_convert_type(exponent + 1.5 * 2.0**finfo.nmant, integer)
     return lax.bitcast_convert_type((bits + (finfo.maxexp - 1)) << finfo.nmant, exponent.dtype)
+
+
+def log1p(x: Array) -> Array:
+    """`log(1 + x)` for `x > -1`, within 1.5 ulp: in float64, XLA for CPU is off by up to 120."""
+    total, rest = two_sum(x, jnp.ones_like(x))
+    return jnp.log(total) + rest / total
 
 
 def log(x: Array, rest: Array) -> Array:
