@@ -1,8 +1,8 @@
-"""The exponential and the logarithm, within 0.8 ulp.
+"""The exponential, within 1.1 ulp, and the logarithm, within 0.8 ulp, of a sum of two parts.
 
-XLA for CPU is off by up to 1.6 ulp in either, and by 2.5 in `log1p`. A log-softmax that is to have
-all its digits cannot afford that. Each takes its argument in two parts, the second of which is too
-small for the first to hold.
+The second part is too small for the first to hold: a log-softmax that is to have all its digits
+cannot do without. Besides, XLA for CPU is off by up to
+1.6 ulp in `log` and by 2.5 in `log1p`.
 """
 
 import math
@@ -32,19 +32,13 @@ def exp(x: Array, rest: Array) -> Array:
     """`exp(x + rest)` for `x <= 0`, where `rest` is small; 0 below the smallest normal number."""
     high, low = _LOG_2[x.dtype.itemsize]
     exponent = lax.round(x * (1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
-    # exp(x + rest) = 2 ** exponent exp(r + rest), and |r| < 0.35.
-    long, short = x - exponent * high, exponent * low
-    r = long - short
-    rest = ((long - r) - short) + rest
+    # exp(x + rest) = 2 ** exponent exp(r), and |r| < 0.35.
+    r = (x - exponent * high) - (exponent * low - rest)
     tail = jnp.zeros_like(x)
     for n in range(_EXP_TERMS[x.dtype.itemsize], 1, -1):
         tail = tail * r + 1 / math.factorial(n)
-    tail = tail * r * r
-    one = jnp.ones_like(x)
-    total = one + r
-    p = total + (((one - total) + r) + (tail + rest * (total + tail)))
-    finfo = jnp.finfo(x.dtype)
-    return jnp.where(x < math.log(finfo.tiny), 0, p * _power_of_2(exponent))
+    p = 1 + (r + tail * (r * r))
+    return jnp.where(x < math.log(jnp.finfo(x.dtype).tiny), 0, p * _power_of_2(exponent))
 
 
 def _power_of_2(exponent: Array) -> Array:
@@ -53,6 +47,12 @@ def _power_of_2(exponent: Array) -> Array:
     # With this added, a whole number is the last bits of a float.
     bits = lax.bitcast_convert_type(exponent + 1.5 * 2.0**finfo.nmant, integer)
     return lax.bitcast_convert_type((bits + (finfo.maxexp - 1)) << finfo.nmant, exponent.dtype)
+
+
+def log1p(x: Array) -> Array:
+    """`log(1 + x)` for `x > -1`, within 1.5 ulp: in float64, XLA for CPU is off by up to 120."""
+    total, rest = two_sum(x, jnp.ones_like(x))
+    return jnp.log(total) + rest / total
 
 
 def log(x: Array, rest: Array) -> Array:

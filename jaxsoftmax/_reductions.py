@@ -29,6 +29,7 @@ from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
+Terms = Callable[..., Sequence[Array]]
 Add = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
 T = TypeVar("T")
 
@@ -41,6 +42,37 @@ def add_exactly(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
     """Adds terms of which the second gathers what rounding takes from the first."""
     total, lost = two_sum(x[0], y[0])
     return total, x[1] + y[1] + lost, *map(jnp.add, x[2:], y[2:])
+
+
+def _as_they_are(*terms: Array) -> Sequence[Array]:
+    return terms
+
+
+def _in_two_parts(first: Array, *others: Array) -> Sequence[Array]:
+    return first, jnp.zeros_like(first), *others
+
+
+@dataclasses.dataclass(frozen=True)
+class Adding:
+    """How terms are added up.
+
+    Attributes:
+      add: adds two sums.
+      few: adds a few terms, before all else.
+      prepare: makes sums of what `few` gives, or of single terms.
+      depth: how many terms are few.
+    """
+
+    add: Add = _add
+    few: Add = _add
+    prepare: Callable[..., Sequence[Array]] = _as_they_are
+    depth: int = 8
+
+
+PLAIN = Adding()
+# The first sum is followed by what rounding took from it. Of additions of a few terms nothing is
+# gathered: their errors are many, and cancel.
+EXACT = Adding(add_exactly, prepare=_in_two_parts, depth=4)
 
 
 @functools.partial(
@@ -77,10 +109,10 @@ class Rows:
 
     def sums(
         self,
-        function: Callable[..., tuple[Array, ...]],
+        function: Terms,
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
-        add: Add = _add,
+        adding: Adding = PLAIN,
     ) -> tuple[Array, ...]:
         """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
 
@@ -90,25 +122,26 @@ class Rows:
           function: `(*entries, *row_values) -> terms`, entry by entry, as for `map`.
           entries: the entries that it takes.
           row_values: the row values that it takes.
-          add: how to add the terms of two entries, where the order of additions matters; see
-            `add_exactly`.
+          adding: how they are added, `PLAIN` or `EXACT`.
         """
+
+        def terms(*args: Array) -> Sequence[Array]:
+            return adding.prepare(*function(*args))
+
         if self.segment_ids is not None:
-            return tuple(
-                self.sum(terms)
-                for terms in zip(*self.map(function, entries, row_values), strict=True)
-            )
+            parts = zip(*self.map(terms, entries, row_values), strict=True)
+            return tuple(map(self.sum, parts))
         first, *sinks = zip(*entries, strict=True)
         sums = on_local_cpu_or_else(
-            functools.partial(self._sums_on_cpu, function, add),
-            functools.partial(self._joint_sums, function),
+            functools.partial(self._sums_on_cpu, function, adding),
+            functools.partial(self._joint_sums, terms),
             first,
             tuple(row_values),
         )
         if self.names:
-            sums = self._over_devices(sums, add)
+            sums = self._over_devices(sums, adding)
         for sink in sinks:
-            sums = add(sums, function(*sink, *row_values))
+            sums = adding.add(sums, terms(*sink, *row_values))
         return tuple(sums)
 
     def max(self, entries: Entries) -> Array:
@@ -174,15 +207,12 @@ class Rows:
         return jnp.sum(x, self.axes, keepdims=True)
 
     def _joint_sums(
-        self,
-        function: Callable[..., tuple[Array, ...]],
-        entries: tuple[Array, ...],
-        row_values: tuple[Array, ...],
+        self, function: Terms, entries: Sequence[Array], row_values: Sequence[Array]
     ) -> tuple[Array, ...]:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
 
-    def _over_devices(self, sums: Sequence[Array], add: Add) -> Sequence[Array]:
-        if add is not add_exactly:
+    def _over_devices(self, sums: Sequence[Array], adding: Adding) -> Sequence[Array]:
+        if adding is not EXACT:
             return lax.psum(tuple(sums), self.names)
         # What rounding took is added before the sum leaves the device: one number less to tell.
         first, lost, *others = sums
@@ -191,32 +221,32 @@ class Rows:
 
     def _sums_on_cpu(
         self,
-        function: Callable[..., tuple[Array, ...]],
-        add: Add,
-        entries: tuple[Array, ...],
-        row_values: tuple[Array, ...],
+        function: Terms,
+        adding: Adding,
+        entries: Sequence[Array],
+        row_values: Sequence[Array],
     ) -> tuple[Array, ...]:
         # XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and
         # lanes, it is reduced over the depth, and LLVM vectorizes across the lanes. What is left is
         # a minor axis again.
         minor = entries[0].ndim - 1
         length = entries[0].shape[minor] if minor in self.axes else 1
-        lanes, depth = _folding(length, 8 if add is _add else 4)
+        lanes, depth = _folding(length, adding.depth)
         if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
-            return _reduce(function(*entries, *row_values), add, self.axes)
+            terms = adding.prepare(*function(*entries, *row_values))
+            return _reduce(terms, adding.add, self.axes)
         whole = length - length % (depth * lanes)
         # The entries are cut, not the terms: terms of two uses would be held in memory.
         folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
         spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
-        terms = function(*folded, *spread)
-        partial = _reduce(terms, add, (*self.axes[:-1], minor + 1))
-        shape = (*partial[0].shape[:minor], -1)
-        partial = tuple(sums.reshape(shape) for sums in partial)
-        sums = self._sums_on_cpu(lambda *sums: sums, add, partial, ())
+        partial = _reduce(function(*folded, *spread), adding.few, (minor + 1,))
+        partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
+        later = Adding(adding.add, adding.add, depth=adding.depth)
+        sums = self._sums_on_cpu(adding.prepare, later, partial, ())
         if whole == length:
             return sums
-        rest = tuple(x[..., whole:] for x in entries)
-        return tuple(add(sums, self._sums_on_cpu(function, add, rest, row_values)))
+        rest = [x[..., whole:] for x in entries]
+        return tuple(adding.add(sums, self._sums_on_cpu(function, adding, rest, row_values)))
 
 
 def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:
@@ -288,4 +318,5 @@ def _folding(length: int, deepest: int) -> tuple[int, int]:
 
 def _reduce(terms: Sequence[Array], add: Add, axes: tuple[int, ...]) -> tuple[Array, ...]:
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    return tuple(jnp.expand_dims(x, axes) for x in lax.reduce(tuple(terms), zeros, add, axes))
+    sums = lax.reduce(tuple(terms), zeros, add, axes)
+    return tuple(jnp.expand_dims(x, axes) for x in sums)

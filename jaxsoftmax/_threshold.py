@@ -58,7 +58,8 @@ def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple
     return p, (rows, p, params)
 
 
-def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
+def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
+    """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
     slope = rows.map(form.slope, [p], params)
     mean = _mean(rows, ct, slope)
@@ -72,7 +73,7 @@ def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     return None, rows.map(jnp.multiply, [slope, worth]), *ct_params
 
 
-apply.defvjp(_apply_fwd, _apply_bwd)
+apply.defvjp(_apply_fwd, apply_bwd)
 
 
 def _mean(rows: Rows, values: Entries, weights: Entries) -> Array:

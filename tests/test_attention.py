@@ -10,6 +10,7 @@ import scipy.special
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
+from jaxsoftmax.attention import _attention, _groups, _plan
 
 B, T, S, N, K, H, V = 2, 10, 12, 4, 2, 3, 5
 # Blocks of 4, 4 and 2 rows.
@@ -256,6 +257,60 @@ def test_blocks_of_all_sizes_agree(block_size, rng):
     options = {"is_causal": True, "local_window_size": (4, 0), "normalizer": jsm.sparsemax}
     out = jsm.dot_product_attention(*args, block_size=block_size, **options)
     np.testing.assert_allclose(out, attend(*args, **options), rtol=1e-13, atol=1e-14)
+
+
+@pytest.fixture
+def on_one_cpu(monkeypatch):
+    """As where there is but one device, a CPU, and all blocks are too large for it."""
+    monkeypatch.setattr(_groups, "_on_one_cpu", lambda: True)
+    monkeypatch.setattr(_plan, "GROUP_SCORES", 1)
+    fresh = jax.jit(_attention._attention, static_argnums=0)
+    monkeypatch.setattr(_attention, "_compiled", fresh)
+
+
+def test_heads_one_after_the_other_agree(rng, request):
+    """With all that has an axis for the batch or the heads, and all that has not."""
+    bias, alpha, sink = rng.normal(size=(N, T, S)), rng.uniform(1, 2, (N, 1, 1)), rng.normal(size=N)
+    options = {
+        "mask": rng.random((B, 1, T, S)) < 0.8,
+        "key_value_seq_lengths": jnp.array([7, S]),
+        "query_segment_ids": jnp.zeros((B, T), int),
+        "key_value_segment_ids": jnp.zeros((1, S), int),
+        "is_causal": True,
+        "dropout_rate": 0.3,
+        "dropout_key": jax.random.key(0),
+    }
+
+    def attention(q, k, v, bias, alpha, sink):
+        entmax = functools.partial(jsm.entmax, alpha=alpha)
+        out = attend(q, k, v, bias, normalizer=entmax, sink=sink, **options)
+        dense = functools.partial(jsm.softmax, temperature=alpha)
+        return out, *attend(q, k, v, normalizer=dense, sink=sink, return_residual=True)
+
+    def everything(*args):
+        out, pull_back = jax.vjp(attention, *args)
+        _, tangents = jax.jvp(attention, args, args)
+        return out, tangents, pull_back(tangents)
+
+    args = *inputs(rng), bias, alpha, sink
+    together = jax.jit(everything)(*args)
+    request.getfixturevalue("on_one_cpu")
+    apart = jax.jit(lambda *args: everything(*args))(*args)
+    for x, y in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batch", "key_heads", "row_size", "rows", "group"),
+    [
+        (4, 6, 2**11, 2**12, (1, 1)),
+        (4, 6, 2**10, 2**9, (1, 2)),
+        (4, 6, 2**7, 2**9, (2, 6)),
+        (4, 6, 2**7, 2**5, (4, 6)),
+    ],
+)
+def test_as_many_heads_are_taken_together_as_fit(batch, key_heads, row_size, rows, group):
+    assert _plan.group_sizes(batch, key_heads, row_size, rows) == group
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(13, 4), (3, 13), (1, 13), (13, 1)])

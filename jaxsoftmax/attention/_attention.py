@@ -17,6 +17,7 @@ from jaxsoftmax.attention import _arguments, _pure, _shared
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
+from jaxsoftmax.attention._groups import in_groups
 from jaxsoftmax.attention._operands import ROW_AXIS
 from jaxsoftmax.attention._plan import (
     BACKWARD_SCORES,
@@ -269,13 +270,13 @@ def _here(
         # Queries are fewer than scores. In half precision they would be rounded.
         operands["query"] = operands["query"] * rules.scale
         rules = dataclasses.replace(rules, scale=None)
-    in_blocks = functools.partial(_in_blocks, static.block_size, sizes)
+    in_blocks = functools.partial(_in_blocks, static.block_size)
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, dtype)
     elif static.in_ring(normalizer):
-        outs = in_ring(static.places.keys, in_blocks, rules, operands)
+        outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)
     else:
-        outs = in_blocks(rules, operands)
+        outs = in_groups(in_blocks, rules, operands, sizes, static.block_size)
         if static.places.keys:
             outs = (lax.psum(outs[0], static.places.keys), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
@@ -390,10 +391,14 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
 
 
 def _in_blocks(
-    block_size: int | None, sizes: Sizes, rules: Rules, operands: dict[str, Array]
+    block_size: int | None,
+    rules: Rules,
+    operands: dict[str, Array],
+    sizes: Sizes,
+    forward_scores: int = FORWARD_SCORES,
 ) -> tuple[Array, ...]:
     # Where positions are not known while tracing, no key is out of reach.
-    known = all(isinstance(first, int) for first in rules.first)
+    known = all(isinstance(first, int) for first in rules.first[2:])
     reach = Reach(rules.before, rules.after) if known else Reach()
     names = tuple(operands)
     devices = parts_in_all(operands["query"])
@@ -414,7 +419,7 @@ def _in_blocks(
 
     return attend_in_blocks(
         block_of,
-        bands_of(FORWARD_SCORES),
+        bands_of(forward_scores),
         bands_of(BACKWARD_SCORES),
         [LAYOUT[name] for name in names],
         list(operands.values()),

@@ -16,6 +16,7 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._plan import Band
+from jaxsoftmax.attention._pure import Configured
 
 Parts = Mapping[str, Array]
 # Of the first row and the parts of the operands that the block sees.
@@ -39,13 +40,13 @@ class Rules:
       dropout_rate: the share of the weights that are dropped.
       dropout_key: a key of `jax.random`, if any are.
       kv_names: the mesh axes that the keys are spread over.
-      first: the positions of the first batch, head, query and key of this device.
+      first: the indices of the first batch, head, query and key.
       guard: whether the normalizer is not to see rows of which nothing takes part.
     """
 
     normalizer: Callable[..., Array]
     scale: ArrayLike | None
-    log_sum: Callable[..., Array] | None = None
+    log_sum: Configured | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
     before: int | None = None

@@ -83,9 +83,29 @@ def block_rows(queries: int, row_size: int, block_scores: int) -> int:
 
 # As measured: a block's scores should stay near the core that works on them, yet a block of few
 # rows spends its time on going through all keys. The reverse rule holds several arrays of scores.
-FORWARD_SCORES, BACKWARD_SCORES = 2**21, 2**20
+# Where heads may be taken one after the other, blocks can have both: few scores and many rows.
+FORWARD_SCORES, BACKWARD_SCORES, GROUP_SCORES = 2**21, 2**20, 2**20
 _FEWEST_ROWS, _MOST_ROWS = 64, 512
 _BANDS = 8
+
+
+def group_sizes(batch: int, key_heads: int, row_size: int, rows: int) -> tuple[int, int]:
+    """How many entries of the batch, and how many heads of the keys, to take together.
+
+    Args:
+      batch: how many entries there are.
+      key_heads: how many heads.
+      row_size: how many scores there are to a row, for one of the heads.
+      rows: how many rows a block may have.
+    """
+    most = max(GROUP_SCORES // (row_size * min(rows, _MOST_ROWS)), 1)
+    if most < key_heads:
+        return 1, _divisor(key_heads, most)
+    return _divisor(batch, most // key_heads), key_heads
+
+
+def _divisor(n: int, most: int) -> int:
+    return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
 
 
 def bands(queries: int, keys: int, rows: int, reach: Reach) -> tuple[Band, ...]:

@@ -29,6 +29,10 @@ class Configured:
         """Calls the function."""
         return self.function(*args, **dict(self.options), **self.arrays, **kwargs)
 
+    def with_arrays(self, arrays: dict[str, Array]) -> "Configured":
+        """The same function with other arrays of the same names."""
+        return dataclasses.replace(self, arrays=arrays)
+
     def of(self, function: Callable[..., Array]) -> "Configured":
         """Another function with the same options."""
         return dataclasses.replace(self, function=function)

@@ -9,7 +9,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Num
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import exp, log
-from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
+from jaxsoftmax._reductions import EXACT, Entries, Rows, add_exactly, indicator
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -177,12 +177,11 @@ def _top_and_log_sum(rows: Rows, scores: Entries, hits: Entries, own: Array) -> 
     if not rows.are_shared(scores[0]):
         return _softmax.top_and_log_sum(rows, scores)
 
-    def terms(score: Array, hit: Array, top: Array) -> tuple[Array, Array]:
-        weight = jnp.where(hit, 0, exp(*_softmax.exact_gap(score, top)))
-        return weight, jnp.zeros_like(weight)
+    def terms(score: Array, hit: Array, top: Array) -> tuple[Array]:
+        return (jnp.where(hit, 0, exp(*_softmax.exact_gap(score, top))),)
 
     top = _threshold.top_of(rows, scores)
-    others, lost = rows.sums(terms, [scores, hits], [top], add_exactly)
+    others, lost = rows.sums(terms, [scores, hits], [top], EXACT)
     own_weight = exp(*_softmax.exact_gap(own, top))
     return top, log(*add_exactly((own_weight, lost), (others, jnp.zeros_like(others))))
 

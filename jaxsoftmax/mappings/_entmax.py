@@ -7,6 +7,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import log1p
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -269,10 +270,13 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     return _threshold.normalized(rows, weights, peak)
 
 
+# Below this, quotients by beta have nothing left to say, and at 0 they would be NaN.
+_NO_BETA = 1e-30
+
+
 def _log1p_over(beta: Array, x: Array) -> Array:
     """`log(1 + beta x) / beta`, which is `x` where beta is 0."""
-    # Below 1e-30 the quotient has nothing left to say, and at 0 it would be NaN.
-    return jnp.where(beta < 1e-30, x, jnp.log1p(beta * x) / beta)
+    return jnp.where(beta < _NO_BETA, x, log1p(beta * x) / beta)
 
 
 def negentropy(p: Array, alpha: Array) -> Array:
@@ -290,7 +294,7 @@ def _expm1_over(beta: Array, x: Array) -> Array:
 
 @custom_vjp
 def _expm1_quotient(beta: Array, x: Array) -> Array:
-    none = jnp.abs(beta) < 1e-30
+    none = jnp.abs(beta) < _NO_BETA
     return jnp.where(none, x, jnp.expm1(beta * x) / jnp.where(none, 1, beta))
 
 

@@ -12,8 +12,16 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import exp, log, two_sum
-from jaxsoftmax._reductions import Entries, Rows, add_exactly, indicator
-from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
+from jaxsoftmax._reductions import EXACT, Entries, Rows, add_exactly, indicator
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    divided_by_zero,
+    known_number,
+    output_dtype,
+    prepare,
+    public,
+)
 from jaxsoftmax._threshold import Form
 
 
@@ -73,7 +81,12 @@ def softmax(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments)
     rows, scores = prepare(x, axis, options)
-    return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
+    dtype = output_dtype(x)
+    is_plain = known_number(temperature) == 1 and sink is None
+    if jnp.finfo(dtype).bits < 32 and is_plain and not rows.are_shared(scores[0]):
+        # The scores are still those that came, and lose nothing.
+        return _softmax_of_half(rows, (scores[0].astype(dtype),))[0]
+    return _threshold.apply(SOFTMAX, rows, scores)[0].astype(dtype)
 
 
 @public
@@ -216,7 +229,7 @@ def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
         if finfo.bits == 32:
             return rows.sum(weights)
         # XLA for CPU adds float64 one by one, with an error that grows with the row.
-        sum_, lost = rows.sums(lambda w: (w, jnp.zeros_like(w)), [weights], add=add_exactly)
+        sum_, lost = rows.sums(lambda w: (w,), [weights], adding=EXACT)
         return sum_ + lost
 
     def finite_weight(score: Array, pivot: Array) -> Array:
@@ -236,6 +249,44 @@ def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
 
 
 SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p)
+
+
+@custom_vjp
+def _softmax_of_half(rows: Rows, scores: Entries) -> Entries:
+    """Softmax of scores in half precision, rounded once.
+
+    Their differences are exact in float32, or nearly so, and so nothing keeps XLA from fusing all
+    of it: no float32 array is written.
+    """
+
+    def shares(scores: Entries) -> Entries:
+        top = rows.max(scores)
+        weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
+        p = rows.map(jnp.multiply, [weights], [1 / rows.sum(weights)])
+        return rows.map(lambda p, z: p.astype(z.dtype), [p, scores])
+
+    def infinite(scores: Entries) -> Entries:
+        return _half_fwd(rows, scores)[0]
+
+    return lax.cond(jnp.any(jnp.isinf(rows.max(scores))), infinite, shares, scores)
+
+
+def _widened(x: Array) -> Array:
+    return x.astype(jnp.float32)
+
+
+def _half_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
+    p = _threshold.apply(SOFTMAX, rows, rows.map(_widened, [scores]))
+    return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), (rows, p)
+
+
+def _half_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
+    rows, p = residuals
+    _, ct_scores = _threshold.apply_bwd(SOFTMAX, (rows, p, ()), rows.map(_widened, [ct]))
+    return None, rows.map(lambda dz, c: dz.astype(c.dtype), [ct_scores, ct])
+
+
+_softmax_of_half.defvjp(_half_fwd, _half_bwd)
 
 
 @custom_vjp
@@ -299,12 +350,11 @@ def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
     """
 
     # Gaps are computed where they are used, thrice: to hold them in memory would take longer.
-    def terms(score: Array, top: Array) -> tuple[Array, Array, Array]:
-        gap, lost = exact_gap(score, top)
-        at_top = gap == 0
-        below = jnp.where(at_top, 0, exp(gap, lost))
-        return below, jnp.zeros_like(below), indicator(at_top, below.dtype)
+    def terms(score: Array, top: Array) -> tuple[Array, Array]:
+        at_top = score == top
+        below = jnp.where(at_top, 0, exp(*two_sum(score, -top)))
+        return below, indicator(at_top, below.dtype)
 
     top = _threshold.top_of(rows, scores)
-    below, lost, tops = rows.sums(terms, [scores], [top], add_exactly)
+    below, lost, tops = rows.sums(terms, [scores], [top], EXACT)
     return top, log(*add_exactly((tops, lost), (below, jnp.zeros_like(below))))
