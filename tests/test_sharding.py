@@ -395,3 +395,19 @@ def test_vmap_within_shard_map(rng):
         mapped, mesh=mesh, in_specs=P(None, None, "a"), out_specs=P(None, None, "a")
     )
     np.testing.assert_allclose(jax.jit(spread)(x), jsm.entmax15(x), rtol=1e-13, atol=1e-15)
+
+
+def test_vmap_of_the_rings_derivatives(rng):
+    arrays = rng.normal(size=(3, 2, 1, 8, 1, 2))  # two of each, one after the other
+
+    def gradient(attend):
+        def loss(query, key, value):
+            return jnp.sum(jnp.sin(attend(query, key, value)))
+
+        of_one = jax.grad(loss, (0, 1, 2))
+        return jax.jit(jax.vmap(of_one, in_axes=(0, 0, None)))(*arrays[:2], arrays[2, 0])
+
+    attend = functools.partial(jsm.dot_product_attention, is_causal=True)
+    ring = in_ring(functools.partial(attend, kv_axis_name="a", query_axis_name="a"))
+    for actual, wanted in zip(gradient(ring), gradient(attend), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-11, atol=1e-12)

@@ -9,6 +9,7 @@ import pytest
 
 import jaxsoftmax as jsm
 from tests.cases import break_from_the_end, pick_softly
+from tests.tools import on_mesh
 
 RNG = np.random.default_rng(0)
 
@@ -67,6 +68,23 @@ def test_stick_breaking_either_way():
 
 
 def test_stick_breaking_wants_one_axis():
-    for axis in (None, (0, 1), "i", (0, "i"), ()):
+    for axis in (None, (0, 1), "i", ()):
         with pytest.raises(ValueError, match="axis must be one array axis"):
             jsm.stick_breaking(jnp.zeros((2, 2)), axis=axis)
+
+
+@pytest.mark.parametrize("reverse", [True, False])
+def test_stick_over_the_devices_of_a_mesh(reverse, rng):
+    x = rng.normal(size=(2, 8))
+    x[1, 5] = -np.inf
+
+    def value_and_gradient(fun):
+        value, pull_back = jax.vjp(fun, x)
+        return value, pull_back(np.cos(np.arange(16.0)).reshape(2, 8))[0]
+
+    broken = functools.partial(jsm.stick_breaking, reverse=reverse)
+    over_devices = on_mesh(lambda x: broken(x, (-1, "i")), (None, "i"))
+    for actual, wanted in zip(
+        value_and_gradient(over_devices), value_and_gradient(broken), strict=True
+    ):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-13, atol=1e-15)

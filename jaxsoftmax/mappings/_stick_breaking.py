@@ -1,6 +1,5 @@
 """Stick-breaking: each score takes its part of what those before it left."""
 
-import math
 from typing import Any
 
 import jax
@@ -133,7 +132,7 @@ def _sum_before(rows: Rows, x: Array, reverse: bool) -> Array:
         return before
     total = jnp.sum(x, axis)
     index = lax.axis_index(rows.names)
-    devices = jnp.arange(math.prod(lax.axis_size(name) for name in rows.names))
+    devices = jnp.arange(lax.axis_size(rows.names), dtype=jnp.int32)
     here = (devices < index if reverse else devices > index).reshape(-1, *(1,) * total.ndim)
     # Each device tells those that come after it, in one sum of a number per row and device.
     sums = lax.psum(jnp.where(here, total[None], 0), rows.names)
