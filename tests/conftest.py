@@ -6,8 +6,20 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")  # for meshes
 
 import jax  # (after the platform is set)
+import jax._src.compiler
 import numpy as np
 import pytest
+
+# A quarter of the time, and the same operations: code that is written down as it comes.
+AS_IT_COMES = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimize",
+        action="store_true",
+        help="compile the tests marked compiled_as_it_comes as users do; twice the time",
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -26,6 +38,25 @@ def fresh_caches():
     """What is compiled holds on to memory maps, and a process may have only so many of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_as_it_comes(request):
+    """For modules that test rules and shapes; not for last digits, memory or what XLA makes of it.
+
+    Most of the time of the tests goes into compiling, and most of that into making code fast.
+    """
+    compiler = jax._src.compiler  # the options of a jit do not reach what is called within a test
+    original = compiler.get_compile_options
+
+    def cheap(*args, env_options_overrides=None, **kwargs):
+        options = AS_IT_COMES | (env_options_overrides or {})
+        return original(*args, env_options_overrides=options, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.getoption("optimize"):
+            patch.setattr(compiler, "get_compile_options", cheap)
+        yield
 
 
 @pytest.fixture
