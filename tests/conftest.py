@@ -9,6 +9,21 @@ import jax  # (after the platform is set)
 import jax._src.compiler
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# What every change has to pass: the same examples each time, in a minute or two. And an hour.
+settings.register_profile(
+    "ci",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.differing_executors],
+)
+settings.register_profile(
+    "deep", settings.get_profile("ci"), max_examples=4000, derandomize=False, print_blob=True
+)
+settings.load_profile("ci")
 
 # A quarter of the time, and the same operations: code that is written down as it comes.
 AS_IT_COMES = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import jaxsoftmax as jsm
-from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, named
+from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, named, row_by_row
 
 every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
 every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
@@ -37,19 +37,6 @@ ROWS, MASKS = np.repeat(ROWS, len(MASKS), 0), np.tile(MASKS, (len(ROWS), 1))
 HIDDEN = np.where(MASKS, ROWS, -INF)
 HAS_NAN = np.any(MASKS & np.isnan(ROWS), -1)
 IS_EMPTY = np.all(HIDDEN == -INF, -1)
-
-
-def row_by_row(reference, row):
-    """What the contract says of one row, masked scores being -inf."""
-    if np.any(np.isnan(row)):
-        return np.full_like(row, NAN)
-    if np.all(row == -INF):
-        return np.zeros_like(row)
-    if np.any(row == INF):
-        return (row == INF) / np.sum(row == INF)
-    p = np.zeros_like(row)
-    p[row > -INF] = reference(row[row > -INF])
-    return p
 
 
 @of_simplex
