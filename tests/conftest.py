@@ -1,5 +1,6 @@
 """What holds in every test: JAX on the CPU, float64, and no silent promotion of any kind."""
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -35,15 +36,22 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile the tests marked compiled_as_it_comes as users do; twice the time",
     )
+    parser.addoption("--jax-mode", choices=("debug_nans", "check_tracer_leaks"))
+
+
+# What JAX can check on its way, too slow or too strict to be always on. Promotion is always strict.
+MODES = {"debug_nans": jax.debug_nans, "check_tracer_leaks": jax.check_tracer_leaks}
 
 
 @pytest.fixture(autouse=True)
-def strict_float64():
+def strict_float64(request):
     """Not set globally: the doctests of the package show what users see, in float32."""
+    mode = MODES.get(request.config.getoption("jax_mode"), lambda _: contextlib.nullcontext())
     with (
         jax.enable_x64(True),
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
+        mode(True),
     ):
         yield
 

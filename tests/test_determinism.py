@@ -3,14 +3,26 @@
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from tests.calls import CALLS, value_and_gradients
 
 
+@pytest.fixture(autouse=True, scope="module")
+def nothing_is_looked_up():
+    """A program that is compiled anew is not one that another test has left in the cache."""
+    folder = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", folder)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(autouse=True)
-def compiled_anew():
-    """What is compiled is not looked up anywhere."""
-    with jax.enable_x64(False), jax.enable_compilation_cache(False):
+def float32():
+    """As users call it."""
+    with jax.enable_x64(False):
         yield
 
 
