@@ -304,11 +304,111 @@ def _scan(
     return [*carry, *ys]
 
 
+def linear_pair(fun: Callable, transpose: Callable, point: Any, args: Any) -> Any:
+    """`fun(point, args)`, linear in `args`, whose transpose is `transpose(point, cotangents)`.
+
+    For a loop whose transpose is better written than found: JAX would keep for every step what the
+    loop carries along. Both functions are to be differentiable in `point`.
+    """
+    points, of_points = jax.tree.flatten(point)
+    given, of_args = jax.tree.flatten(args)
+
+    def flat(function: Callable, tree: Any) -> Callable:
+        def of_leaves(*leaves: Any) -> list[Any]:
+            point = jax.tree.unflatten(of_points, leaves[: len(points)])
+            return jax.tree.leaves(function(point, jax.tree.unflatten(tree, leaves[len(points) :])))
+
+        return of_leaves
+
+    of_out = jax.tree.structure(jax.eval_shape(fun, point, args))
+    forward = jax.make_jaxpr(flat(fun, of_args))(*points, *given)
+    back = jax.make_jaxpr(flat(transpose, of_out))(*points, *forward.out_avals)
+    out = _linear.bind(*points, *given, forward=forward, back=back, num_points=len(points))
+    return jax.tree.unflatten(of_out, out)
+
+
+_linear = Primitive("linear_pair")
+_linear.multiple_results = True
+
+
+def _linear_evaluate(*args: Any, forward: ClosedJaxpr, back: ClosedJaxpr, num_points: int) -> Any:
+    return jaxpr_as_fun(forward)(*args)
+
+
+def _linear_jvp(
+    primals: Sequence[Any], tangents: Sequence[Any], *, num_points: int, **jaxprs: ClosedJaxpr
+):
+    bind = functools.partial(_linear.bind, num_points=num_points, **jaxprs)
+    out, pushed = bind(*primals), []
+    points, args = primals[:num_points], primals[num_points:]
+    if any(map(_is_tangent, tangents[num_points:])):
+        pushed.append(bind(*points, *map(ad.instantiate_zeros, tangents[num_points:])))
+    if active := [i for i, t in enumerate(tangents[:num_points]) if _is_tangent(t)]:
+
+        def of_active(*values: Any) -> Any:
+            merged = list(points)
+            for i, value in zip(active, values, strict=True):
+                merged[i] = value
+            return jaxpr_as_fun(jaxprs["forward"])(*merged, *args)
+
+        at = [points[i] for i in active]
+        pushed.append(jax.jvp(of_active, at, [tangents[i] for i in active])[1])
+    return out, [functools.reduce(jnp.add, parts) for parts in zip(*pushed, strict=True)]
+
+
+def _linear_transpose(
+    cts: Sequence[Any], *args: Any, forward: ClosedJaxpr, back: ClosedJaxpr, num_points: int
+):
+    cts = map(ad.instantiate_zeros, cts)
+    points = args[:num_points]
+    out = _linear.bind(*points, *cts, forward=back, back=forward, num_points=num_points)
+    return [None] * num_points + out
+
+
+def _linear_batch(
+    axis_data: Any,
+    args: Sequence[Any],
+    dims: Sequence[Any],
+    *,
+    forward: ClosedJaxpr,
+    back: ClosedJaxpr,
+    num_points: int,
+):
+    size = axis_data.size
+    points, point_dims = args[:num_points], tuple(dims[:num_points])
+    pairs = zip(args[num_points:], dims[num_points:], strict=True)
+    args = [batching.bdim_at_front(x, d, size) for x, d in pairs]
+
+    def mapped(jaxpr: ClosedJaxpr, count: int) -> Callable:
+        in_axes = (*point_dims, *(0,) * count)
+        return jax.vmap(
+            jaxpr_as_fun(jaxpr),
+            in_axes=in_axes,
+            axis_size=size,
+            axis_name=axis_data.name,
+            spmd_axis_name=axis_data.spmd_name,
+        )
+
+    mapped_forward = jax.make_jaxpr(mapped(forward, len(args)))(*points, *args)
+    outs = mapped_forward.out_avals
+    mapped_back = jax.make_jaxpr(mapped(back, len(outs)))(*points, *outs)
+    out = _linear.bind(
+        *points, *args, forward=mapped_forward, back=mapped_back, num_points=num_points
+    )
+    return out, [0] * len(out)
+
+
 def _is_tangent(tangent: Any) -> bool:
     is_zero = isinstance(tangent, ad.Zero)
     return not is_zero and getattr(tangent, "dtype", None) != jax.dtypes.float0
 
 
+_linear.def_impl(_linear_evaluate)
+_linear.def_abstract_eval(lambda *_, forward, back, num_points: forward.out_avals)
+mlir.register_lowering(_linear, mlir.lower_fun(_linear_evaluate, multiple_results=True))
+batching.fancy_primitive_batchers[_linear] = _linear_batch
+ad.primitive_jvps[_linear] = _linear_jvp
+ad.primitive_transposes[_linear] = _linear_transpose
 _call.def_impl(_evaluate)
 _call.def_abstract_eval(lambda *_, jaxpr, batch: jaxpr.out_avals)
 mlir.register_lowering(_call, mlir.lower_fun(_evaluate, multiple_results=True))

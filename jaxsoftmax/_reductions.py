@@ -26,6 +26,7 @@ from jax.interpreters import mlir
 from jaxtyping import Array
 
 from jaxsoftmax._elementary import two_sum
+from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Terms = Callable[..., Sequence[Array]]
@@ -102,7 +103,7 @@ class Rows:
         if self.segment_ids is None:
             local = self._local_sum(first)
         else:
-            local = self._per_segment(jax.ops.segment_sum, first)
+            local = self._per_segment("add", 0, first)
         total = lax.psum(local, self.names) if self.names else local
         return total + sink[0] if sink else total
 
@@ -138,7 +139,7 @@ class Rows:
             tuple(row_values),
         )
         if self.names:
-            sums = lax.psum(sums, self.names)
+            sums = self._over_devices(sums, adding.add)
         for sink in sinks:
             sums = adding.add(sums, terms(*sink, *row_values))
         return tuple(sums)
@@ -149,7 +150,7 @@ class Rows:
         if self.segment_ids is None:
             local = jnp.max(first, self.axes, keepdims=True, initial=-jnp.inf)
         else:
-            local = self._per_segment(jax.ops.segment_max, first)
+            local = self._per_segment("max", -jnp.inf, first)
         top = lax.pmax(local, self.names) if self.names else local
         return jnp.maximum(top, sink[0]) if sink else top
 
@@ -161,9 +162,13 @@ class Rows:
     ) -> tuple[T, ...]:
         """`function` of entries and row values, entry by entry."""
         first, *sinks = zip(*entries, strict=True)
-        spread = [self._spread(values) for values in row_values]
+        spread = [self._spread(values, first[0]) for values in row_values]
         result = (function(*first, *spread),)
         return (*result, *(function(*sink, *row_values) for sink in sinks))
+
+    def are_shared(self, scores: Array) -> bool:
+        """Whether devices may have to tell each other about a row, as far as types tell."""
+        return bool(self.names) or any(parts_of(scores, axis) > 1 for axis in self.axes)
 
     def flatten(self, values: Array) -> Array:
         """Row values as they are returned to the caller: without the normalized axes."""
@@ -179,16 +184,24 @@ class Rows:
         size = 1 if self.segment_ids is None else self.num_segments
         return tuple(size if i in self.axes else n for i, n in enumerate(scores.shape))
 
-    def _spread(self, values: Array) -> Array:
-        """Row values in a shape that broadcasts against entries."""
+    def _spread(self, values: Array, like: Array) -> Array:
+        """Row values in a shape that broadcasts against entries such as `like`."""
         if self.segment_ids is None or values.shape[self.axes[0]] == 1:
             return values
+        rows, like = (jnp.moveaxis(x, self.axes[0], 0) for x in (values, like))
         # Ids out of range belong to no row; what they get is masked.
-        return jnp.take(values, self.segment_ids, self.axes[0], mode="clip")
+        spread = rows.at[self.segment_ids].get(mode="clip", out_sharding=explicit(like))
+        return jnp.moveaxis(spread, 0, self.axes[0])
 
-    def _per_segment(self, reduce: Callable[..., Array], x: Array) -> Array:
-        reduced = reduce(jnp.moveaxis(x, self.axes[0], 0), self.segment_ids, self.num_segments)
-        return jnp.moveaxis(reduced, 0, self.axes[0])
+    def _per_segment(self, method: str, start: float, x: Array) -> Array:
+        """All entries of a row added, or the largest, along the axis of segments."""
+        x = jnp.moveaxis(x, self.axes[0], 0)
+        rows = jnp.full((self.num_segments, *x.shape[1:]), start, x.dtype)
+        rows = share_like(vary_like(rows, x), x)
+        sharding = None if explicit(x) is None else jax.typeof(rows).sharding
+        update = getattr(rows.at[self.segment_ids], method)
+        rows = update(x, mode="drop", wrap_negative_indices=False, out_sharding=sharding)
+        return jnp.moveaxis(rows, 0, self.axes[0])
 
     def _local_sum(self, x: Array) -> Array:
         return jnp.sum(x, self.axes, keepdims=True)
@@ -197,6 +210,14 @@ class Rows:
         self, function: Terms, entries: Sequence[Array], row_values: Sequence[Array]
     ) -> tuple[Array, ...]:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
+
+    def _over_devices(self, sums: Sequence[Array], add: Add) -> Sequence[Array]:
+        if add is not add_exactly:
+            return lax.psum(tuple(sums), self.names)
+        # What rounding took is added before the sum leaves the device: one number less to tell.
+        first, lost, *others = sums
+        first, *others = lax.psum((first + lost, *others), self.names)
+        return first, jnp.zeros_like(first), *others
 
     def _sums_on_cpu(
         self,

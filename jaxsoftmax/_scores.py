@@ -20,6 +20,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import Entries, Rows, sum_to, vary_like
+from jaxsoftmax._sharding import share_like
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -180,6 +181,22 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     return axes, names
 
 
+def mesh_names(argument: str, names: Any) -> tuple[str, ...]:
+    """The mesh axes that an argument names, if there are such around."""
+    names = () if names is None else names if isinstance(names, tuple) else (names,)
+    for name in names:
+        if not isinstance(name, str):
+            kinds = "the name of a mesh axis, a tuple of such or None"
+            raise TypeError(f"{argument} must be {kinds}, got {name!r}.")
+        try:
+            lax.axis_size(name)
+        except NameError:
+            raise ValueError(
+                f"{argument} must name mesh axes of a shard_map around the call, got {name!r}."
+            ) from None
+    return names
+
+
 def one_axis(axis: Axis, ndim: int) -> int:
     """`axis`, where it has to be one array axis."""
     axes, names = split_axis(axis, ndim)
@@ -230,11 +247,12 @@ def prepare(
     if options.sink is None:
         return rows, (scores,)
     sink = check_per_row("sink", options.sink, scores, rows)
-    return rows, (scores, jnp.broadcast_to(sink, rows.shape(scores)))
+    return rows, (scores, share_like(jnp.broadcast_to(sink, rows.shape(scores)), scores))
 
 
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     axes, names = split_axis(axis, scores.ndim)
+    mesh_names("axis", names)
     if options.segment_ids is None:
         if options.num_segments is not None:
             raise ValueError("num_segments goes with segment_ids, got None for that.")
@@ -309,7 +327,7 @@ def check_per_row(name: str, value: ArrayLike | Fixed, scores: Array, rows: Rows
             f"{name} must broadcast to one value per row, shape {shape}, got shape {value.shape}."
         )
     value = with_ndim(value, scores.ndim).astype(scores.dtype)
-    return vary_like(value, scores, but=rows.names)
+    return share_like(vary_like(value, scores, but=rows.names), scores)
 
 
 def check_real(name: str, x: Array) -> None:

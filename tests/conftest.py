@@ -4,7 +4,7 @@ import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=4")  # for meshes
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for meshes
 
 import jax  # (after the platform is set)
 import jax._src.compiler

@@ -1,45 +1,397 @@
 """Arrays that JAX itself shares among devices: the same answers, and no row is gathered."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from tests.cases import FUNCTIONS, named
+from benchmarks.collectives import collectives
+from tests.cases import FUNCTIONS, LOSSES, named
 
-# A prefix sum over devices is one that XLA gathers for.
-gatherless = pytest.mark.parametrize("case", **named([c for c in FUNCTIONS if not c.in_order]))
+ROWS, WIDTH = 8, 64
 
 
-@gatherless
+def mesh_of(sizes, kind=AxisType.Explicit):
+    """A mesh of axes "a", "b" and "c"."""
+    return jax.make_mesh(sizes, ("a", "b", "c")[: len(sizes)], axis_types=(kind,) * len(sizes))
+
+
+# Both kinds of mesh in all three shapes, and where each has the rows and the columns.
+MESHES = {
+    "8": (mesh_of, (8,), (None, "a")),
+    "4x2": (functools.partial(mesh_of, kind=AxisType.Auto), (4, 2), ("a", "b")),
+    "2x2x2": (mesh_of, (2, 2, 2), ("a", ("b", "c"))),
+}
+OTHERS = {
+    "8": (functools.partial(mesh_of, kind=AxisType.Auto), (8,), (None, "a")),
+    "4x2": (mesh_of, (4, 2), ("a", "b")),
+    "2x2x2": (functools.partial(mesh_of, kind=AxisType.Auto), (2, 2, 2), ("a", ("b", "c"))),
+}
+every_mesh = pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+every_other_mesh = pytest.mark.parametrize("mesh", [*MESHES.values(), *OTHERS.values()])
+
+
+def derivatives(fun, *args):
+    """The value, a tangent and a pullback."""
+    value, pull_back = jax.vjp(fun, *args)
+    _, tangent = jax.jvp(fun, args, jax.tree.map(jnp.sin, args))
+
+    def weights(x):
+        numbers = np.cos(np.arange(x.size, dtype=x.dtype)).reshape(x.shape)
+        return numbers * jnp.ones_like(x)  # spread as the value is
+
+    return value, tangent, pull_back(jax.tree.map(weights, value))
+
+
+def float32(rng, *shape):
+    return rng.normal(size=shape).astype(np.float32)
+
+
+def on_mesh(mesh, fun, args, specs):
+    """What `fun` gives of arrays that are spread over a mesh, and what crosses devices."""
+    with jax.set_mesh(mesh):
+        placed = [
+            jax.device_put(x, NamedSharding(mesh, spec))
+            for x, spec in zip(args, specs, strict=True)
+        ]
+        compiled = jax.jit(fun).lower(*placed).compile()
+        return compiled(*placed), collectives(compiled.as_text())
+
+
+def assert_equal(actual, expected):
+    """To 1e-6 of the largest number."""
+
+    def compare(x, y):
+        x, y = np.asarray(x), np.asarray(y)
+        np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 * max(1, np.abs(y).max()))
+
+    jax.tree.map(compare, actual, expected)
+
+
+def assert_nothing_is_gathered(found, but=0):
+    """No all-gather, or none of more than `but` numbers; nothing else moves what is in rows."""
+    assert [c for c in found if c.kind != "all-reduce" and c.size > but] == []
+
+
+@functools.cache
+def expected_of(case):
+    x = float32(np.random.default_rng(0), ROWS, WIDTH)
+    return x, jax.jit(functools.partial(derivatives, case.fun))(x)
+
+
+@pytest.mark.parametrize("case", **named(FUNCTIONS))
+@every_mesh
+def test_mappings(case, mesh):
+    make, sizes, spec = mesh
+    x, expected = expected_of(case)
+    fun = functools.partial(derivatives, case.fun)
+    actual, found = on_mesh(make(sizes), fun, [x], [P(*spec)])
+    assert_equal(actual, expected)
+    # What comes before a part of a row in order: a number for each row and device.
+    assert_nothing_is_gathered(found, but=ROWS * 8 if case.in_order else 0)
+    rows = case.gives == "row value"
+    assert actual[0].sharding.is_equivalent_to(
+        NamedSharding(actual[0].sharding.mesh, P(*spec[: 1 if rows else 2])), 1 if rows else 2
+    )
+
+
+def test_parameters_and_segments_on_an_explicit_mesh(rng):
+    """One value per row, spread over the mesh as the rows are or on all devices."""
+    x, t = rng.normal(size=(ROWS, WIDTH)), np.linspace(0.5, 1.5, ROWS)[:, None]
+    ids = np.arange(WIDTH) // 7
+
+    def several(x, t, alpha, sink):
+        p = jsm.entmax(x, alpha, temperature=t, sink=sink)
+        q = jsm.sinkhorn(x, num_iterations=2)
+        return p, q, jsm.softmax(x, segment_ids=ids, num_segments=10)
+
+    args = x, t, 1 + t, t[:1]
+    specs = P("a", "b"), P("a"), P(), P()
+    fun = functools.partial(derivatives, several)
+    actual, found = on_mesh(mesh_of((4, 2)), fun, args, specs)
+    assert_equal(actual, jax.jit(fun)(*args))
+    # Only what is on all devices has a gradient that goes to all of them.
+    assert_nothing_is_gathered(found, but=ROWS)
+
+
+@pytest.mark.parametrize("case", **named(LOSSES))
+@every_mesh
+def test_losses(case, mesh, rng):
+    make, sizes, spec = mesh
+    scores, labels = float32(rng, ROWS, WIDTH), rng.integers(WIDTH, size=ROWS)
+    dense = rng.dirichlet(np.ones(WIDTH), size=ROWS).astype(np.float32)
+
+    def both(scores, dense, labels):
+        of_class = derivatives(lambda s: case.fun(s, labels), scores)
+        return of_class, derivatives(case.fun, scores, dense)
+
+    args = scores, dense, labels
+    actual, found = on_mesh(make(sizes), both, args, [P(*spec), P(*spec), P(spec[0])])
+    assert_equal(actual, jax.jit(both)(*args))
+    assert_nothing_is_gathered(found)
+
+
+@every_other_mesh
+def test_linear_cross_entropy(mesh, rng):
+    make, sizes, (in_rows, in_classes) = mesh
+    hidden, weight = float32(rng, 32, 16), float32(rng, 16, WIDTH)
+    bias, labels, where = float32(rng, WIDTH), rng.integers(WIDTH, size=32), rng.random(32) > 0.2
+
+    def losses(hidden, weight, bias, labels, where):
+        def mean_and_each(hidden, weight, bias):
+            loss = functools.partial(jsm.linear_cross_entropy, bias=bias, where=where, chunk_size=2)
+            mean = loss(hidden, weight, labels)
+            return mean, loss(hidden, weight, labels, reduction="none")
+
+        return derivatives(mean_and_each, hidden, weight, bias)
+
+    specs = P(in_rows), P(None, in_classes), P(in_classes), P(in_rows), P(in_rows)
+    args = hidden, weight, bias, labels, where
+    actual, found = on_mesh(make(sizes), losses, args, specs)
+    assert_equal(actual, jax.jit(losses)(*args))
+    assert_nothing_is_gathered(found)
+
+
 @pytest.mark.parametrize("kind", [AxisType.Explicit, AxisType.Auto], ids=str)
-def test_nothing_is_gathered(case, kind, rng):
-    mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(kind, kind))
-    x = rng.normal(size=(4, 256))
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(x, NamedSharding(mesh, PartitionSpec("rows", "columns")))
+def test_linear_loss_of_sequences(kind, rng):
+    """Two axes of rows, both spread, and a loss with parameters of its own."""
+    hidden, weight, labels = (
+        float32(rng, 4, 8, 16),
+        float32(rng, 16, WIDTH),
+        rng.integers(64, size=(4, 8)),
+    )
 
-        def value_and_gradient(x):
-            value, pull_back = jax.vjp(case.fun, x)
-            return value, pull_back(jnp.cos(value))[0]
+    def grads(hidden, weight, labels, alpha):
+        def loss(hidden, weight, alpha):
+            own = functools.partial(jsm.entmax_loss, alpha=alpha)
+            return jsm.linear_cross_entropy(
+                hidden, weight, labels, loss=own, logits_soft_cap=10 * alpha, chunk_size=2
+            )
 
-        compiled = jax.jit(value_and_gradient).lower(sharded).compile()
-        assert "all-gather" not in compiled.as_text()
-        value, gradient = compiled(sharded)
-        if case.gives != "row value":
-            assert value.sharding.spec == sharded.sharding.spec
-    expected, expected_gradient = value_and_gradient(x)
-    np.testing.assert_allclose(value, expected, rtol=1e-12, atol=1e-14)
-    np.testing.assert_allclose(gradient, expected_gradient, rtol=1e-10, atol=1e-13)
+        return jax.grad(loss, (0, 1, 2))(hidden, weight, alpha)
+
+    args = hidden, weight, labels, np.float32(1.4)
+    specs = P("a", "b"), P(None, "c"), P("a", "b"), P()
+    actual, found = on_mesh(mesh_of((2, 2, 2), kind), grads, args, specs)
+    assert_equal(actual, jax.jit(grads)(*args))
+    assert_nothing_is_gathered(found)
 
 
-@pytest.mark.parametrize("name", ["log_softmax", "logsumexp"])
-def test_two_numbers_a_row_cross_devices(name, rng):
-    mesh = jax.make_mesh((4,), ("columns",))
-    with jax.set_mesh(mesh):
-        spec = PartitionSpec(None, "columns")
-        x = jax.device_put(rng.normal(size=(4, 256)), NamedSharding(mesh, spec))
-        text = jax.jit(getattr(jsm, name)).lower(x).compile().as_text()
-    assert sum(line.count(" all-reduce(") for line in text.splitlines()) == 2
+# Where queries, and where keys and values are: batch, length, heads.
+ATTENTION = {
+    "keys": ((8,), P(), P(None, "a")),
+    "queries": ((8,), P(None, "a"), P()),
+    "batch and keys": ((4, 2), P("a"), P("a", "b")),
+    "heads and keys": ((2, 2, 2), P("a", None, "b"), P("a", "c", "b")),
+}
+
+
+@pytest.mark.parametrize(
+    ("layout", "kind"),
+    [
+        ("keys", AxisType.Explicit),
+        ("queries", AxisType.Explicit),
+        ("queries", AxisType.Auto),
+        ("batch and keys", AxisType.Auto),
+        ("heads and keys", AxisType.Explicit),
+    ],
+)
+def test_attention(layout, kind, rng):
+    sizes, in_queries, in_keys = ATTENTION[layout]
+    query, key, value = float32(rng, 3, 4, 16, 2, 8)
+    bias, lengths = float32(rng, 1, 2, 16, 16), np.array([16, 9, 3, 12])
+
+    def attention(query, key, value, bias, lengths):
+        attend = functools.partial(
+            jsm.dot_product_attention,
+            normalizer=jsm.sparsemax,
+            bias=bias,
+            is_causal=True,
+            key_value_seq_lengths=lengths,
+            block_size=2,
+        )
+        return derivatives(attend, query, key, value)
+
+    args = query, key, value, bias, lengths
+    actual, found = on_mesh(
+        mesh_of(sizes, kind), attention, args, [in_queries, in_keys, in_keys, P(), P()]
+    )
+    assert_equal(actual, jax.jit(attention)(*args))
+    assert_nothing_is_gathered(found)
+    wanted = NamedSharding(actual[0].sharding.mesh, in_queries)
+    assert actual[0].sharding.is_equivalent_to(wanted, 4)
+
+
+# Queries and keys over the same devices: keys go round.
+
+
+def in_ring(fun, sizes=(4,), **specs):
+    """`fun` of queries, keys and values, all spread along their length."""
+    mesh = mesh_of(sizes, AxisType.Auto)
+    spread = P(None, "a")
+    in_specs = [spread] * 3 + list(specs.values())
+    return jax.shard_map(fun, mesh=mesh, in_specs=tuple(in_specs), out_specs=spread)
+
+
+def test_ring_with_all_options(rng):
+    """The value, a tangent, a pullback and a Hessian-vector product, in every argument."""
+    query, (key, value) = rng.normal(size=(2, 16, 4, 4)), rng.normal(size=(2, 2, 16, 2, 4))
+    bias = rng.normal(size=(1, 4, 16, 16))
+    segments, lengths = np.repeat([[0, 1]] * 2, [6, 10], 1), np.array([16, 11])
+
+    def attention(query, key, value, bias, temperature, slope, segments, **names):
+        return jsm.dot_product_attention(
+            query,
+            key,
+            value,
+            bias,
+            normalizer=functools.partial(jsm.softmax, temperature=temperature),
+            score_mod=lambda score, b, n, i, j: score - slope * abs(i - j).astype(float),
+            sink=slope,
+            is_causal=True,
+            local_window_size=(9, 0),
+            logits_soft_cap=temperature * 5,
+            key_value_seq_lengths=lengths,
+            query_seq_lengths=lengths,
+            query_segment_ids=segments,
+            key_value_segment_ids=segments,
+            block_size=2,
+            **names,
+        )
+
+    ring = in_ring(
+        functools.partial(attention, kv_axis_name="a", query_axis_name="a"),
+        bias=P(None, None, "a"),
+        temperature=P(),
+        slope=P(),
+        segments=P(None, "a"),
+    )
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def all_derivatives(attend, *args):
+        def scalar(*args):
+            return jnp.sum(jnp.sin(attend(*args, segments)))
+
+        tangents = jax.tree.map(jnp.cos, args)
+        hvp = jax.jvp(jax.grad(scalar, range(len(args))), args, tangents)
+        return jax.jvp(lambda *args: attend(*args, segments), args, tangents), hvp
+
+    args = query, key, value, bias, np.asarray(0.8), np.asarray(0.1)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11),
+        all_derivatives(ring, *args),
+        all_derivatives(attention, *args),
+    )
+
+
+def test_ring_of_half_precision_that_jax_does_not_check(rng):
+    """Also where no query sees a whole part, and where one sees nothing at all."""
+    arrays = [jnp.asarray(rng.normal(size=(1, 8, 2, 4)), jnp.bfloat16) for _ in range(3)]
+    options = {
+        "is_causal": True,
+        "mask_mod": lambda b, n, i, j: j > 0,
+        "dropout_rate": 0.2,
+        "dropout_key": jax.random.key(0),
+        "return_residual": True,
+    }
+    mesh, spread = mesh_of((4,), AxisType.Auto), P(None, "a")
+    ring = jax.shard_map(
+        functools.partial(
+            jsm.dot_product_attention, kv_axis_name="a", query_axis_name="a", **options
+        ),
+        mesh=mesh,
+        in_specs=spread,
+        out_specs=spread,
+        check_vma=False,
+    )
+    (actual, log_sum), wanted = (
+        jax.jit(ring)(*arrays),
+        jsm.dot_product_attention(*arrays, **options),
+    )
+    assert actual.dtype == jnp.bfloat16
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-2, atol=1e-2)
+    close(np.asarray(actual, float), np.asarray(wanted[0], float))
+    np.testing.assert_allclose(log_sum, wanted[1], rtol=1e-5)
+    assert np.all(np.asarray(log_sum[:, 0]) == -np.inf)
+
+
+@pytest.mark.parametrize("kind", ["grad", "hvp"])
+def test_ring_in_linear_memory(kind):
+    """Less than the scores of a device's queries, of which there are 256 to a key."""
+    length, block = 2048, 16
+    x = jax.ShapeDtypeStruct((1, length, 1, 8), jnp.float32)
+    attend = functools.partial(
+        jsm.dot_product_attention, kv_axis_name="a", query_axis_name="a", block_size=block
+    )
+    ring = in_ring(attend, (8,))
+    grad = jax.grad(lambda *args: jnp.sum(ring(*args) ** 2), (0, 1, 2))
+    funs = {"grad": grad, "hvp": lambda *args: jax.jvp(grad, args, args)}
+    compiled = jax.jit(funs[kind]).lower(x, x, x).compile()
+    scores = 4 * length * length // 8
+    assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
+    moved = {c.kind for c in collectives(compiled.as_text())}
+    assert moved == {"collective-permute"}
+
+
+def test_ring_of_arrays_on_an_explicit_mesh(rng):
+    query, key, value = float32(rng, 3, 2, 16, 2, 8)
+    bias = float32(rng, 2, 16, 16)
+
+    def attention(query, key, value, bias):
+        attend = functools.partial(jsm.dot_product_attention, bias=bias, is_causal=True)
+        return derivatives(attend, query, key, value)
+
+    args = query, key, value, bias
+    where = P("a", "b")
+    actual, found = on_mesh(mesh_of((2, 4)), attention, args, [where, where, where, P()])
+    assert_equal(actual, jax.jit(attention)(*args))
+    assert {c.kind for c in found} == {"collective-permute"}
+    assert P(*actual[0].sharding.spec[:2]) == where
+
+
+# What users get wrong.
+
+
+def test_wrong_names_and_normalizers(rng):
+    x = np.ones((1, 8, 2, 4))
+
+    def attend(**options):
+        return in_ring(functools.partial(jsm.dot_product_attention, **options), (4, 2))(x, x, x)
+
+    for message, options in {
+        "kv_axis_name must name mesh axes of a shard_map around the call, got 'z'": {
+            "kv_axis_name": "z"
+        },
+        "query_axis_name must name other mesh axes than kv_axis_name but for": {
+            "kv_axis_name": "a",
+            "query_axis_name": "a",
+            "normalizer": jsm.sparsemax,
+        },
+        "query_axis_name must be kv_axis_name or name other mesh axes": {
+            "kv_axis_name": ("a", "b"),
+            "query_axis_name": "a",
+        },
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            attend(**options)
+    with pytest.raises(TypeError, match="query_axis_name must be the name of a mesh axis"):
+        attend(query_axis_name=1)
+    with pytest.raises(ValueError, match="axis must name mesh axes of a shard_map around"):
+        jsm.softmax(x, axis=(-1, "z"))
+    with pytest.raises(ValueError, match="vocab_axis_name must name mesh axes of a shard_map"):
+        jsm.linear_cross_entropy(x[0, 0], x[0, 0].T, np.zeros(2, int), vocab_axis_name="z")
+
+
+def test_vmap_within_shard_map(rng):
+    x = rng.normal(size=(3, 2, 8))
+    mesh = mesh_of((4,), AxisType.Auto)
+    mapped = jax.vmap(lambda x: jsm.entmax15(x, (-1, "a")))
+    spread = jax.shard_map(
+        mapped, mesh=mesh, in_specs=P(None, None, "a"), out_specs=P(None, None, "a")
+    )
+    np.testing.assert_allclose(jax.jit(spread)(x), jsm.entmax15(x), rtol=1e-13, atol=1e-15)

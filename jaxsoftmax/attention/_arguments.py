@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._scores import (
@@ -34,6 +33,7 @@ LAYOUT = {
     "key_lengths": WHOLE,
     "query_segments": ROWS,
     "key_segments": KEYS,
+    "log_sum": ROWS,
 }
 
 
@@ -232,23 +232,20 @@ def function_name(function: Callable) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def check_axis_name(name: str | None) -> str | None:
-    """The mesh axis of the keys."""
-    if name is not None and not isinstance(name, str):
-        raise TypeError(f"kv_axis_name must be the name of a mesh axis or None, got {name!r}.")
-    return name
-
-
 def check_callable(name: str, function: Any) -> None:
     """Refuses what cannot be called."""
     if function is not None and not callable(function):
         raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
 
 
-def without_padding(x: Array, lengths: Array, axis_name: str | None = None) -> Array:
-    """(B, L, ...) with 0 from each sequence's length on, whatever was there."""
-    positions = jnp.arange(x.shape[1], dtype=jnp.int32)
-    if axis_name is not None:
-        positions = positions + lax.axis_index(axis_name) * x.shape[1]
+def without_padding(x: Array, lengths: Array, first: ArrayLike) -> Array:
+    """(B, L, ...) with 0 from each sequence's length on, whatever was there.
+
+    Args:
+      x: what may be padding.
+      lengths: the lengths of the sequences, (B, 1, 1, 1).
+      first: the position of the first entry.
+    """
+    positions = jnp.arange(x.shape[1], dtype=jnp.int32) + first
     inside = positions[None, :, None, None] < lengths
     return jnp.where(inside, x, jnp.zeros((), x.dtype))

@@ -11,12 +11,14 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax._scores import check_soft_cap, known_number, wide
-from jaxsoftmax.attention import _arguments, _pure
+from jaxsoftmax._scores import check_soft_cap, known_number, mesh_names, wide
+from jaxsoftmax._sharding import parts_in_all, parts_of
+from jaxsoftmax.attention import _arguments, _pure, _shared
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
 from jaxsoftmax.attention._groups import in_groups
+from jaxsoftmax.attention._operands import ROW_AXIS
 from jaxsoftmax.attention._plan import (
     BACKWARD_SCORES,
     FORWARD_SCORES,
@@ -24,8 +26,11 @@ from jaxsoftmax.attention._plan import (
     Reach,
     bands,
     block_rows,
+    interleaved,
 )
 from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.attention._ring import in_ring
+from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.mappings import logsumexp, softmax
 
 Normalizer = Callable[..., Array]
@@ -54,9 +59,10 @@ def dot_product_attention(
     mask_mod: MaskMod | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    kv_axis_name: str | None = None,
+    kv_axis_name: str | tuple[str, ...] | None = None,
     block_size: int | None = None,
     return_residual: bool = False,
+    query_axis_name: str | tuple[str, ...] | None = None,
 ) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     r"""Attention with any normalizer, in memory linear in the sequence, differentiable every way.
 
@@ -103,13 +109,22 @@ def dot_product_attention(
         are dropped depends on `dropout_key` and the four indices of a weight, on nothing else: not
         on blocks, windows or devices along `kv_axis_name`.
       dropout_key: a key of `jax.random`, needed if anything is dropped.
-      kv_axis_name: the mesh axis, within `shard_map`, that keys and values are spread over; queries
-        are on all its devices. Positions of keys are then global: the device's index times its
-        number of keys, plus the index on the device. `bias`, `mask` and `key_value_segment_ids`
-        have the device's keys, `key_value_seq_lengths` are of whole sequences. The normalizer is
-        called with `axis=(-1, kv_axis_name)`; the output is the same on all devices.
+      kv_axis_name: the mesh axis, within `shard_map`, that keys and values are spread over, or a
+        tuple of several; queries are on all their devices. Positions of keys are then global: the
+        device's index times its number of keys, plus the index on the device. `bias`, `mask` and
+        `key_value_segment_ids` have the device's keys, `key_value_seq_lengths` are of whole
+        sequences. The normalizer is called with `axis=(-1, kv_axis_name)`; the output is the same
+        on all devices. Outside of `shard_map` there is nothing to name: arrays on a mesh of
+        explicit axes stay where they are, and so they do under automatic sharding (where causal
+        masks save no time, since nothing tells which device has which keys).
       block_size: how many query rows make a block; None: as sizes suggest.
       return_residual: whether to return the logarithm of the softmax's denominator as well.
+      query_axis_name: the mesh axis, within `shard_map`, that queries are spread over, or a tuple
+        of several. Positions of queries are then global, and `query_seq_lengths` are of whole
+        sequences. If it is `kv_axis_name`, keys and values go round the devices in a ring: each
+        transfer overlaps with the work on the keys before, parts that no query sees are left
+        out, and `bias` and `mask` have the device's queries and the keys of all. That goes with
+        the normalizer softmax.
 
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
@@ -170,7 +185,10 @@ def dot_product_attention(
         scale=known_number(scale),
         soft_cap=check_soft_cap(logits_soft_cap),
         dropout_rate=dropout_rate,
-        kv_axis_name=_arguments.check_axis_name(kv_axis_name),
+        places=Places(
+            queries=mesh_names("query_axis_name", query_axis_name),
+            keys=mesh_names("kv_axis_name", kv_axis_name),
+        ),
         block_size=_arguments.check_block_size(block_size),
         return_residual=bool(return_residual),
     )
@@ -207,15 +225,44 @@ class _Static:
     scale: float | None
     soft_cap: float | None
     dropout_rate: float
-    kv_axis_name: str | None
+    places: Places
     block_size: int | None
     return_residual: bool
+
+    def in_ring(self, normalizer: Normalizer) -> bool:
+        """Whether keys go round to the queries."""
+        common = set(self.places.queries) & set(self.places.keys)
+        if not common:
+            return False
+        if self.places.queries != self.places.keys:
+            raise ValueError(
+                "query_axis_name must be kv_axis_name or name other mesh axes, got "
+                f"{self.places.queries} and {self.places.keys}."
+            )
+        if not _shared.goes_in_ring(normalizer):
+            raise ValueError(
+                "query_axis_name must name other mesh axes than kv_axis_name but for the "
+                "normalizer softmax (with no option but a temperature other than 0), got "
+                f"{self.places.queries} and {_arguments.function_name(normalizer)}."
+            )
+        return True
 
 
 def _attention(
     static: _Static, normalizer: Normalizer, arrays: dict[str, Any]
 ) -> Array | tuple[Array, Array]:
     given = {name: x for name, x in arrays.items() if x is not None}
+    shared = _shared.plan(given, static.places, normalizer)
+    if shared is None:
+        return _here(static, normalizer, given)
+    here = functools.partial(_here, dataclasses.replace(static, places=shared.places))
+    return _shared.on_each_device(here, shared, normalizer, given)
+
+
+def _here(
+    static: _Static, normalizer: Normalizer, given: dict[str, Any]
+) -> Array | tuple[Array, Array]:
+    """Attention on one device, of what it has of the arrays."""
     operands, sizes = _operands(static, given)
     dtype = wide(operands["query"].dtype)
     rules = _rules(static, normalizer, given, sizes, dtype)
@@ -223,13 +270,15 @@ def _attention(
         # Queries are fewer than scores. In half precision they would be rounded.
         operands["query"] = operands["query"] * rules.scale
         rules = dataclasses.replace(rules, scale=None)
+    in_blocks = functools.partial(_in_blocks, static.block_size)
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, dtype)
+    elif static.in_ring(normalizer):
+        outs = in_ring(static.places.keys, functools.partial(in_blocks, sizes), rules, operands)
     else:
-        attend = functools.partial(_in_blocks, static.block_size)
-        outs = in_groups(attend, rules, operands, sizes, static.block_size)
-    if static.kv_axis_name is not None:
-        outs = (lax.psum(outs[0], static.kv_axis_name), *outs[1:])
+        outs = in_groups(in_blocks, rules, operands, sizes, static.block_size)
+        if static.places.keys:
+            outs = (lax.psum(outs[0], static.places.keys), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
     # (B, N, T, ...) to the layout of the query, which may lack a batch.
     out = (
@@ -252,30 +301,42 @@ def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array],
         *(given.get(name) for name in ("query", "key", "value"))
     )
     operands: dict[str, Array] = {}
+    _, _, first_query, first_key = _first(static.places, sizes)
     if "query_seq_lengths" in given:
         lengths = _arguments.check_lengths("query_seq_lengths", given["query_seq_lengths"], sizes)
-        query = _arguments.without_padding(query, lengths)
+        query = _arguments.without_padding(query, lengths, first_query)
         operands["query_lengths"] = lengths
     if "key_value_seq_lengths" in given:
         lengths = _arguments.check_lengths(
             "key_value_seq_lengths", given["key_value_seq_lengths"], sizes
         )
-        key = _arguments.without_padding(key, lengths, static.kv_axis_name)
-        value = _arguments.without_padding(value, lengths, static.kv_axis_name)
+        key = _arguments.without_padding(key, lengths, first_key)
+        value = _arguments.without_padding(value, lengths, first_key)
         operands["key_lengths"] = lengths
     if "query_segment_ids" in given or "key_value_segment_ids" in given:
         operands["query_segments"], operands["key_segments"] = _arguments.check_segments(
             given.get("query_segment_ids"), given.get("key_value_segment_ids"), sizes
         )
+    of_scores = sizes
+    if static.places.queries == static.places.keys != ():  # then they have the keys of all devices
+        of_scores = dataclasses.replace(sizes, keys=sizes.keys * lax.axis_size(static.places.keys))
     if "bias" in given:
-        operands["bias"] = _arguments.check_bias(given["bias"], sizes)
+        operands["bias"] = _arguments.check_bias(given["bias"], of_scores)
     if "mask" in given:
-        operands["mask"] = _arguments.check_attention_mask(given["mask"], sizes)
+        operands["mask"] = _arguments.check_attention_mask(given["mask"], of_scores)
     operands["query"] = jnp.transpose(query, (0, 2, 1, 3))
     operands["key"] = jnp.transpose(key, (0, 2, 3, 1))
     operands["value"] = jnp.transpose(value, (0, 2, 3, 1))
     # Outside of the reverse rule, so that JAX sums their cotangents over devices.
-    return {name: vary_like(x, key) for name, x in operands.items()}, sizes
+    for other in (key, query):
+        operands = {name: vary_like(x, other) for name, x in operands.items()}
+    return operands, sizes
+
+
+def _first(places: Places, sizes: Sizes) -> tuple[ArrayLike, ...]:
+    """The positions of the first batch, head, query and key of this device."""
+    pairs = zip(dataclasses.astuple(places), sizes.scores, strict=True)
+    return tuple(lax.axis_index(names) * size if names else 0 for names, size in pairs)
 
 
 def _rules(
@@ -304,7 +365,8 @@ def _rules(
         sink=sink,
         dropout_rate=static.dropout_rate,
         dropout_key=given.get("dropout_key"),
-        kv_axis_name=static.kv_axis_name,
+        kv_names=static.places.keys,
+        first=_first(static.places, sizes),
         guard=not isinstance(normalizer, Configured),
     )
 
@@ -330,14 +392,16 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
 
 def _in_blocks(
     block_size: int | None,
+    sizes: Sizes,
     rules: Rules,
     operands: dict[str, Array],
-    sizes: Sizes,
     forward_scores: int = FORWARD_SCORES,
 ) -> tuple[Array, ...]:
-    # Where the positions of the keys are not known while tracing, no key is out of reach.
-    reach = Reach(rules.before, rules.after) if rules.kv_axis_name is None else Reach()
+    # Where positions are not known while tracing, no key is out of reach.
+    known = all(isinstance(first, int) for first in rules.first[ROW_AXIS:])
+    reach = Reach(rules.before, rules.after) if known else Reach()
     names = tuple(operands)
+    devices = parts_in_all(operands["query"])
 
     def block_of(band: Band) -> Block:
         def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
@@ -346,8 +410,11 @@ def _in_blocks(
         return block
 
     def bands_of(block_scores: int) -> tuple[Band, ...]:
-        row_size = sizes.batch * sizes.heads * sizes.keys
+        row_size = sizes.batch * sizes.heads * sizes.keys // devices
         rows = block_size or block_rows(sizes.queries, row_size, block_scores)
+        if devices > 1:
+            parts = parts_of(operands["query"], ROW_AXIS)
+            return (interleaved(sizes.queries, sizes.keys, rows * devices, parts),)
         return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach)
 
     return attend_in_blocks(

@@ -16,7 +16,6 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._plan import Band
-from jaxsoftmax.attention._pure import Configured
 
 Parts = Mapping[str, Array]
 # Of the first row and the parts of the operands that the block sees.
@@ -39,15 +38,14 @@ class Rules:
       sink: one virtual score per head, (N, 1, 1), if there is one.
       dropout_rate: the share of the weights that are dropped.
       dropout_key: a key of `jax.random`, if any are.
-      kv_axis_name: the mesh axis that the keys are spread over.
-      first_entry: the index of the first entry of the batch.
-      first_head: the index of the first head.
+      kv_names: the mesh axes that the keys are spread over.
+      first: the positions of the first batch, head, query and key of this device.
       guard: whether the normalizer is not to see rows of which nothing takes part.
     """
 
     normalizer: Callable[..., Array]
     scale: ArrayLike | None
-    log_sum: Configured | None = None
+    log_sum: Callable[..., Array] | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
     before: int | None = None
@@ -56,9 +54,8 @@ class Rules:
     sink: Array | None = None
     dropout_rate: float = 0.0
     dropout_key: Array | None = None
-    kv_axis_name: str | None = None
-    first_entry: ArrayLike = 0
-    first_head: ArrayLike = 0
+    kv_names: tuple[str, ...] = ()
+    first: tuple[ArrayLike, ...] = (0, 0, 0, 0)
     guard: bool = True
 
 
@@ -76,11 +73,13 @@ def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Arr
     if rules.score_mod is not None:
         scores = _modified(rules.score_mod, scores, places)
     options: dict[str, Any] = {
-        "axis": -1 if rules.kv_axis_name is None else (-1, rules.kv_axis_name),
+        "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
         "where": _visible(rules, part, places),
     }
     if rules.sink is not None:
         options["sink"] = rules.sink
+    if "log_sum" in part:
+        options["log_sum"] = part["log_sum"]
     weights = _weights(rules, scores, options)
     if rules.dropout_key is not None:
         scale = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
@@ -136,10 +135,9 @@ def _places(
 ) -> tuple[Array, Array, Array, Array]:
     """The indices of batch, head, query and key, one vector each."""
     batch, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape)
-    keys = keys + band.key_start(first_row)
-    if rules.kv_axis_name is not None:
-        keys = keys + lax.axis_index(rules.kv_axis_name) * band.total_keys
-    return batch + rules.first_entry, heads + rules.first_head, rows + first_row, keys
+    here = batch, heads, band.row(first_row, rows), keys + band.key_start(first_row)
+    batch, heads, rows, keys = (x + first for x, first in zip(here, rules.first, strict=True))
+    return batch, heads, rows, keys
 
 
 def _modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
@@ -213,10 +211,10 @@ def _weights(rules: Rules, scores: Array, options: dict[str, Any]) -> Array:
 def _any_key(rules: Rules, where: Array) -> Array:
     """Whether a query sees anything."""
     seen = jnp.any(where, -1, keepdims=True)
-    if rules.kv_axis_name is None:
+    if not rules.kv_names:
         return seen
-    seen = vary_like(seen, lax.axis_index(rules.kv_axis_name))
-    return lax.pmax(seen.astype(jnp.int32), rules.kv_axis_name) > 0
+    seen = vary_like(seen, lax.axis_index(rules.kv_names))
+    return lax.pmax(seen.astype(jnp.int32), rules.kv_names) > 0
 
 
 def _mix(weights: Array, value: Array) -> Array:

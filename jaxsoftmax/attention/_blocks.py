@@ -138,7 +138,7 @@ def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
             return state, block(first_row, *parts())
 
         _, outs = _over_blocks(plan, band, output, arrays)
-        bands.append([unstack(out) for out in outs])
+        bands.append([unstack(out, band) for out in outs])
     return tuple(join(outs) for outs in zip(*bands, strict=True))
 
 
@@ -179,7 +179,7 @@ def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array 
             return sums, spread
 
         sums, of_rows = _over_blocks(plan, band, cotangents, arrays, sums, ct)
-        rows.append({i: unstack(of_rows[i]) for i in own})
+        rows.append({i: unstack(of_rows[i], band) for i in own})
     gathered = sums | {i: join([band[i] for band in rows]) for i in own}
     return tuple(
         gathered[i].astype(x.dtype) if i in gathered else None for i, x in enumerate(arrays)

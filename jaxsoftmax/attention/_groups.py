@@ -15,8 +15,9 @@ from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._block import Rules
 from jaxsoftmax.attention._plan import GROUP_SCORES, group_sizes
 from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.mappings import logsumexp
 
-# Of rules, operands, sizes and, if it is to differ from the usual, how many scores a block should
+# Of sizes, rules, operands and, if it is to differ from the usual, how many scores a block should
 # have. The outputs begin with the axes batch and head.
 Attend = Callable[..., tuple[Array, ...]]
 # All arrays, in the layout of the scores where they have axes for batch and head.
@@ -40,14 +41,14 @@ def in_groups(
       rows: how many rows a block has, if that is given.
     """
     normalizer = rules.normalizer
-    if not (isinstance(normalizer, Configured) and rules.kv_axis_name is None and _on_one_cpu()):
-        return attend(rules, operands, sizes)
+    if not (isinstance(normalizer, Configured) and not rules.kv_names and _on_one_cpu()):
+        return attend(sizes, rules, operands)
     per_head = sizes.heads // sizes.key_heads
     batch, key_heads = group_sizes(
         sizes.batch, sizes.key_heads, per_head * sizes.keys, rows or sizes.queries
     )
     if (batch, key_heads) == (sizes.batch, sizes.key_heads):
-        return attend(rules, operands, sizes)
+        return attend(sizes, rules, operands)
     group = dataclasses.replace(sizes, batch=batch, heads=per_head * key_heads, key_heads=key_heads)
 
     def of_group(entry: Any, head: Any, arrays: Arrays) -> tuple[Array, ...]:
@@ -55,12 +56,15 @@ def in_groups(
         own_rules = dataclasses.replace(
             rules,
             normalizer=own,
-            log_sum=None if rules.log_sum is None else own.of(rules.log_sum.function),
+            log_sum=None if rules.log_sum is None else own.of(logsumexp),
             sink=arrays["sink"].get("sink"),
-            first_entry=entry * batch,
-            first_head=head * group.heads,
+            first=(
+                rules.first[0] + entry * batch,
+                rules.first[1] + head * group.heads,
+                *rules.first[2:],
+            ),
         )
-        return attend(own_rules, arrays["operands"], group, GROUP_SCORES)
+        return attend(group, own_rules, arrays["operands"], GROUP_SCORES)
 
     def of_entries(entry: Any, arrays: Arrays) -> tuple[Array, ...]:
         of_heads = functools.partial(of_group, entry)

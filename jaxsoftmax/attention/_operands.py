@@ -36,6 +36,8 @@ class Operand:
 
     def cut(self, x: Array, band: Band, first_row: int | Array) -> Array:
         """The part that a block sees."""
+        if band.stride > 1 and self.has_rows(x):
+            return _cut_rows(x, band, first_row)
         starts, sizes = self._window(x, band, first_row)
         return x if sizes == x.shape else lax.dynamic_slice(x, starts, sizes)
 
@@ -68,6 +70,12 @@ class Operand:
         return _indices(*starts), tuple(sizes)
 
 
+def _cut_rows(x: Array, band: Band, first_row: int | Array) -> Array:
+    """The rows of a block of an interleaved band, with all keys."""
+    split = x.reshape(*x.shape[:ROW_AXIS], band.rows, band.stride, *x.shape[ROW_AXIS + 1 :])
+    return lax.dynamic_index_in_dim(split, first_row, ROW_AXIS + 1, keepdims=False)
+
+
 def _indices(*starts: int | Array) -> list[Array]:
     """Indices of one dtype, as a slice wants them."""
     return [jnp.asarray(start, jnp.int32) for start in starts]
@@ -82,14 +90,22 @@ SCORES = Operand(rows=True, keys=True)
 def stack(x: Array, band: Band) -> Array:
     """The rows of a band, block by block: (blocks, B, N, rows, ...)."""
     x = lax.slice_in_dim(x, band.start, band.start + band.blocks * band.rows, axis=ROW_AXIS)
-    x = x.reshape(*x.shape[:ROW_AXIS], band.blocks, band.rows, *x.shape[ROW_AXIS + 1 :])
-    return jnp.moveaxis(x, ROW_AXIS, 0)
+    block_axis, sizes = _block_axis(band)
+    x = x.reshape(*x.shape[:ROW_AXIS], *sizes, *x.shape[ROW_AXIS + 1 :])
+    return jnp.moveaxis(x, block_axis, 0)
 
 
-def unstack(x: Array) -> Array:
+def unstack(x: Array, band: Band) -> Array:
     """(blocks, B, N, rows, ...) with the rows of all blocks in one axis."""
-    x = jnp.moveaxis(x, 0, ROW_AXIS)
+    x = jnp.moveaxis(x, 0, _block_axis(band)[0])
     return x.reshape(*x.shape[:ROW_AXIS], -1, *x.shape[ROW_AXIS + 2 :])
+
+
+def _block_axis(band: Band) -> tuple[int, tuple[int, int]]:
+    """Which axis tells the block where rows are split, and the sizes of the two."""
+    if band.stride == 1:
+        return ROW_AXIS, (band.blocks, band.rows)
+    return ROW_AXIS + 1, (band.rows, band.blocks)
 
 
 def join(bands: Sequence[Array]) -> Array:

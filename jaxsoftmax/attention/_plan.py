@@ -20,6 +20,7 @@ class Band:
       first_key: the first of them; of the band's first block, if they slide.
       slide: how far a block's keys lie behind its first row, or None if all blocks see the same.
       total_keys: how many keys there are.
+      stride: how far the rows of a block lie apart: 1, or as many as there are blocks.
     """
 
     start: int
@@ -29,10 +30,15 @@ class Band:
     first_key: int
     slide: int | None
     total_keys: int
+    stride: int = 1
 
     def first_row(self, block: int | Array) -> int | Array:
         """The first row of a block."""
-        return self.start + block * self.rows
+        return self.start + block * (self.rows if self.stride == 1 else 1)
+
+    def row(self, first_row: int | Array, i: Array) -> Array:
+        """The row that is number `i` of the block that begins at `first_row`."""
+        return first_row + i * self.stride
 
     def key_start(self, first_row: int | Array) -> int | Array:
         """The first key of the block that begins at `first_row`."""
@@ -111,6 +117,24 @@ def bands(queries: int, keys: int, rows: int, reach: Reach) -> tuple[Band, ...]:
     if rest := queries % rows:
         parts.append(_band(queries - rest, rest, 1, keys, reach))
     return tuple(_merged(parts))
+
+
+def interleaved(queries: int, keys: int, rows: int, parts: int) -> Band:
+    """One band for arrays that XLA shares among devices: no block is one device's alone.
+
+    Keys stay where they are, so all blocks see all of them.
+
+    Args:
+      queries: how many query rows there are.
+      keys: how many keys.
+      rows: how many rows a block should have, at most.
+      parts: into how many equal parts the rows may have been split.
+    """
+    most = queries // parts
+    blocks = min(math.ceil(queries / rows), most)
+    while most % blocks:
+        blocks += 1
+    return Band(0, queries // blocks, blocks, keys, 0, None, keys, stride=blocks)
 
 
 def _band(start: int, rows: int, blocks: int, total: int, reach: Reach) -> Band:

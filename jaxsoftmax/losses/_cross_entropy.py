@@ -6,8 +6,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
+from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._elementary import exp, log
+from jaxsoftmax._reductions import EXACT, Entries, Rows, add_exactly, indicator
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -147,8 +149,9 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     It is the log-sum-exp of the gaps to the largest score, less the gap of the class. Where the
     class is the largest, that gap is 0 and the sum has kept its digits; elsewhere nothing cancels.
     """
-    top, log_sum = _softmax.top_and_log_sum(rows, scores)
     own = classes.pick(rows, scores[0])
+    hits = (classes.hits(rows, scores[0]),)
+    top, log_sum = _top_and_log_sum(rows, scores, hits, own)
     own_gap, own_lost = _softmax.exact_gap(own, top)
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(log_sum)
     surprise = jnp.where(absent, jnp.inf, (log_sum - own_lost) - own_gap)
@@ -160,9 +163,27 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
     log_sum = jnp.where(log_sum == -jnp.inf, 0, log_sum)
-    hits = (classes.hits(rows, scores[0]),)
     scores, top = lax.optimization_barrier((scores, top))
     return surprise, rows.map(excess, [scores, hits], [top, log_sum, own_excess])
+
+
+def _top_and_log_sum(rows: Rows, scores: Entries, hits: Entries, own: Array) -> tuple[Array, Array]:
+    """The maximum, and the log-sum-exp of the gaps to it.
+
+    Where devices have to tell each other about a row, its class is kept apart and not its maxima:
+    its score is known, so they tell one number less. It keeps the digits that the loss has. Where
+    the class is not the largest, the loss is at least by how much, and the others may be rounded.
+    """
+    if not rows.are_shared(scores[0]):
+        return _softmax.top_and_log_sum(rows, scores)
+
+    def terms(score: Array, hit: Array, top: Array) -> tuple[Array]:
+        return (jnp.where(hit, 0, exp(*_softmax.exact_gap(score, top))),)
+
+    top = _threshold.top_of(rows, scores)
+    others, lost = rows.sums(terms, [scores, hits], [top], EXACT)
+    own_weight = exp(*_softmax.exact_gap(own, top))
+    return top, log(*add_exactly((own_weight, lost), (others, jnp.zeros_like(others))))
 
 
 def _surprise_and_excess_fwd(

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
 from jaxsoftmax._scores import check_real, output_dtype
+from jaxsoftmax._sharding import share_like
 
 
 @functools.partial(
@@ -37,7 +38,7 @@ class Classes:
     def distribution(self, rows: Rows, scores: Array) -> Entries:
         """All the weight on the class; none in rows whose class is out of range."""
         hits = self.hits(rows, scores) & self.known
-        return (vary_like(indicator(hits, scores.dtype), scores),)
+        return (share_like(vary_like(indicator(hits, scores.dtype), scores), scores),)
 
     def pick(self, rows: Rows, scores: Array) -> Array:
         """The score of the class, one per row."""
@@ -72,7 +73,7 @@ def as_target(rows: Rows, entries: Entries, targets: ArrayLike) -> Classes | Ent
                 f"targets must have the shape of scores {scores.shape} if they are distributions, "
                 f"got shape {targets.shape}."
             )
-        return (vary_like(targets.astype(scores.dtype), scores),)
+        return (share_like(vary_like(targets.astype(scores.dtype), scores), scores),)
     if len(rows.axes) != 1:
         raise ValueError(
             f"targets must be distributions over {len(rows.axes)} axes, got integers, which name "

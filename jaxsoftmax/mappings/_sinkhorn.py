@@ -19,6 +19,7 @@ from jaxsoftmax._scores import (
     public,
     split_axis,
 )
+from jaxsoftmax._sharding import share_like
 from jaxsoftmax.mappings._softmax import SOFTMAX, log_sum
 
 _OneOrMore = int | str | tuple[int | str, ...]
@@ -90,7 +91,8 @@ def sinkhorn(
         return -_finite_log_sum(columns, scores + f), None
 
     # The columns' sum is left out: it moves g by a constant, which f takes back.
-    g = vary_like(jnp.zeros(columns.shape(scores), scores.dtype), scores, but=columns.names)
+    g = jnp.zeros(columns.shape(scores), scores.dtype)
+    g = share_like(vary_like(g, scores, but=columns.names), scores)
     g, _ = lax.scan(jax.checkpoint(normalize), g, length=num_iterations)
     return _threshold.apply(SOFTMAX, rows, (scores + g,))[0].astype(output_dtype(x))
 

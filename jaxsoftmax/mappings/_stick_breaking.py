@@ -1,5 +1,6 @@
 """Stick-breaking: each score takes its part of what those before it left."""
 
+import math
 from typing import Any
 
 import jax
@@ -16,11 +17,13 @@ from jaxsoftmax._scores import (
     Temperature,
     as_scores,
     is_cold,
-    one_axis,
     output_dtype,
     prepare,
     public,
+    split_axis,
+    with_ndim,
 )
+from jaxsoftmax._sharding import parts_of
 from jaxsoftmax.mappings._hardmax import HARDMAX
 
 
@@ -44,7 +47,8 @@ def stick_breaking(
 
     Args:
       x: scores of any shape and real dtype.
-      axis: the axis along which the stick is broken: one array axis.
+      axis: the axis along which the stick is broken: one array axis, or a tuple of it and of mesh
+        axis names; then the devices' parts come in the order of the devices.
       where: what takes part; a boolean mask that broadcasts to `x`. The rest breaks nothing, and so
         it is with scores of -inf. A score of +inf takes all that is left.
       temperature: divides the scores; a number or one value per row, not negative. 0 makes it
@@ -70,9 +74,15 @@ def stick_breaking(
       Tan, Yang, Courville, Panda & Shen, 2024: Scaling stick-breaking attention
       (arXiv:2410.17980).
     """
-    axis = one_axis(axis, as_scores(x).ndim)
-    rows, scores = prepare(x, axis, Options(where, temperature))
+    rows, scores = prepare(x, _in_order(axis, as_scores(x).ndim), Options(where, temperature))
     return _breaks_or_hardmax(rows, scores, temperature, reverse).astype(output_dtype(x))
+
+
+def _in_order(axis: Axis, ndim: int) -> Axis:
+    axes, names = split_axis(axis, ndim)
+    if len(axes) != 1:
+        raise ValueError(f"axis must be one array axis, mesh axes aside, got {axis!r}.")
+    return (*axes, *names)
 
 
 def _breaks_or_hardmax(
@@ -80,40 +90,70 @@ def _breaks_or_hardmax(
 ) -> Array:
     # No scores make sticks break into equal parts wherever there are ties: at temperature 0 it is
     # another function, taken where it may be needed.
-    pieces = _pieces(rows.axes[0], reverse, scores[0])
+    pieces = _pieces(reverse, rows, scores[0])
     cold = is_cold(rows, scores[0], temperature)
     if cold is False:
         return pieces
     return jnp.where(cold, _threshold.apply(HARDMAX, rows, scores)[0], pieces)
 
 
-def _pieces_of_any(axis: int, reverse: bool, scores: Array) -> Array:
-    left = _sum_before(jax.nn.log_sigmoid(-scores), axis, reverse)
+def _pieces_of_any(reverse: bool, rows: Rows, scores: Array) -> Array:
+    left = _sum_before(rows, jax.nn.log_sigmoid(-scores), reverse)
     p = jnp.exp(jax.nn.log_sigmoid(scores) + left)
-    total = jnp.sum(p, axis, keepdims=True)
+    total = rows.sum((p,))
     return jnp.where(jnp.isnan(total), total, p)
 
 
-_pieces = custom_vjp(_pieces_of_any, nondiff_argnums=(0, 1))
+_pieces = custom_vjp(_pieces_of_any, nondiff_argnums=(0,))
 
 
-def _pieces_fwd(axis: int, reverse: bool, scores: Array) -> tuple[Array, Any]:
-    p = _pieces(axis, reverse, scores)
-    return p, (p, scores)
+def _pieces_fwd(reverse: bool, rows: Rows, scores: Array) -> tuple[Array, Any]:
+    p = _pieces(reverse, rows, scores)
+    return p, (rows, p, scores)
 
 
-def _pieces_bwd(axis: int, reverse: bool, residuals: Any, ct: Array) -> tuple[Array]:
-    p, scores = residuals
+def _pieces_bwd(reverse: bool, residuals: Any, ct: Array) -> tuple[None, Array]:
+    rows, p, scores = residuals
     ct_log_p = ct * p
-    after = _sum_before(ct_log_p, axis, not reverse)
-    return (ct_log_p * jax.nn.sigmoid(-scores) - after * jax.nn.sigmoid(scores),)
+    after = _sum_before(rows, ct_log_p, not reverse)
+    return None, ct_log_p * jax.nn.sigmoid(-scores) - after * jax.nn.sigmoid(scores)
 
 
 _pieces.defvjp(_pieces_fwd, _pieces_bwd)
 
 
-def _sum_before(x: Array, axis: int, reverse: bool) -> Array:
+def _sum_before(rows: Rows, x: Array, reverse: bool) -> Array:
     """The sum of what comes before each entry, or after it. Linear."""
+    (axis,) = rows.axes
+    parts = parts_of(x, axis)
+    if parts > 1:
+        return _sum_before_in_parts(x, axis, parts, reverse)
+    before = _sum_before_here(x, axis, reverse)
+    if not rows.names:
+        return before
+    total = jnp.sum(x, axis)
+    index = lax.axis_index(rows.names)
+    devices = jnp.arange(math.prod(lax.axis_size(name) for name in rows.names))
+    here = (devices < index if reverse else devices > index).reshape(-1, *(1,) * total.ndim)
+    # Each device tells those that come after it, in one sum of a number per row and device.
+    sums = lax.psum(jnp.where(here, total[None], 0), rows.names)
+    return before + jnp.expand_dims(lax.dynamic_index_in_dim(sums, index, 0, False), axis)
+
+
+def _sum_before_in_parts(x: Array, axis: int, parts: int, reverse: bool) -> Array:
+    """The same, for rows that XLA shares among devices: no sum runs from part to part."""
+    split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+    here = _sum_before_here(split, axis + 1, reverse)
+    total = jnp.expand_dims(jnp.sum(split, axis + 1), axis + 1)
+    first, second = (lax.broadcasted_iota(jnp.int32, (parts, parts), i) for i in (0, 1))
+    before = (first > second if reverse else first < second).reshape(
+        parts, parts, *(1,) * (x.ndim - axis - 1)
+    )
+    sums = jnp.sum(jnp.where(with_ndim(before, split.ndim), total, 0), axis)
+    return (here + jnp.expand_dims(sums, axis + 1)).reshape(x.shape)
+
+
+def _sum_before_here(x: Array, axis: int, reverse: bool) -> Array:
     # Shifted rather than subtracted, for -inf and for accuracy.
     shift = (-1, 1, 0) if reverse else (1, -1, 0)
     padding = [shift if i == axis else (0, 0, 0) for i in range(x.ndim)]

@@ -1,0 +1,87 @@
+"""What the types of arrays tell of how JAX shares them among devices."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+Names = tuple[str, ...]
+
+
+def explicit(x: Array) -> Any:
+    """How `x` is spread over an explicit mesh, None where it is not."""
+    sharding = jax.typeof(x).sharding
+    return None if all(names is None for names in sharding.spec) else sharding
+
+
+def explicit_names(x: Array, axis: int) -> Names:
+    """The explicit mesh axes that an array axis is spread over."""
+    names = jax.typeof(x).sharding.spec[axis]
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def share_like(x: Array, other: Array) -> Array:
+    """`x`, spread over an explicit mesh as `other` is, along the axes of the same length.
+
+    Outside of a custom rule, since the cotangent is to be spread as `x` was.
+    """
+    sharding = explicit(other)
+    if sharding is None:
+        return x
+    pairs = zip(sharding.spec, x.shape, other.shape, strict=True)
+    spec = [names if n == m else None for names, n, m in pairs]
+    return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
+def parts_of(x: Array, axis: int) -> int:
+    """Into how many equal parts XLA may have split an axis, as far as types tell; 1 if none."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = {*explicit_names(x, axis), *(name for name, kind in kinds if kind == AxisType.Auto)}
+    parts = math.prod(mesh.shape[name] for name in names)
+    return parts if x.shape[axis] % parts == 0 else 1
+
+
+def parts_in_all(x: Array) -> int:
+    """Into how many parts XLA may split `x` of its own accord, as far as types tell."""
+    mesh = jax.typeof(x).sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return math.prod(mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto)
+
+
+def on_each_device(
+    fun: Callable[..., Any],
+    sharding: NamedSharding,
+    in_axes: Sequence[Sequence[Names]],
+    out_specs: Any,
+) -> Callable[..., Any]:
+    """`fun` of each device's parts of arrays on an explicit mesh.
+
+    Args:
+      fun: the function.
+      sharding: that of any array on the mesh.
+      in_axes: for each argument, a pytree of arrays, the mesh axes that each of their axes is to be
+        spread over.
+      out_specs: the specs of what it returns.
+    """
+    mesh: Any = sharding.mesh
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    names = {name for name, kind in kinds if kind == AxisType.Explicit}
+    specs = [spec_of(axes) for axes in in_axes]
+    mapped = jax.shard_map(
+        fun, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs, axis_names=names
+    )
+
+    def of_placed(*args: Any) -> Any:
+        pairs = zip(args, specs, strict=True)
+        return mapped(*(jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in pairs))
+
+    return of_placed
+
+
+def spec_of(axes: Sequence[Names]) -> PartitionSpec:
+    """A spec of the mesh axes that each array axis is spread over."""
+    return PartitionSpec(*(names or None for names in axes))

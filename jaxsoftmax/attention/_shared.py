@@ -1,0 +1,144 @@
+"""Attention of arrays on a mesh whose axes are explicit: each device does its own part."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoftmax import _sharding
+from jaxsoftmax._scores import known_number
+from jaxsoftmax._sharding import Names, explicit, explicit_names, spec_of
+from jaxsoftmax.attention import _arguments
+from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.mappings import softmax
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """The mesh axes that scores, (B, N, T, S), are spread over."""
+
+    batch: Names = ()
+    heads: Names = ()
+    queries: Names = ()
+    keys: Names = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How attention is shared among the devices of a mesh.
+
+    Attributes:
+      sharding: that of any array on the mesh.
+      places: what each device does.
+      key_heads: the mesh axes that the heads of keys are spread over.
+      out_queries: the mesh axes that the queries of the output are to be spread over.
+    """
+
+    sharding: Any
+    places: Places
+    key_heads: Names
+    out_queries: Names
+
+    def names(self, letters: str, x: Array) -> list[Names]:
+        """What the axes of an array are spread over, given their letters, the last ones first."""
+        of = {
+            "B": self.places.batch,
+            "N": self.places.heads,
+            "K": self.key_heads,
+            "T": self.places.queries,
+            "S": self.places.keys,
+            "A": () if self.places.queries == self.places.keys else self.places.keys,
+        }
+        letters = letters.rjust(x.ndim)[len(letters.rjust(x.ndim)) - x.ndim :]
+        pairs = zip(letters, x.shape, strict=True)
+        return [() if n == 1 else of.get(letter, ()) for letter, n in pairs]
+
+
+# The axes of arrays, from the last one on; those of size 1 are on all devices.
+LETTERS = {
+    "query": "BTNH",
+    "key": "BSKH",
+    "value": "BSKV",
+    "bias": "BNTA",
+    "mask": "BNTA",
+    "query_seq_lengths": "B",
+    "key_value_seq_lengths": "B",
+    "query_segment_ids": "BT",
+    "key_value_segment_ids": "BS",
+    "sink": "N",
+}
+_OF_NORMALIZER = "BNTA"
+
+
+def goes_in_ring(normalizer: Any) -> bool:
+    """Whether outputs of parts of rows make those of the whole: softmax, at some temperature."""
+    if not (isinstance(normalizer, Configured) and normalizer.function is softmax):
+        return False
+    options = dict(normalizer.options) | normalizer.arrays
+    return {*options} <= {"temperature"} and known_number(options.get("temperature")) != 0
+
+
+def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
+    """How to share attention, as the types of queries, keys and values tell; None: not at all.
+
+    Args:
+      given: the arrays.
+      manual: what is already one device's part.
+      normalizer: makes weights of scores.
+    """
+    inputs = [given.get(name) for name in ("query", "key", "value")]
+    query, key, value, sizes = _arguments.check_inputs(*inputs)
+    found = (explicit(x) for x in (query, key, value))
+    sharding = next((sharding for sharding in found if sharding is not None), None)
+    if sharding is None:
+        return None
+    batch = explicit_names(query, 0) or explicit_names(key, 0)
+    heads = _without(batch, explicit_names(query, 2))
+    if sizes.key_heads > 1 and sizes.key_heads % math.prod(sharding.mesh.shape[n] for n in heads):
+        heads = ()  # for a device's queries are not to need a part of the keys of another
+    queries = _without(batch + heads, explicit_names(query, 1))
+    keys = _without(batch + heads, explicit_names(key, 1) or explicit_names(value, 1))
+    # Keys stay where they are, but in a ring; queries on the same mesh axes go to all devices.
+    in_ring = queries == keys and goes_in_ring(normalizer)
+    own = queries if in_ring or not set(queries) & set(keys) else ()
+    return Plan(
+        sharding=sharding,
+        places=Places(batch, heads, own or manual.queries, keys or manual.keys),
+        key_heads=() if sizes.key_heads == 1 else heads,
+        out_queries=queries,
+    )
+
+
+def _without(taken: Names, names: Names) -> Names:
+    return tuple(name for name in names if name not in taken)
+
+
+def on_each_device(
+    here: Callable[..., Any], plan: Plan, normalizer: Any, given: dict[str, Any]
+) -> Any:
+    """Calls `here(normalizer, given)` with each device's part of all arrays."""
+    parameters = normalizer.arrays if isinstance(normalizer, Configured) else {}
+    arrays = [*map(jnp.asarray, (*given.values(), *parameters.values()))]
+    letters = [*(LETTERS.get(name, "") for name in given), *(_OF_NORMALIZER for _ in parameters)]
+
+    def local(*parts: Array) -> tuple[Array, ...]:
+        of_given = dict(zip(given, parts, strict=False))
+        own = normalizer
+        if parameters:
+            of_normalizer = dict(zip(parameters, parts[len(given) :], strict=True))
+            own = dataclasses.replace(normalizer, arrays=of_normalizer)
+        return here(own, of_given)
+
+    in_axes = [plan.names(own, x) for own, x in zip(letters, arrays, strict=True)]
+    of_out = in_axes[[*given].index("query")]
+    out = _sharding.on_each_device(local, plan.sharding, in_axes, spec_of(of_out[:-1]))(*arrays)
+    wanted = dataclasses.replace(
+        plan, places=dataclasses.replace(plan.places, queries=plan.out_queries)
+    )
+    query = arrays[[*given].index("query")]
+    spec = spec_of(wanted.names(LETTERS["query"], query)[:-1])
+    return jax.tree.map(lambda x: jax.sharding.reshard(x, plan.sharding.update(spec=spec)), out)
