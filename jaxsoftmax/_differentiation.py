@@ -359,7 +359,7 @@ def _linear_jvp(
 def _linear_transpose(
     cts: Sequence[Any], *args: Any, forward: ClosedJaxpr, back: ClosedJaxpr, num_points: int
 ):
-    cts = map(ad.instantiate_zeros, cts)
+    cts = [ad.instantiate_zeros(ct) for ct in cts]
     points = args[:num_points]
     out = _linear.bind(*points, *cts, forward=back, back=forward, num_points=num_points)
     return [None] * num_points + out

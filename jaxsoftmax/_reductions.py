@@ -139,7 +139,7 @@ class Rows:
             tuple(row_values),
         )
         if self.names:
-            sums = self._over_devices(sums, adding.add)
+            sums = self._over_devices(sums, adding)
         for sink in sinks:
             sums = adding.add(sums, terms(*sink, *row_values))
         return tuple(sums)
@@ -211,8 +211,8 @@ class Rows:
     ) -> tuple[Array, ...]:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
 
-    def _over_devices(self, sums: Sequence[Array], add: Add) -> Sequence[Array]:
-        if add is not add_exactly:
+    def _over_devices(self, sums: Sequence[Array], adding: Adding) -> Sequence[Array]:
+        if adding is not EXACT:
             return lax.psum(tuple(sums), self.names)
         # What rounding took is added before the sum leaves the device: one number less to tell.
         first, lost, *others = sums

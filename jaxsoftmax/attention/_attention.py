@@ -274,7 +274,7 @@ def _here(
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, dtype)
     elif static.in_ring(normalizer):
-        outs = in_ring(static.places.keys, functools.partial(in_blocks, sizes), rules, operands)
+        outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)
     else:
         outs = in_groups(in_blocks, rules, operands, sizes, static.block_size)
         if static.places.keys:
@@ -398,7 +398,7 @@ def _in_blocks(
     forward_scores: int = FORWARD_SCORES,
 ) -> tuple[Array, ...]:
     # Where positions are not known while tracing, no key is out of reach.
-    known = all(isinstance(first, int) for first in rules.first[ROW_AXIS:])
+    known = all(isinstance(first, int) for first in rules.first[2:])
     reach = Reach(rules.before, rules.after) if known else Reach()
     names = tuple(operands)
     devices = parts_in_all(operands["query"])

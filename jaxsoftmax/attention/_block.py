@@ -39,7 +39,7 @@ class Rules:
       dropout_rate: the share of the weights that are dropped.
       dropout_key: a key of `jax.random`, if any are.
       kv_names: the mesh axes that the keys are spread over.
-      first: the positions of the first batch, head, query and key of this device.
+      first: the indices of the first batch, head, query and key.
       guard: whether the normalizer is not to see rows of which nothing takes part.
     """
 

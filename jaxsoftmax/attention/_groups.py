@@ -42,13 +42,14 @@ def in_groups(
     """
     normalizer = rules.normalizer
     if not (isinstance(normalizer, Configured) and not rules.kv_names and _on_one_cpu()):
-        return attend(sizes, rules, operands)
+        return attend(rules, operands, sizes)
     per_head = sizes.heads // sizes.key_heads
     batch, key_heads = group_sizes(
         sizes.batch, sizes.key_heads, per_head * sizes.keys, rows or sizes.queries
     )
     if (batch, key_heads) == (sizes.batch, sizes.key_heads):
-        return attend(sizes, rules, operands)
+        return attend(rules, operands, sizes)
+    first = rules.first
     group = dataclasses.replace(sizes, batch=batch, heads=per_head * key_heads, key_heads=key_heads)
 
     def of_group(entry: Any, head: Any, arrays: Arrays) -> tuple[Array, ...]:
@@ -58,11 +59,7 @@ def in_groups(
             normalizer=own,
             log_sum=None if rules.log_sum is None else own.of(logsumexp),
             sink=arrays["sink"].get("sink"),
-            first=(
-                rules.first[0] + entry * batch,
-                rules.first[1] + head * group.heads,
-                *rules.first[2:],
-            ),
+            first=(first[0] + entry * batch, first[1] + head * group.heads, *first[2:]),
         )
         return attend(group, own_rules, arrays["operands"], GROUP_SCORES)
 

@@ -8,7 +8,7 @@ in, the output, and one number per row.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import custom_vjp, hoist, linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import Options, prepare, wide
+from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._block import Rules, is_smooth
 from jaxsoftmax.attention._operands import KEY_AXIS, ROW_AXIS
 from jaxsoftmax.attention._plan import Reach
@@ -29,19 +30,19 @@ class Moving(NamedTuple):
     """What goes round: keys and values, and numbers of segments."""
 
     smooth: list[Array]
-    rest: list[Array]
+    rest: Sequence[Array | None]
 
 
 class Fixed(NamedTuple):
     """What stays: queries, a bias, what functions close over; masks, lengths, random keys."""
 
     smooth: list[Array]
-    rest: list[Array]
+    rest: Sequence[Array | None]
     sink: Array | None
 
 
 # The first key, what is here of what goes round, what stays: an output and a number per row.
-Part = Callable[[Array, Moving, Fixed], tuple[Array, Array]]
+Part = Callable[[Array, Moving, Fixed], tuple[Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -63,7 +64,7 @@ class Ring:
     keys: int
     reach: Reach
     attend: Part
-    mix: Callable[[Array, Moving, Fixed, Array], tuple[Array, Array]]
+    mix: Callable[[Array, Moving, Fixed, Array], tuple[Array, ...]]
 
     @property
     def size(self) -> int:
@@ -191,7 +192,7 @@ def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> Any:
     return ring.next(ct_moving), ct_fixed
 
 
-def _pushed(ring: Ring, point: Point, tangents: Any) -> tuple[Array, Array]:
+def _pushed(ring: Ring, point: Point, tangents: Any) -> tuple[Array, ...]:
     """The tangents of `Ring.mix`, summed over all parts: the transpose of `_pulled`."""
     moving, fixed, given = point
     of_moving, of_fixed = tangents
@@ -218,10 +219,10 @@ def _pushed(ring: Ring, point: Point, tangents: Any) -> tuple[Array, Array]:
 
 def _mix(
     ring: Ring, first_key: Array, moving: Moving, fixed: Fixed, given: Array
-) -> Callable[..., tuple[Array, Array]]:
+) -> Callable[..., tuple[Array, ...]]:
     """`Ring.mix` as a function of what has derivatives."""
 
-    def mix(of_moving: list[Array], of_fixed: list[Array]) -> tuple[Array, Array]:
+    def mix(of_moving: list[Array], of_fixed: list[Array]) -> tuple[Array, ...]:
         here, there = moving._replace(smooth=of_moving), fixed._replace(smooth=of_fixed)
         return tuple(ring.mix(first_key, here, there, given))
 
@@ -239,9 +240,10 @@ def _sum(totals: list[Array], parts: list[Array]) -> list[Array]:
 
 def in_ring(
     names: tuple[str, ...],
-    in_blocks: Callable[[Rules, dict[str, Array]], tuple[Array, ...]],
+    in_blocks: Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]],
     rules: Rules,
     operands: dict[str, Array],
+    sizes: Sizes,
 ) -> tuple[Array, Array]:
     """Attention of queries to the keys of all devices: outputs, and log-sum-exps.
 
@@ -250,6 +252,7 @@ def in_ring(
       in_blocks: attention to the keys that are here.
       rules: what makes weights of scores, by softmax.
       operands: what blocks are cut from; a bias or a mask has all the keys.
+      sizes: the sizes of what is on this device.
     """
     query, key = operands["query"], operands["key"]
     going = [name for name in ("key", "value", "key_segments") if name in operands]
@@ -263,7 +266,7 @@ def in_ring(
     names_of_arrays = ("normalizer", "scale", "soft_cap")
     arrays = {name: jax.tree.map(vary, getattr(rules, name)) for name in names_of_arrays}
     rules = dataclasses.replace(rules, **arrays)
-    softmax = rules.normalizer
+    softmax: Any = rules.normalizer
     temperature = dict(softmax.options) | softmax.arrays
 
     def here(first_key: Array, moving: dict[str, Array], fixed: dict[str, Array]) -> Any:
@@ -277,13 +280,13 @@ def in_ring(
     def attend_part(first_key: Array, moving: Any, fixed: Any) -> Any:
         own, part = here(first_key, moving, fixed)
         own = dataclasses.replace(own, log_sum=softmax.of(logsumexp))
-        return in_blocks(own, part)
+        return in_blocks(own, part, sizes)
 
     def mix_part(first_key: Array, moving: Any, fixed: Any, log_sum: Array) -> Any:
         own, part = here(first_key, moving, fixed)
         weights = functools.partial(_weights, temperature)
         own = dataclasses.replace(own, normalizer=weights, log_sum=_row_sum(weights), guard=False)
-        return in_blocks(own, part | {"log_sum": log_sum})
+        return in_blocks(own, part | {"log_sum": log_sum}, sizes)
 
     moving, fixed = ({name: operands[name] for name in part} for part in (going, staying))
     first = jnp.zeros((), jnp.int32)

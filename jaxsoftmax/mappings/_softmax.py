@@ -82,7 +82,8 @@ def softmax(
     options = Options(where, temperature, sink, segment_ids, num_segments)
     rows, scores = prepare(x, axis, options)
     dtype = output_dtype(x)
-    if jnp.finfo(dtype).bits < 32 and known_number(temperature) == 1 and sink is None:
+    is_plain = known_number(temperature) == 1 and sink is None
+    if jnp.finfo(dtype).bits < 32 and is_plain and not rows.are_shared(scores[0]):
         # The scores are still those that came, and lose nothing.
         return _softmax_of_half(rows, (scores[0].astype(dtype),))[0]
     return _threshold.apply(SOFTMAX, rows, scores)[0].astype(dtype)
