@@ -164,7 +164,7 @@ def comparison(name: str, length: int, causal: bool = False) -> Comparison:
         length,
         entries(operation, causal) | limit,
         functools.partial(inputs, length),
-        seconds=5,
+        seconds=3,
     )
 
 
@@ -191,7 +191,7 @@ def normalizers(name: str, length: int) -> Comparison:
         length,
         found | theirs,
         functools.partial(inputs, length),
-        seconds=4,
+        seconds=3,
     )
 
 
@@ -226,7 +226,7 @@ def steps(quick: bool) -> list[Comparison]:
         *(comparison(name, sizes.full) for name in OPERATIONS),
         *(normalizers(name, sizes.full) for name in sizes.operations),
         *(
-            growing(name, length, length in sizes.compiled)
+            growing(name, length, name == FORWARD or length in sizes.compiled)
             for name in sizes.operations
             for length in (*sizes.by_length, *sizes.compiled)
         ),

@@ -39,7 +39,7 @@ _STYLE: dict[Any, Any] = {
 }
 # Inches; on a page of 700 points a letter is about 12 points high.
 _WIDTH, _GROWTH_HEIGHT, _ROW_HEIGHT = 7.2, 3.0, 0.26
-_DOTS_PER_INCH = 180
+_DOTS_PER_INCH = 150
 _UNITS = {"time": 1e3, "memory": 1e-6, "error": 1.0}
 
 

@@ -90,7 +90,7 @@ def of_mappings(measured: str, name: str, what: Function, sizes: Sizes) -> Compa
     }
     size = f"{sizes.shape[0]} × {sizes.shape[1]}"
     args = functools.partial(arguments, sizes.shape)
-    return Comparison(f"{measured}, {name}", size, sizes.shape[1], entries, args, seconds=8)
+    return Comparison(f"{measured}, {name}", size, sizes.shape[1], entries, args, seconds=5)
 
 
 def of_imports() -> Comparison:
@@ -104,7 +104,7 @@ def of_imports() -> Comparison:
 
     programs = ("jax", "jax, optax", "jax, jaxsoftmax")
     entries = {f"import {modules}": importing(modules) for modules in programs}
-    return Comparison(IMPORT, "", 1, entries, seconds=12, beyond=True)
+    return Comparison(IMPORT, "", 1, entries, seconds=10, beyond=True)
 
 
 def steps(quick: bool) -> list[Comparison]:

@@ -90,14 +90,25 @@ def of_linear_layer(operation: str, sizes: Sizes) -> Comparison:
     what, products = LINEAR[operation]
     size = sizes.rows, sizes.width, sizes.classes
     entries = linear_entries(what)
-    if what in (forward, value_and_gradient):
-        entries |= {f"{OURS}, {name}": Entry(what(linear(OTHERS[name]))) for name in sizes.others}
     if products:
         entries |= limits.products(products * flops(*size))
-    in_words = f"{size[0]} rows, {size[1]} wide, {size[2]} classes"
-    return Comparison(
-        operation, in_words, size[2], entries, functools.partial(arguments, *size), seconds=12
-    )
+    args = functools.partial(arguments, *size)
+    return Comparison(operation, in_words(*size), size[2], entries, args, seconds=5)
+
+
+def of_other_losses(operation: str, sizes: Sizes) -> Comparison:
+    """Losses that the linear layer may have, relative to the cross-entropy."""
+    what, _ = LINEAR[operation]
+    size = sizes.few_rows, sizes.width, sizes.classes
+    entries: dict[str, Entry | Missing] = {OURS: Entry(what(linear()))}
+    entries |= {f"{OURS}, {name}": Entry(what(linear(OTHERS[name]))) for name in sizes.others}
+    args = functools.partial(arguments, *size)
+    return Comparison(f"other losses of the {operation}", in_words(*size), size[2], entries, args)
+
+
+def in_words(rows: int, width: int, classes: int) -> str:
+    """The sizes of the linear layer."""
+    return f"{rows} rows, {width} wide, {classes} classes"
 
 
 def linear_entries(what: Callable[[Loss], Loss]) -> dict[str, Entry | Missing]:
@@ -118,7 +129,7 @@ def growing(operation: str, rows: int, width: int, classes: int, x: int) -> Comp
         entries |= limits.products(3 * flops(rows, width, classes))
     return Comparison(
         operation,
-        f"{rows} rows, {width} wide, {classes} classes",
+        in_words(rows, width, classes),
         x,
         entries,
         functools.partial(shapes if compile_only else arguments, rows, width, classes),
@@ -174,6 +185,7 @@ def steps(quick: bool) -> list[Comparison]:
     few, width = sizes.few_rows, sizes.width
     return [
         *(of_linear_layer(operation, sizes) for operation in LINEAR),
+        *(of_other_losses(operation, sizes) for operation in list(LINEAR)[:2]),
         *(growing(BY_CLASSES, few, width, classes, classes) for classes in sizes.by_classes),
         *(growing(BY_ROWS, rows, width, sizes.classes, rows) for rows in sizes.by_rows),
         of_scores(*sizes.scores),

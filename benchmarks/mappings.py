@@ -121,10 +121,12 @@ def comparison(
 def steps(quick: bool) -> list[Comparison]:
     """All comparisons."""
     sizes = TINY if quick else Sizes()
-    forward_entries = ours_and_jax(SAME) | by_sort() | by_torch("sparsemax", "entmax15", "entmax")
+    forward_entries = ours_and_jax(SAME) | by_sort() | by_torch("sparsemax", "entmax15")
     pullback_entries = ours_and_jax(SAME, value_and_pullback)
     half_entries = ours_and_jax(["softmax", "log_softmax", "sparsemax", "entmax15"])
-    family_entries = ours_and_jax(OTHERS) | by_torch("normmax", "budget")
+    family_entries = ours_and_jax(["entmax(1.3)", *OTHERS]) | by_torch(
+        "entmax", "normmax", "budget"
+    )
     growth_entries = (
         ours_and_jax(["softmax", "sparsemax", "entmax15"])
         | by_sort()

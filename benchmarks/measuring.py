@@ -20,6 +20,8 @@ import numpy as np
 
 # A sample lasts at least this long; a call that is shorter is repeated.
 _SHORTEST_SAMPLE = 1e-3
+# What is smaller is as good as no memory: a ratio to a few bytes says nothing.
+_LEAST_BYTES = 2**16
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 31
 _QUICK_ROUNDS = 2
 
@@ -170,8 +172,10 @@ class _Call:
         self._function, self._args, self._calls = function, args, 1
 
     def warm_up(self) -> Any:
+        start = time.perf_counter()
         value = jax.block_until_ready(self._function(*self._args))
-        self._calls = min(math.ceil(_SHORTEST_SAMPLE / self.seconds()), 1000)
+        if time.perf_counter() - start < 100 * _SHORTEST_SAMPLE:
+            self._calls = min(math.ceil(_SHORTEST_SAMPLE / self.seconds()), 1000)
         return value
 
     def seconds(self) -> float:
@@ -212,6 +216,7 @@ def relate(peer: dict[str, Any], ours: Mapping[str, Any]) -> None:
     """Adds to a peer's quantities how ours relate to them."""
     if "samples" in peer and "samples" in ours:
         peer["ours_time"] = Spread.of(ours["samples"] / peer["samples"])
-    for quantity in ("memory", "compile"):
-        if ours.get(quantity) is not None and peer.get(quantity):
-            peer[f"ours_{quantity}"] = ours[quantity] / peer[quantity]
+    if "memory" in peer and "memory" in ours:
+        peer["ours_memory"] = max(ours["memory"], _LEAST_BYTES) / max(peer["memory"], _LEAST_BYTES)
+    if "compile" in peer and "compile" in ours:
+        peer["ours_compile"] = ours["compile"] / peer["compile"]

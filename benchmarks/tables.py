@@ -50,7 +50,7 @@ def losses(results: Sequence[Result]) -> str:
     if not worst:
         return "Nowhere in this run."
     return "\n".join(
-        f"- {ours} against {name}, {quantity.removeprefix('ours_')}: up to {_number(ratio)}× "
+        f"- {ours} against {name}, {quantity.removeprefix('ours_')}: up to {_ratio(ratio)}× "
         f"({', '.join(filter(None, (result.operation, result.size)))})"
         for (ours, name, quantity), (ratio, result) in worst.items()
     )
@@ -80,6 +80,10 @@ def _number(value: float) -> str:
     return f"{float(f'{value:.3g}'):,.{digits}f}"
 
 
+def _ratio(value: float) -> str:
+    return _number(value) if value <= 100 else "more than 100"
+
+
 _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"))
 
 
@@ -100,7 +104,7 @@ def _relative(spread: Spread) -> str:
 
 
 def _ours(value: Spread | float) -> str:
-    number = _number(_middle(value))
+    number = _ratio(_middle(value))
     mark = f"**{number}**" if _loses(_middle(value)) else number
     return (
         f"{mark} ({_number(value.low)}–{_number(value.high)})"
