@@ -173,6 +173,7 @@ def of_measures(rows: int, classes: int) -> Comparison:
         | theirs("netcal.metrics", "netcal MCE", mce, lambda m: m.MCE(15).measure)
         | ours(calibration.classwise_calibration_error)
         | ours(calibration.smooth_calibration_error)
+        | theirs("relplot", "relplot smECE", "smooth_calibration_error", _relplot_smooth)
         | ours(calibration.brier_score)
         | theirs("sklearn.metrics", "sklearn brier_score_loss", brier, _sklearn_brier)
         | ours(calibration.negative_log_likelihood)
@@ -183,6 +184,12 @@ def of_measures(rows: int, classes: int) -> Comparison:
 
 def _value(value: Any) -> str:
     return f"gives {float(value):.7f}"
+
+
+def _relplot_smooth(relplot: Any) -> Callable[..., float]:
+    return lambda probs, labels: relplot.smECE(
+        probs.max(1), (probs.argmax(1) == labels).astype(float)
+    )
 
 
 def _sklearn_brier(metrics: Any) -> Callable[..., float]:
@@ -223,6 +230,10 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
+- `sample` and `gumbel_softmax` draw noise of twice the bits that `jax.random.categorical` takes: with
+  as many as that, what is rarer than one in millions is drawn too often.
+- Fits compile for seconds, L-BFGS and its line search being loops in loops. `fit_temperature` compiles
+  once per shape; a program that fits a single small set of examples is faster with scikit-learn.
 """
 
 TOPIC = Topic(
@@ -231,8 +242,8 @@ TOPIC = Topic(
     """
 Temperatures that are known are fitted to float32 logits, beside scikit-learn and a minimization by
 SciPy in NumPy; each fit says how far its temperature is from that which the labels were drawn at,
-and its loss above the least. Measures are beside those of netcal and scikit-learn, and sampling
-beside `jax.random.categorical`.
+and its loss above the least. Measures are beside those of netcal, relplot and scikit-learn, and
+sampling beside `jax.random.categorical`.
 """,
     steps,
     (

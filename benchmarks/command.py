@@ -84,7 +84,7 @@ def _parser(topics: Sequence[Topic]) -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick",
         action="store_true",
-        help="tiny sizes and two rounds: shows that everything runs, and no more",
+        help="tiny sizes and one round: shows that everything runs, and no more",
     )
     parser.add_argument(
         "--out",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from benchmarks.measuring import Entry
 
-_PRODUCT = 2048
+_PRODUCT = 1024
 
 # Read and write as many bytes as the first argument has, or all of them. (XLA would not copy.)
 copy = {"a copy": Entry(lambda first, *_: jnp.negative(first), is_limit=True)}

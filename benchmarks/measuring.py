@@ -23,7 +23,7 @@ _SHORTEST_SAMPLE = 1e-3
 # What is smaller is as good as no memory: a ratio to a few bytes says nothing.
 _LEAST_BYTES = 2**16
 _FEWEST_ROUNDS, _MOST_ROUNDS = 3, 31
-_QUICK_ROUNDS = 2
+_QUICK_ROUNDS = 1
 
 
 class Spread(NamedTuple):
