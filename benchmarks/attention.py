@@ -241,11 +241,12 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- PyTorch's attention is written by hand for this kind of processor, and keeps a tile of scores in the
-  cache from one product to the next. Ours is code for XLA, which writes a block of scores to memory
-  between two products, but takes any normalizer, and has derivatives of every order.
+- PyTorch's attention is written by hand for this kind of processor, and keeps a tile of scores in
+  the cache from one product to the next. Ours is code for XLA, which writes a block of scores to
+  memory between two products, but takes any normalizer, and has derivatives of every order.
 - Compiling takes longer for causal attention: every band of queries is a loop of its own.
-- A sequence of a few hundred is a single block: there the two are the same but for the order of axes.
+- A sequence of a few hundred is a single block: there the two are the same but for the order of
+  axes.
 """
 
 TOPIC = Topic(

@@ -230,10 +230,11 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- `sample` and `gumbel_softmax` draw noise of twice the bits that `jax.random.categorical` takes: with
-  as many as that, what is rarer than one in millions is drawn too often.
-- Fits compile for seconds, L-BFGS and its line search being loops in loops. `fit_temperature` compiles
-  once per shape; a program that fits a single small set of examples is faster with scikit-learn.
+- `sample` and `gumbel_softmax` draw noise of twice the bits that `jax.random.categorical` takes:
+  with fewer, what is rarer than one in millions is drawn too often.
+- Fits compile for seconds, L-BFGS and its line search being loops in loops. `fit_temperature`
+  compiles once per shape; a program that fits a single small set of examples is faster with
+  scikit-learn.
 """
 
 TOPIC = Topic(

@@ -128,10 +128,11 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and has
-  rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per shape.
-- Compiling: programs for infinite scores, for CPUs and for other devices are traced, of which one is
-  compiled; solvers are loops.
+- Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
+  has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
+  shape.
+- Compiling: programs for infinite scores, for CPUs and for other devices are traced, of which one
+  is compiled; solvers are loops.
 - Import: most of it is optax, which the fits in `jaxsoftmax.calibration` are built on.
 """
 

@@ -194,10 +194,10 @@ def steps(quick: bool) -> list[Comparison]:
 
 NOTES = """
 - Compiling takes longer: there is a loop over chunks, with what is left of the rows beside it.
-- The forward pass needs one chunk of scores and not none: where optax's is so small that all scores
-  fit the cache, there is nothing to be saved.
-- The tangent and the Hessian-vector product compute the scores of each chunk once more, for to keep
-  them would take the memory that is saved.
+- The forward pass needs one chunk of scores and not none: where optax's is so small that all
+  scores fit the cache, there is nothing to be saved.
+- The tangent and the Hessian-vector product compute the scores of each chunk once more, for to
+  keep them would take the memory that is saved.
 """
 
 TOPIC = Topic(
