@@ -269,19 +269,19 @@ when causal.
             "time and temporary memory, relative",
             tuple(f"{kind}, {name}" for kind in (CAUSAL, FULL) for name in OPERATIONS),
         ),
-        Growth(
-            "Time of value and gradient, by length",
-            f"{BY_LENGTH}, {GRADIENT}",
-            "time",
-            "length of the sequence T",
-            "ms",
-        ),
-        Growth(
-            "Temporary memory of value and gradient, by length",
-            f"{BY_LENGTH}, {GRADIENT}",
-            "memory",
-            "length of the sequence T",
-            "MB",
+        *(
+            Growth(
+                f"{title} of value and gradient, by length",
+                f"{BY_LENGTH}, {GRADIENT}",
+                quantity,
+                "length of the sequence T",
+                unit,
+            )
+            for title, quantity, unit in (
+                ("Time", "time", "ms"),
+                ("Temporary memory", "memory", "MB"),
+                ("Time to compile", "compile", "ms"),
+            )
         ),
     ),
     NOTES,

@@ -40,7 +40,7 @@ _STYLE: dict[Any, Any] = {
 # Inches; on a page of 700 points a letter is about 12 points high.
 _WIDTH, _GROWTH_HEIGHT, _ROW_HEIGHT = 7.2, 3.0, 0.26
 _DOTS_PER_INCH = 150
-_UNITS = {"time": 1e3, "memory": 1e-6, "error": 1.0}
+_UNITS = {"time": 1e3, "compile": 1e3, "memory": 1e-6, "error": 1.0}
 
 
 @dataclasses.dataclass(frozen=True)
