@@ -245,8 +245,8 @@ NOTES = """
   the cache from one product to the next. Ours is code for XLA, which writes a block of scores to
   memory between two products, but takes any normalizer, and has derivatives of every order.
 - Compiling takes longer for causal attention: every band of queries is a loop of its own.
-- A sequence of a few hundred is a single block: there the two are the same but for the order of
-  axes.
+- A sequence of a few hundred is a single block, and holds all its scores and what is turned round
+  of queries, keys and values; nothing is saved there. Of a long one, these are all that grows.
 """
 
 TOPIC = Topic(
@@ -271,7 +271,7 @@ when causal.
         ),
         *(
             Growth(
-                f"{title} of value and gradient, by length",
+                f"{title}, value and gradient, by length",
                 f"{BY_LENGTH}, {GRADIENT}",
                 quantity,
                 "length of the sequence T",
