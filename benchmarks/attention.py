@@ -171,7 +171,7 @@ def comparison(name: str, length: int, causal: bool = False) -> Comparison:
         length,
         entries(operation, causal) | limit,
         functools.partial(inputs, length),
-        seconds=3,
+        seconds=1,
     )
 
 
@@ -198,7 +198,7 @@ def normalizers(name: str, length: int) -> Comparison:
         length,
         found | theirs,
         functools.partial(inputs, length),
-        seconds=3,
+        seconds=1,
     )
 
 
@@ -220,7 +220,7 @@ def growing(name: str, length: int, compile_only: bool) -> Comparison:
         length,
         found,
         functools.partial(inputs, length),
-        seconds=2,
+        seconds=0.5,
         compile_only=compile_only,
     )
 

@@ -179,7 +179,7 @@ def of_measures(rows: int, classes: int) -> Comparison:
         | ours(calibration.negative_log_likelihood)
         | theirs("sklearn.metrics", "sklearn log_loss", nll, _sklearn_log_loss)
     )
-    return Comparison(MEASURES, f"{rows} × {classes}", classes, entries, args, seconds=3)
+    return Comparison(MEASURES, f"{rows} × {classes}", classes, entries, args, seconds=0.5)
 
 
 def _value(value: Any) -> str:

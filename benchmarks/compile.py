@@ -97,7 +97,7 @@ def of_mappings(measured: str, name: str, what: Function, sizes: Sizes) -> Compa
     }
     size = f"{sizes.shape[0]} × {sizes.shape[1]}"
     args = functools.partial(arguments, sizes.shape)
-    return Comparison(f"{measured}, {name}", size, sizes.shape[1], entries, args, seconds=5)
+    return Comparison(f"{measured}, {name}", size, sizes.shape[1], entries, args, seconds=0.5)
 
 
 def of_imports(programs: Sequence[str]) -> Comparison:
@@ -110,7 +110,7 @@ def of_imports(programs: Sequence[str]) -> Comparison:
         return Entry(run, jit=False)
 
     entries = {f"import {modules}": importing(modules) for modules in programs}
-    return Comparison(IMPORT, "", 1, entries, seconds=10, beyond=True)
+    return Comparison(IMPORT, "", 1, entries, seconds=4, beyond=True)
 
 
 def steps(quick: bool) -> list[Comparison]:

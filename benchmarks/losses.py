@@ -93,7 +93,7 @@ def of_linear_layer(operation: str, sizes: Sizes) -> Comparison:
     if products:
         entries |= limits.products(products * flops(*size))
     args = functools.partial(arguments, *size)
-    return Comparison(operation, in_words(*size), size[2], entries, args, seconds=5)
+    return Comparison(operation, in_words(*size), size[2], entries, args, seconds=1)
 
 
 def of_other_losses(operation: str, sizes: Sizes) -> Comparison:
@@ -133,7 +133,7 @@ def growing(operation: str, rows: int, width: int, classes: int, x: int) -> Comp
         x,
         entries,
         functools.partial(shapes if compile_only else arguments, rows, width, classes),
-        seconds=3,
+        seconds=1,
         compile_only=compile_only,
     )
 

@@ -102,7 +102,7 @@ class Comparison:
       x: the size as a number, where there is one that grows.
       entries: the functions; the times of all are related to that of the first.
       arguments: makes their arguments.
-      seconds: how long to go on, beyond a few rounds.
+      seconds: how long each function goes on, beyond a few rounds.
       compile_only: whether nothing is run: memory is known before, for sizes that would not fit.
       beyond: whether differences to the first are of interest.
     """
@@ -112,7 +112,7 @@ class Comparison:
     x: float
     entries: Mapping[str, Entry | Missing]
     arguments: Callable[[], Sequence[Any]] = tuple
-    seconds: float = 1.0
+    seconds: float = 0.2
     compile_only: bool = False
     beyond: bool = False
 
@@ -142,7 +142,8 @@ class Comparison:
             say = entries[name].result
             if say is not None:
                 found[name]["result"] = say(value)
-        seconds = _in_turn(calls, 0.0 if quick else self.seconds, quick)
+        rounds, patience = (_QUICK_ROUNDS, 0.0) if quick else (_FEWEST_ROUNDS, self.seconds)
+        seconds = _in_turn(calls, patience, rounds)
         seconds = {name: s * entries[name].times for name, s in seconds.items()}
         first = next(iter(seconds.values()))
         limit = next((seconds[name] for name, e in entries.items() if e.is_limit), None)
@@ -150,11 +151,12 @@ class Comparison:
             of = found[name]
             of["samples"] = sample
             of["time"] = Spread.of(sample)
-            of["relative"] = Spread.of(sample / first)
+            of["relative"] = Spread.of(_ratios(sample, first))
             if self.beyond and sample is not first:
-                of["beyond"] = Spread.of(sample - first)
+                rounds = min(len(sample), len(first))
+                of["beyond"] = Spread.of(sample[:rounds] - first[:rounds])
             if limit is not None:
-                of["share"] = float(np.median(limit / sample))
+                of["share"] = Spread.of(_ratios(limit, sample)).median
 
     def _result(self, name: str, entry: Entry | Missing, found: Mapping[str, Any]) -> Result:
         if isinstance(entry, Missing):
@@ -195,27 +197,32 @@ def _compiled(function: Callable[..., Any], args: Sequence[Any], found: dict[str
     return executable
 
 
-def _in_turn(calls: Mapping[str, _Call], patience: float, quick: bool) -> dict[str, np.ndarray]:
-    """Seconds by function and round."""
-    fewest = _QUICK_ROUNDS if quick else _FEWEST_ROUNDS
-    turns = random.Random(0)
-    order = list(calls)
+def _in_turn(calls: Mapping[str, _Call], patience: float, fewest: int) -> dict[str, np.ndarray]:
+    """Seconds by function and round; what is slow takes part in fewer rounds."""
+    shuffle = random.Random(0).shuffle
     seconds: dict[str, list[float]] = {name: [] for name in calls}
+    spent = dict.fromkeys(calls, 0.0)
     gc.collect()
-    start = time.perf_counter()
     for done in range(_MOST_ROUNDS):
-        if done >= fewest and time.perf_counter() - start > patience:
-            break
-        turns.shuffle(order)
-        for name in order:
+        turns = [name for name in calls if done < fewest or spent[name] < patience]
+        shuffle(turns)
+        for name in turns:
+            start = time.perf_counter()
             seconds[name].append(calls[name].seconds())
+            spent[name] += time.perf_counter() - start
     return {name: np.array(sample) for name, sample in seconds.items()}
+
+
+def _ratios(sample: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """By round, over those that both took part in."""
+    rounds = min(len(sample), len(base))
+    return sample[:rounds] / base[:rounds]
 
 
 def relate(peer: dict[str, Any], ours: Mapping[str, Any]) -> None:
     """Adds to a peer's quantities how ours relate to them."""
     if "samples" in peer and "samples" in ours:
-        peer["ours_time"] = Spread.of(ours["samples"] / peer["samples"])
+        peer["ours_time"] = Spread.of(_ratios(ours["samples"], peer["samples"]))
     if "memory" in peer and "memory" in ours:
         peer["ours_memory"] = max(ours["memory"], _LEAST_BYTES) / max(peer["memory"], _LEAST_BYTES)
     if "compile" in peer and "compile" in ours:

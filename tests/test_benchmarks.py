@@ -1,38 +1,54 @@
 """The harness of the benchmarks: what is related to what, and that a loss cannot be overlooked."""
 
-import time
-
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import charts, tables
+from benchmarks import charts, measuring, tables
 from benchmarks.measuring import Comparison, Entry, Missing, Result, Spread, relate
 
 
-def waiting(seconds):
-    def wait(x):
-        time.sleep(seconds)
-        return x
+@pytest.fixture
+def taking(monkeypatch):
+    """Makes functions that take so many seconds, of a clock that only they turn."""
+    now = [0.0]
 
-    return Entry(wait, jit=False)
+    def entry(seconds, **options):
+        def take(x):
+            now[0] += seconds
+            return x
+
+        return Entry(take, jit=False, **options)
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    return entry
 
 
-def test_every_function_has_its_row_in_order():
-    comparison = Comparison(
-        "sleep",
-        "short",
-        1,
-        {"first": waiting(1e-4), "gone": Missing("why"), "ours": waiting(1e-4)},
-        lambda: (jnp.ones(3),),
-    )
-    first, gone, ours = comparison.measure(quick=True)
-    assert [first.name, gone.name, ours.name] == ["first", "gone", "ours"]
+def arguments():
+    return (np.ones(3),)
+
+
+def test_every_function_has_its_row_in_order(taking):
+    entries = {"theirs": taking(0.5, ours="ours"), "gone": Missing("why"), "ours": taking(0.25)}
+    theirs, gone, ours = Comparison("take", "", 1, entries, arguments).measure(quick=True)
+    assert [theirs.name, gone.name, ours.name] == ["theirs", "gone", "ours"]
     assert gone.quantities == {"result": "why"}
-    assert first.quantities["relative"] == (1, 1, 1)
-    # Nothing sleeps for less than it is told to.
-    assert ours.quantities["time"].median >= 1e-4
+    assert theirs.quantities["time"] == Spread(0.5, 0.5, 0.5)
+    assert theirs.quantities["ours_time"] == ours.quantities["relative"] == Spread(0.5, 0.5, 0.5)
     assert len(ours.quantities["samples"]) == 1
+
+
+def test_slow_functions_take_part_in_fewer_rounds(taking):
+    entries = {"fast": taking(2**-7), "slow": taking(2.0)}
+    comparison = Comparison("take", "", 1, entries, arguments, seconds=2**-3)
+    fast, slow = (len(r.quantities["samples"]) for r in comparison.measure(quick=False))
+    assert (fast, slow) == (16, 3)
+
+
+def test_the_limit_counts_as_often_as_its_work_fits(taking):
+    entries = {"ours": taking(1.0), "limit": taking(0.125, times=2.0, is_limit=True)}
+    ours, limit = Comparison("take", "", 1, entries, arguments).measure(quick=True)
+    assert ours.quantities["share"] == limit.quantities["time"].median == 0.25
 
 
 def test_compiled_functions_tell_their_memory_and_are_not_run_if_not_asked():
@@ -51,7 +67,8 @@ def test_compiled_functions_tell_their_memory_and_are_not_run_if_not_asked():
 
 def test_a_ratio_is_formed_within_each_round():
     peer = {"samples": np.array([1.0, 10.0, 2.0])}
-    relate(peer, {"samples": np.array([3.0, 20.0, 2.0])})
+    # A round in which the peer did not take part counts for nothing.
+    relate(peer, {"samples": np.array([3.0, 20.0, 2.0, 1000.0])})
     assert peer["ours_time"] == Spread.of(np.array([3.0, 2.0, 1.0]))
     assert peer["ours_time"].median == 2
 
