@@ -76,7 +76,7 @@ def _loses(ratio: float) -> bool:
 
 def _number(value: float) -> str:
     """Three digits, but no more than two behind the point."""
-    digits = 2 if value < 10 else 1 if value < 100 else 0
+    digits = 2 if abs(value) < 10 else 1 if abs(value) < 100 else 0
     return f"{float(f'{value:.3g}'):,.{digits}f}"
 
 
