@@ -48,7 +48,7 @@ class Sizes:
     scores: tuple[int, int] = (4096, 1024)
     few_rows: int = 1024
     by_classes: Sequence[int] = (2048, 8192, 32768, 131072)
-    by_rows: Sequence[int] = (1024, 4096, 16384, 65536)
+    by_rows: Sequence[int] = (1024, 8192, 65536)
     others: Sequence[str] = tuple(OTHERS)
 
 
@@ -185,7 +185,7 @@ def steps(quick: bool) -> list[Comparison]:
     few, width = sizes.few_rows, sizes.width
     return [
         *(of_linear_layer(operation, sizes) for operation in LINEAR),
-        *(of_other_losses(operation, sizes) for operation in list(LINEAR)[:2]),
+        of_other_losses("linear layer, value and gradient", sizes),
         *(growing(BY_CLASSES, few, width, classes, classes) for classes in sizes.by_classes),
         *(growing(BY_ROWS, rows, width, sizes.classes, rows) for rows in sizes.by_rows),
         of_scores(*sizes.scores),

@@ -22,8 +22,7 @@ import numpy as np
 _SHORTEST_SAMPLE = 1e-3
 # What is smaller is as good as no memory: a ratio to a few bytes says nothing.
 _LEAST_BYTES = 2**16
-_FEWEST_ROUNDS, _MOST_ROUNDS = 3, 31
-_QUICK_ROUNDS = 1
+_MOST_ROUNDS = 31
 
 
 class Spread(NamedTuple):
@@ -102,7 +101,8 @@ class Comparison:
       x: the size as a number, where there is one that grows.
       entries: the functions; the times of all are related to that of the first.
       arguments: makes their arguments.
-      seconds: how long each function goes on, beyond a few rounds.
+      rounds: how many each function takes part in at least.
+      seconds: how long it goes on beyond these.
       compile_only: whether nothing is run: memory is known before, for sizes that would not fit.
       beyond: whether differences to the first are of interest.
     """
@@ -112,6 +112,7 @@ class Comparison:
     x: float
     entries: Mapping[str, Entry | Missing]
     arguments: Callable[[], Sequence[Any]] = tuple
+    rounds: int = 3
     seconds: float = 0.2
     compile_only: bool = False
     beyond: bool = False
@@ -142,7 +143,7 @@ class Comparison:
             say = entries[name].result
             if say is not None:
                 found[name]["result"] = say(value)
-        rounds, patience = (_QUICK_ROUNDS, 0.0) if quick else (_FEWEST_ROUNDS, self.seconds)
+        rounds, patience = (1, 0.0) if quick else (self.rounds, self.seconds)
         seconds = _in_turn(calls, patience, rounds)
         seconds = {name: s * entries[name].times for name, s in seconds.items()}
         first = next(iter(seconds.values()))
