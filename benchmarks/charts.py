@@ -25,8 +25,7 @@ _COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#56B4E9", "#8
 _MARKERS = "osD^v"
 _STYLE: dict[Any, Any] = {
     "font.size": 9,
-    "axes.titlesize": 10,
-    "axes.titlelocation": "left",
+    "figure.titlesize": 10,
     "axes.edgecolor": _FAINT,
     "axes.labelcolor": _FAINT,
     "axes.grid": True,
@@ -88,7 +87,7 @@ class Growth:
         ax.set_xticks(sizes, [f"{x:,.0f}" for x in sizes])
         ax.xaxis.set_minor_locator(NullLocator())
         _plain_numbers(ax.yaxis)
-        _name_ends(ax, ends, colors, sizes[-1] if sizes else 1)
+        _name_ends(ax, ends, colors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +132,13 @@ class Ratios:
         ax.tick_params(axis="y", length=0)
         _plain_numbers(ax.xaxis)
         if len(series) > 1:
-            ax.get_figure().legend(loc="outside lower right", ncols=len(series), borderpad=0)
+            ax.get_figure().legend(
+                loc="outside lower right",
+                ncols=len(series),
+                fontsize=8,
+                handletextpad=0.2,
+                columnspacing=1.2,
+            )
 
     def _points(self, results: Sequence[Result]) -> list[tuple[str, str, Spread]]:
         return [
@@ -172,7 +177,7 @@ def save(path: Path, panels: Sequence[Panel], results: Sequence[Result]) -> None
         parts = figure.subfigures(len(panels), squeeze=False, height_ratios=heights)[:, 0]
         for part, panel in zip(parts, panels, strict=True):
             ax = part.subplots()
-            ax.set_title(panel.title)
+            part.suptitle(panel.title, x=0.01, ha="left")
             panel.draw(ax, results)
         image = io.BytesIO()
         figure.savefig(image, facecolor="white")
@@ -206,18 +211,16 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _name_ends(
-    ax: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str], right: float
-) -> None:
+def _name_ends(ax: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
     """Writes names at the ends of lines, moved apart where they would overlap."""
     low, high = ax.get_ylim()
     apart = (high / low) ** 0.07
     at = 0.0
-    for name, (_, y) in sorted(ends.items(), key=lambda item: item[1][1]):
+    for name, (x, y) in sorted(ends.items(), key=lambda item: item[1][1]):
         at = max(y, at * apart)
         ax.annotate(
             name,
-            (right, at),
+            (x, at),
             (7, 0),
             textcoords="offset points",
             va="center",

@@ -19,7 +19,7 @@ from benchmarks.transforms import forward, hessian_product, jvp, value_and_gradi
 
 Loss = Callable[..., jax.Array]
 
-SCORES = "losses of scores, value and gradient"
+SCORES = "losses of scores"
 BY_CLASSES = "linear layer, value and gradient, by classes"
 BY_ROWS = "linear layer, value and gradient, by rows"
 # What is done, how, and how many matrix products it takes at least.
