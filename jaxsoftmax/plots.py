@@ -169,8 +169,9 @@ def simplex_plot(
     drawn = [ax.contour(x, y, p.max(-1), [0.5, 0.7, 0.9], colors="#00000066", linewidths=0.8)]
     for one in np.moveaxis(p, -1, 0):
         if np.any(one == 0) and np.any(one > 0):
-            # Between the last point with none and the first with some.
-            some = np.where(one > 0, 1.0, 0.0)
+            # Between the last point with none and the first with some. On the very edge rounding may
+            # leave a trace, which would dent the line.
+            some = np.where(one > 1e-6, 1.0, 0.0)
             drawn.append(ax.contour(x, y, some, [0.5], colors="white", linewidths=1.6))
     for artist in (image, *drawn):
         artist.set_clip_path(triangle)
@@ -178,8 +179,9 @@ def simplex_plot(
         up = corner[1] > 0
         offset, va = ((0, 4), "bottom") if up else ((0, -4), "top")
         ax.annotate(text, corner, offset, textcoords="offset points", ha=side, va=va)
-    ax.set(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, _HEIGHT + 0.01))
-    ax.set_title(_name(mapping), pad=20)
+    # Above there is place for the label, so that any title is clear of it.
+    ax.set(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, _HEIGHT + 0.12))
+    ax.set_title(_name(mapping))
     ax.set_axis_off()
     return ax
 
