@@ -169,7 +169,7 @@ def simplex_plot(
     drawn = [ax.contour(x, y, p.max(-1), [0.5, 0.7, 0.9], colors="#00000066", linewidths=0.8)]
     for one in np.moveaxis(p, -1, 0):
         if np.any(one == 0) and np.any(one > 0):
-            # Between the last point with none and the first with some. On the very edge rounding may
+            # Between the last point with none and the first with some. On the edge rounding may
             # leave a trace, which would dent the line.
             some = np.where(one > 1e-6, 1.0, 0.0)
             drawn.append(ax.contour(x, y, some, [0.5], colors="white", linewidths=1.6))
