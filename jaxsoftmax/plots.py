@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GREY = "#6b7380"
-# Of a palette made for colour-blind readers too.
+# Of a palette made for color-blind readers too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _STYLES = ("solid", "dashed", "dashdot", "dotted")
 
@@ -120,7 +120,7 @@ def simplex_plot(
     """What a mapping makes of three scores, over a triangle.
 
     At a corner one score is `scale` and the two others are 0; in between, they are mixed. The
-    colours of the classes are mixed by their probabilities, pure where a class has all of it. The
+    colors of the classes are mixed by their probabilities, pure where a class has all of it. The
     white lines are where a class begins to have none, if the mapping is sparse; the dark ones where
     the most probable class has 0.5, 0.7 and 0.9.
 
@@ -131,7 +131,7 @@ def simplex_plot(
       scale: how far the scores of a corner are apart.
       resolution: how many points there are from side to side.
       labels: the names of the classes.
-      colors: their colours.
+      colors: their colors.
 
     Returns:
       The axes.
