@@ -392,9 +392,9 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
 
 def _in_blocks(
     block_size: int | None,
-    sizes: Sizes,
     rules: Rules,
     operands: dict[str, Array],
+    sizes: Sizes,
     forward_scores: int = FORWARD_SCORES,
 ) -> tuple[Array, ...]:
     # Where positions are not known while tracing, no key is out of reach.

@@ -16,6 +16,7 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._plan import Band
+from jaxsoftmax.attention._pure import Configured
 
 Parts = Mapping[str, Array]
 # Of the first row and the parts of the operands that the block sees.
@@ -45,7 +46,7 @@ class Rules:
 
     normalizer: Callable[..., Array]
     scale: ArrayLike | None
-    log_sum: Callable[..., Array] | None = None
+    log_sum: Configured | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
     before: int | None = None

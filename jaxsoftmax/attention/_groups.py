@@ -15,9 +15,8 @@ from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._block import Rules
 from jaxsoftmax.attention._plan import GROUP_SCORES, group_sizes
 from jaxsoftmax.attention._pure import Configured
-from jaxsoftmax.mappings import logsumexp
 
-# Of sizes, rules, operands and, if it is to differ from the usual, how many scores a block should
+# Of rules, operands, sizes and, if it is to differ from the usual, how many scores a block should
 # have. The outputs begin with the axes batch and head.
 Attend = Callable[..., tuple[Array, ...]]
 # All arrays, in the layout of the scores where they have axes for batch and head.
@@ -57,11 +56,11 @@ def in_groups(
         own_rules = dataclasses.replace(
             rules,
             normalizer=own,
-            log_sum=None if rules.log_sum is None else own.of(logsumexp),
+            log_sum=None if rules.log_sum is None else own.of(rules.log_sum.function),
             sink=arrays["sink"].get("sink"),
             first=(first[0] + entry * batch, first[1] + head * group.heads, *first[2:]),
         )
-        return attend(group, own_rules, arrays["operands"], GROUP_SCORES)
+        return attend(own_rules, arrays["operands"], group, GROUP_SCORES)
 
     def of_entries(entry: Any, arrays: Arrays) -> tuple[Array, ...]:
         of_heads = functools.partial(of_group, entry)
