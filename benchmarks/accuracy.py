@@ -1,44 +1,168 @@
-"""Errors in units in the last place, against the exact answer in 50 digits."""
+"""Accuracy: errors of float32 in units in the last place, against the answer in float64."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import mpmath
 import numpy as np
 
 import jaxsoftmax as jsm
-from tests.tools import exact_log_softmax, ulp_error
+from benchmarks.charts import Growth
+from benchmarks.command import Topic, main
+from benchmarks.measuring import Result
+
+Mapping = Callable[[jax.Array], jax.Array]
 
 SCALES = (1, 10, 30, 100)
 LENGTHS = (10, 1000, 100_000)
+LEADS = (20, 45, 80)
+# So many numbers are compared.
+NUMBERS = 1_000_000
+PAIRS: dict[str, tuple[Mapping, Mapping]] = {
+    "softmax": (jsm.softmax, jax.nn.softmax),
+    "log_softmax": (jsm.log_softmax, jax.nn.log_softmax),
+}
 
 
-def main() -> None:
-    """Prints one table per function."""
+@dataclasses.dataclass(frozen=True)
+class Errors:
+    """The worst errors of ours and of `jax.nn`'s on the same rows.
+
+    Attributes:
+      function: the name of both.
+      operation: what is varied.
+      size: in words.
+      x: what is varied.
+      rows: makes rows of scores.
+      tells: whether the first number is told, and not just its error.
+    """
+
+    function: str
+    operation: str
+    size: str
+    x: float
+    rows: Callable[[], np.ndarray]
+    tells: bool = False
+
+    def measure(self, quick: bool) -> list[Result]:
+        """One result of each."""
+        rows = self.rows()
+        exact = EXACT[self.function](rows.astype(np.float64))
+        answers = [np.array(jax.jit(f)(rows)) for f in PAIRS[self.function]]
+        ours, theirs = ({"error": worst_error(answer, exact)} for answer in answers)
+        theirs["ours_error"] = ours["error"] / theirs["error"]
+        if self.tells:
+            for found, answer in ((ours, answers[0]), (theirs, answers[1])):
+                found["result"] = f"gives {answer[0, 0]:.6g}, exactly {exact[0, 0]:.6g}"
+        name = f"jsm.{self.function}"
+        return [self._result(f"jax.nn.{self.function}", theirs, name), self._result(name, ours)]
+
+    def _result(self, name: str, quantities: dict[str, Any], ours: str = "") -> Result:
+        return Result(self.operation, self.size, self.x, name, ours, quantities=quantities)
+
+
+def exact_log_softmax(rows: np.ndarray) -> np.ndarray:
+    """Log-softmax in float64; no digits are lost where one entry dominates."""
+    gaps = rows - rows.max(1, keepdims=True)
+    top = np.arange(rows.shape[1]) == gaps.argmax(1)[:, None]
+    return gaps - np.log1p(np.sum(np.exp(gaps), 1, where=~top, keepdims=True))
+
+
+def exact_softmax(rows: np.ndarray) -> np.ndarray:
+    """Softmax in float64."""
+    return np.exp(exact_log_softmax(rows))
+
+
+EXACT = {"softmax": exact_softmax, "log_softmax": exact_log_softmax}
+
+
+def worst_error(actual: np.ndarray, exact: np.ndarray) -> float:
+    """The largest error in units in the last place of float32.
+
+    XLA flushes to zero what is below the smallest normal number, terms of sums too: no unit is
+    smaller than that number.
+    """
+    info = np.finfo(np.float32)
+    unit = np.ldexp(1.0, np.frexp(exact)[1] - 1 - info.nmant)
+    return float(np.max(np.abs(actual - exact) / np.maximum(unit, info.tiny)))
+
+
+def normal_rows(length: int, scale: int) -> np.ndarray:
+    """Rows of normally distributed scores."""
     rng = np.random.default_rng(0)
-    for name, ours, theirs, finish in (
-        ("softmax", jsm.softmax, jax.nn.softmax, mpmath.exp),
-        ("log_softmax", jsm.log_softmax, jax.nn.log_softmax, lambda v: v),
-    ):
-        print(f"| {name}, float32: scale, length | jaxsoftmax | jax.nn |\n|---|---|---|")
-        for length in LENGTHS:
-            for scale in SCALES:
-                worst = [0.0, 0.0]
-                for _ in range(max(1, 2000 // length)):
-                    row = (rng.normal(size=length) * scale).astype(np.float32)
-                    with mpmath.workdps(50):
-                        exact = [finish(v) for v in exact_log_softmax(row)]
-                        for i, f in enumerate((ours, theirs)):
-                            worst[i] = max(worst[i], ulp_error(f(jnp.asarray(row)), exact))
-                print(f"| {scale}, {length} | {worst[0]:.2f} | {worst[1]:.2f} |")
-        print()
-    print("| log_softmax, one class ahead by | jaxsoftmax | jax.nn | exact |\n|---|---|---|---|")
-    for lead in (20.0, 45.0, 80.0):
-        row = np.array([lead, 0.0], np.float32)
-        got = [float(f(jnp.asarray(row))[0]) for f in (jsm.log_softmax, jax.nn.log_softmax)]
-        with mpmath.workdps(50):
-            exact = float(exact_log_softmax(row)[0])
-        print(f"| {lead:.0f} | {got[0]:.6g} | {got[1]:.6g} | {exact:.6g} |")
+    return (rng.normal(size=(NUMBERS // length, length)) * scale).astype(np.float32)
 
+
+def leading_rows(lead: int) -> np.ndarray:
+    """One class is far ahead of another, so that its probability is nearly 1."""
+    return np.array([[lead, 0]], np.float32)
+
+
+def operation(function: str, length: int) -> str:
+    """What is done on normally distributed scores."""
+    return f"{function}, float32, normal scores, rows of {length}"
+
+
+LEADING = "log_softmax, float32, two classes"
+
+
+def steps(quick: bool) -> list[Errors]:
+    """All comparisons."""
+    lengths, scales, leads = ((10,), (1,), (20,)) if quick else (LENGTHS, SCALES, LEADS)
+    by_scale = [
+        Errors(
+            name,
+            operation(name, length),
+            f"scale {scale}",
+            scale,
+            functools.partial(normal_rows, length, scale),
+        )
+        for name in PAIRS
+        for length in lengths
+        for scale in scales
+    ]
+    by_lead = [
+        Errors(
+            "log_softmax",
+            LEADING,
+            f"one ahead by {lead}",
+            lead,
+            functools.partial(leading_rows, lead),
+            tells=True,
+        )
+        for lead in leads
+    ]
+    return by_scale + by_lead
+
+
+NOTES = """
+- Where nearly all probabilities are 0 or near 1, both are right to 3 ulp and either may be ahead.
+"""
+
+TOPIC = Topic(
+    "accuracy",
+    "Accuracy",
+    """
+The worst error over rows of normally distributed scores, and over rows of two classes of which one
+is ahead, in units in the last place (ulp) of float32; what is smaller than the smallest normal
+number, which XLA takes for 0, is no error. The exact answer is computed in float64, whose own error
+is below a millionth of such a unit. (The tests compare with 50 digits of `mpmath`.)
+""",
+    steps,
+    tuple(
+        Growth(
+            f"{name} of rows of 1000 normal scores",
+            operation(name, 1000),
+            "error",
+            "scale of the scores",
+            "worst error, ulp",
+        )
+        for name in PAIRS
+    ),
+    NOTES,
+)
 
 if __name__ == "__main__":
-    main()
+    main([TOPIC])

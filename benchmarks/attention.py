@@ -1,148 +1,291 @@
-"""Time and memory of attention relative to `jax.nn.dot_product_attention`, float32.
+"""Attention: every derivative, causal or not, with several normalizers, by length."""
 
-`python -m benchmarks.attention` prints one table; parts of rows' names select rows. Where tokamax
-is installed, its chunked attention is there too.
-"""
-
+import dataclasses
 import functools
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 import jaxsoftmax as jsm
-from benchmarks.timing import medians
+from benchmarks import limits
+from benchmarks.charts import Growth, Ratios
+from benchmarks.command import Topic, main
+from benchmarks.measuring import Comparison, Entry, Missing
+from benchmarks.peers import peer, torch_peer
+from benchmarks.transforms import (
+    forward,
+    gradient_of_jvp,
+    hessian_product,
+    jvp,
+    value_and_gradient,
+)
 
-try:
-    import tokamax
-except ImportError:
-    tokamax = None
+Attention = Callable[..., jax.Array]
+Function = Callable[..., Any]
 
 HEADS, FEATURES = 8, 64
-Attention = Callable[..., jax.Array]
+THEIRS, OURS, CHUNKED, TORCH = "jax.nn", "jsm", "tokamax xla_chunked", "torch"
 
 
-def forward(attention: Attention) -> Callable[..., Any]:
-    """The output."""
-    return lambda q, k, v, *_: attention(q, k, v)
+def output(attention: Attention) -> Function:
+    """What attention gives."""
+    return lambda qkv, weights: attention(*qkv)
 
 
-def gradient(attention: Attention) -> Callable[..., Any]:
-    """The value of a loss and its gradient in queries, keys and values."""
-
-    def loss(q, k, v, weights):
-        return jnp.sum(attention(q, k, v) * weights)
-
-    return lambda *args: jax.value_and_grad(loss, (0, 1, 2))(*args[:4])
+def loss(attention: Attention) -> Function:
+    """A sum of its outputs."""
+    return lambda qkv, weights: jnp.sum(attention(*qkv) * weights)
 
 
-def jvp(attention: Attention) -> Callable[..., Any]:
-    """The output and its tangent."""
-    return lambda q, k, v, _, *tangents: jax.jvp(attention, (q, k, v), tangents)
+def curved_loss(attention: Attention) -> Function:
+    """A sum of functions of its outputs, so that second derivatives in the outputs count too."""
+    return lambda qkv, weights: jnp.sum(jnp.sin(attention(*qkv)) * weights)
 
 
-def hvp(attention: Attention) -> Callable[..., Any]:
-    """The Hessian of a loss times a vector, forward over reverse."""
+@dataclasses.dataclass(frozen=True)
+class Operation:
+    """What is done with attention.
 
-    def product(q, k, v, weights, *tangents):
-        grad = jax.grad(lambda *qkv: jnp.sum(jnp.sin(attention(*qkv)) * weights), (0, 1, 2))
-        return jax.jvp(grad, (q, k, v), tangents)[1]
+    Attributes:
+      what: the derivative.
+      of: what of attention it is the derivative of.
+      products: how many matrix products of all queries with all keys it takes at least.
+    """
 
-    return product
+    what: Callable[[Function], Function]
+    of: Callable[[Attention], Function]
+    products: int | None = None
 
-
-def gradient_of_jvp(attention: Attention) -> Callable[..., Any]:
-    """The gradient of a loss of a tangent, reverse over forward."""
-
-    def product(q, k, v, weights, *tangents):
-        def loss(*qkv):
-            return jnp.sum(jax.jvp(attention, qkv, tangents)[1] * weights)
-
-        return jax.grad(loss, (0, 1, 2))(q, k, v)
-
-    return product
+    def __call__(self, attention: Attention) -> Function:
+        """A function of (queries, keys, values), tangents of them, and weights of the outputs."""
+        return self.what(self.of(attention))
 
 
-def inputs(length: int) -> list[jax.Array]:
-    """Queries, keys, values, weights of a loss, and three tangents."""
+FORWARD, GRADIENT = "forward", "value and gradient"
+OPERATIONS = {
+    FORWARD: Operation(forward, output, 2),
+    GRADIENT: Operation(value_and_gradient, loss, 6),
+    "jvp": Operation(jvp, output, 6),
+    "Hessian-vector product": Operation(hessian_product, curved_loss),
+    "gradient of the jvp": Operation(gradient_of_jvp, loss),
+}
+FULL, CAUSAL, BY_LENGTH = "not causal", "causal", "by length, not causal"
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured.
+
+    Attributes:
+      full: the length of the sequence for all operations.
+      causal: that of a causal one.
+      by_length: lengths that are measured.
+      compiled: lengths that are compiled only, for all the scores may not fit.
+      derivatives: all operations.
+      operations: those that are done with all variants of attention.
+    """
+
+    full: int = 2048
+    causal: int = 4096
+    by_length: Sequence[int] = (128, 512, 2048)
+    compiled: Sequence[int] = (8192,)
+    derivatives: Sequence[str] = tuple(OPERATIONS)
+    operations: Sequence[str] = (FORWARD, GRADIENT)
+
+
+TINY = Sizes(16, 16, (16,), (), (FORWARD, "gradient of the jvp"), (GRADIENT,))
+
+
+def inputs(length: int) -> tuple[Any, ...]:
+    """Queries, keys and values, tangents of them, and weights of the outputs."""
     keys = jax.random.split(jax.random.key(0), 7)
-    return [jax.random.normal(key, (1, length, HEADS, FEATURES)) for key in keys]
+    q, k, v, dq, dk, dv, weights = (
+        jax.random.normal(key, (1, length, HEADS, FEATURES)) for key in keys
+    )
+    return (q, k, v), (dq, dk, dv), weights
 
 
-def compiled(function: Callable[..., Any], args: list[jax.Array]) -> tuple[Any, int]:
-    """The compiled function, and how many bytes it needs beside arguments and results."""
-    executable = jax.jit(function).lower(*args).compile()
-    return executable, executable.memory_analysis().temp_size_in_bytes
-
-
-def compare(ours: Attention, base: Attention, what: Callable, length: int, rounds: int):
-    """The ratios of times and memories, and our memory in MB."""
-    args = inputs(length)
-    functions, bytes_ = {}, {}
-    for name, attention in {"ours": ours, "base": base}.items():
-        functions[name], bytes_[name] = compiled(what(attention), args)
-    times = medians(functions, *args, rounds=rounds)
-    memory = bytes_["ours"] / max(bytes_["base"], 1)
-    return times["ours"] / times["base"], memory, times["ours"], bytes_["ours"] / 2**20
-
-
-def with_normalizer(normalizer: Callable, **kwargs: Any) -> Attention:
-    """Our attention."""
-    return functools.partial(jsm.dot_product_attention, normalizer=normalizer, **kwargs)
-
-
-def rows() -> dict[str, tuple[Attention, Attention, Callable, int]]:
-    """What is compared with what: ours, the other, what of both, and the length."""
-    ours, theirs = jsm.dot_product_attention, jax.nn.dot_product_attention
-    causal = functools.partial(ours, is_causal=True)
-    their_causal = functools.partial(theirs, is_causal=True)
-    table = {
-        "causal 4096, forward": (causal, their_causal, forward, 4096),
-        "causal 4096, gradient": (causal, their_causal, gradient, 4096),
+def entries(operation: Operation, causal: bool) -> dict[str, Entry | Missing]:
+    """Softmax attention of ours and of others."""
+    theirs = functools.partial(jax.nn.dot_product_attention, is_causal=causal)
+    ours = functools.partial(jsm.dot_product_attention, is_causal=causal)
+    found: dict[str, Entry | Missing] = {
+        THEIRS: Entry(operation(theirs), OURS),
+        OURS: Entry(operation(ours)),
     }
-    for what in (forward, gradient, jvp, hvp, gradient_of_jvp):
-        name = what.__name__.replace("_", " ")
-        table[f"full 2048, {name}"] = ours, theirs, what, 2048
-    for normalizer in (jsm.entmax15, jsm.sparsemax):
-        sparse = with_normalizer(normalizer)
-        name = f"full 2048, {normalizer.__name__}"
-        table[f"{name}, forward"] = sparse, theirs, forward, 2048
-        table[f"{name} / our softmax, forward"] = sparse, ours, forward, 2048
-        table[f"{name} / our softmax, gradient"] = sparse, ours, gradient, 2048
-    if tokamax is not None:
-        chunked = functools.partial(tokamax.dot_product_attention, implementation="xla_chunked")
-        for what in (forward, gradient):
-            table[f"full 2048, {what.__name__} / tokamax"] = ours, chunked, what, 2048
-    return table
+    if operation in (OPERATIONS[FORWARD], OPERATIONS[GRADIENT]):
+        found[CHUNKED] = by_tokamax(operation, causal)
+        found[TORCH] = by_torch(operation, causal)
+    else:
+        found[CHUNKED] = Missing("has no forward mode")
+    return found
 
 
-def growth() -> str:
-    """How memory grows when the sequence is 4 times as long."""
-    grown = []
-    for what in (forward, gradient):
-        function = what(jsm.dot_product_attention)
-        short, long = (compiled(function, inputs(length))[1] for length in (2048, 8192))
-        grown.append(f"{what.__name__} {long / short:.2f}x")
-    return f"memory from 2048 to 8192: {', '.join(grown)}"
+def by_tokamax(operation: Operation, causal: bool) -> Entry | Missing:
+    """The same in chunks."""
+
+    def make(tokamax: Any, flags: Any) -> Function:
+        flags.FLAGS.mark_as_parsed()  # or it would read our command line
+        attention = functools.partial(
+            tokamax.dot_product_attention, implementation="xla_chunked", is_causal=causal
+        )
+        return operation(attention)
+
+    return peer(("tokamax", "absl.flags"), make, OURS)
 
 
-def main(selected: list[str]) -> None:
-    """Prints the table."""
-    device = jax.devices()[0].device_kind
-    print(f"float32, (1, T, {HEADS}, {FEATURES}), {device}, jax {jax.__version__}")
-    print("\n| | time | memory | ours, ms | ours, MiB |\n|---|---|---|---|---|")
-    for name, row in rows().items():
-        if not selected or any(part in name for part in selected):
-            time, memory, seconds, mib = compare(*row, rounds=5)
-            print(
-                f"| {name} | {time:.2f}x | {memory:.3f}x | {1e3 * seconds:.0f} | {mib:.0f} |",
-                flush=True,
+def by_torch(operation: Operation, causal: bool) -> Entry | Missing:
+    """PyTorch's, which is fused by hand."""
+
+    def make(entmax: Any, torch: Any) -> Function:
+        attention = functools.partial(
+            torch.nn.functional.scaled_dot_product_attention, is_causal=causal
+        )
+
+        def in_their_layout(x: Any) -> Any:
+            return x.transpose(1, 2)
+
+        def output(qkv: Any, *_: Any) -> Any:
+            with torch.no_grad():
+                return attention(*map(in_their_layout, qkv))
+
+        def gradient(qkv: Any, _: Any, weights: Any) -> Any:
+            qkv = [in_their_layout(x).detach().requires_grad_() for x in qkv]
+            value = (attention(*qkv) * in_their_layout(weights)).sum()
+            return value.detach(), torch.autograd.grad(value, qkv)
+
+        return output if operation is OPERATIONS[FORWARD] else gradient
+
+    return torch_peer(make, OURS)
+
+
+def comparison(name: str, length: int, causal: bool = False) -> Comparison:
+    """One operation of all attentions, beside the matrix products that it takes."""
+    operation = OPERATIONS[name]
+    limit = limit_of(operation, length, causal)
+    return Comparison(
+        f"{CAUSAL if causal else FULL}, {name}",
+        f"T = {length}",
+        length,
+        entries(operation, causal) | limit,
+        functools.partial(inputs, length),
+        seconds=1,
+    )
+
+
+def limit_of(operation: Operation, length: int, causal: bool = False) -> dict[str, Entry]:
+    """The matrix products that an operation takes, if that is known."""
+    if operation.products is None:
+        return {}
+    flops = 2.0 * HEADS * FEATURES * length**2 / (2 if causal else 1)
+    return limits.products(operation.products * flops)
+
+
+def normalizers(name: str, length: int) -> Comparison:
+    """Ours with sparse normalizers, relative to ours with softmax."""
+    found: dict[str, Entry | Missing] = {
+        f"{OURS}, {normalizer.__name__}": Entry(
+            OPERATIONS[name](functools.partial(jsm.dot_product_attention, normalizer=normalizer))
+        )
+        for normalizer in (jsm.softmax, jsm.entmax15, jsm.sparsemax)
+    }
+    theirs = {THEIRS: Entry(OPERATIONS[name](jax.nn.dot_product_attention))}
+    return Comparison(
+        f"normalizers, {name}",
+        f"T = {length}",
+        length,
+        found | theirs,
+        functools.partial(inputs, length),
+        seconds=1,
+    )
+
+
+def growing(name: str, length: int, compile_only: bool) -> Comparison:
+    """Ours, JAX's and tokamax's at one of several lengths."""
+    operation = OPERATIONS[name]
+    sparse = functools.partial(jsm.dot_product_attention, normalizer=jsm.entmax15)
+    found = {
+        THEIRS: Entry(operation(jax.nn.dot_product_attention), OURS),
+        OURS: Entry(operation(jsm.dot_product_attention)),
+        f"{OURS}, entmax15": Entry(operation(sparse)),
+        CHUNKED: by_tokamax(operation, False),
+    }
+    if not compile_only:
+        found |= limit_of(operation, length)
+    return Comparison(
+        f"{BY_LENGTH}, {name}",
+        f"T = {length}",
+        length,
+        found,
+        functools.partial(inputs, length),
+        seconds=0.5,
+        compile_only=compile_only,
+    )
+
+
+def steps(quick: bool) -> list[Comparison]:
+    """All comparisons."""
+    sizes = TINY if quick else Sizes()
+    return [
+        *(comparison(name, sizes.causal, causal=True) for name in sizes.operations),
+        *(comparison(name, sizes.full) for name in sizes.derivatives),
+        *(normalizers(name, sizes.full) for name in sizes.operations),
+        *(
+            growing(name, length, name == FORWARD or length in sizes.compiled)
+            for name in sizes.operations
+            for length in (*sizes.by_length, *sizes.compiled)
+        ),
+    ]
+
+
+NOTES = """
+- PyTorch's attention is written by hand for this kind of processor, and keeps a tile of scores in
+  the cache from one product to the next. Ours is code for XLA, which writes a block of scores to
+  memory between two products, but takes any normalizer, and has derivatives of every order.
+- Compiling takes longer for causal attention: every band of queries is a loop of its own.
+- A sequence of a few hundred is a single block, and holds all its scores and what is turned round
+  of queries, keys and values; nothing is saved there. Of a long one, these are all that grows.
+"""
+
+TOPIC = Topic(
+    "attention",
+    "Attention",
+    f"""
+`dot_product_attention` on float32 queries, keys and values of shape (1, T, {HEADS}, {FEATURES}),
+beside that of `jax.nn`, tokamax's chunked one for XLA, and PyTorch's
+`scaled_dot_product_attention`. The limit is what the matrix products take at the speed of a large
+one, those that are needed at least: 2 forward, 6 with the gradient or the tangent, half of the work
+when causal.
+""",
+    steps,
+    (
+        Ratios(
+            "jaxsoftmax relative to its peers (less is better)",
+            "{operation}: {name}",
+            "{quantity}",
+            ("ours_time", "ours_memory"),
+            "time and temporary memory, relative",
+            tuple(f"{kind}, {name}" for kind in (CAUSAL, FULL) for name in OPERATIONS),
+        ),
+        *(
+            Growth(
+                f"{title}, value and gradient, by length",
+                f"{BY_LENGTH}, {GRADIENT}",
+                quantity,
+                "length of the sequence T",
+                unit,
             )
-    if not selected or "growth" in selected:
-        print(f"\n{growth()}")
-
+            for title, quantity, unit in (
+                ("Time", "time", "ms"),
+                ("Temporary memory", "memory", "MB"),
+                ("Time to compile", "compile", "ms"),
+            )
+        ),
+    ),
+    NOTES,
+)
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main([TOPIC])

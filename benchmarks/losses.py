@@ -1,104 +1,233 @@
-"""Time and memory of `linear_cross_entropy`, relative to optax on all scores."""
+"""Losses: of a linear layer with many outputs, and of scores that are there."""
 
+import dataclasses
 import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 
 import jaxsoftmax as jsm
-from benchmarks.timing import medians, ratios
+from benchmarks import limits
+from benchmarks.charts import Growth, Ratios
+from benchmarks.command import Topic, main
+from benchmarks.measuring import Comparison, Entry, Missing
+from benchmarks.peers import torch_peer
+from benchmarks.transforms import forward, hessian_product, jvp, value_and_gradient
 
-ROWS, WIDTH, CLASSES = 4096, 256, 32768
-BASE = "optax, all scores"
-LOSSES = {
-    "jsm": jsm.cross_entropy,
-    "jsm, label smoothing": functools.partial(jsm.cross_entropy, label_smoothing=0.1),
-    "jsm, z-loss": functools.partial(jsm.cross_entropy, z_loss=1e-4),
-    "jsm, sparsemax_loss": jsm.sparsemax_loss,
-    "jsm, entmax_loss": jsm.entmax_loss,
+Loss = Callable[..., jax.Array]
+
+SCORES = "losses of scores"
+BY_CLASSES = "linear layer, value and gradient, by classes"
+BY_ROWS = "linear layer, value and gradient, by rows"
+# What is done, how, and how many matrix products it takes at least.
+LINEAR: dict[str, tuple[Callable[[Loss], Loss], int | None]] = {
+    "linear layer, forward": (forward, 1),
+    "linear layer, value and gradient": (value_and_gradient, 3),
+    "linear layer, jvp": (jvp, 3),
+    "linear layer, Hessian-vector product": (hessian_product, None),
+}
+OURS = "jsm.linear_cross_entropy"
+OTHERS = {
+    "label smoothing": functools.partial(jsm.cross_entropy, label_smoothing=0.1),
+    "z-loss": functools.partial(jsm.cross_entropy, z_loss=1e-4),
+    "sparsemax_loss": jsm.sparsemax_loss,
+    "entmax_loss": jsm.entmax_loss,
 }
 
 
-def all_scores(hidden, weight, labels):
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Rows, their width and classes, and which other losses."""
+
+    rows: int = 4096
+    width: int = 256
+    classes: int = 32768
+    scores: tuple[int, int] = (4096, 1024)
+    few_rows: int = 1024
+    by_classes: Sequence[int] = (2048, 8192, 32768, 131072)
+    by_rows: Sequence[int] = (1024, 8192, 65536)
+    others: Sequence[str] = tuple(OTHERS)
+
+
+TINY = Sizes(8, 4, 16, (8, 16), 8, (16,), (8,), ("sparsemax_loss",))
+
+
+def all_scores(point: tuple[jax.Array, jax.Array], labels: jax.Array) -> jax.Array:
     """The loss that everything is compared to."""
+    hidden, weight = point
     scores = hidden @ weight
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
 
-def with_gradient(loss):
-    """The loss and its gradients in `hidden` and `weight`."""
-    return jax.value_and_grad(loss, argnums=(0, 1))
+def linear(loss: Loss = jsm.cross_entropy) -> Loss:
+    """Ours."""
+    return lambda point, labels: jsm.linear_cross_entropy(*point, labels, loss=loss)
 
 
-def hessian_product(loss):
-    """The product of the Hessian with the point itself."""
-
-    def product(hidden, weight, labels):
-        def gradient(*x):
-            return jax.grad(loss, argnums=(0, 1))(*x, labels)
-
-        return jax.jvp(gradient, (hidden, weight), (hidden, weight))[1]
-
-    return product
-
-
-def push_forward(loss):
-    """The derivative along the point itself."""
-
-    def push(hidden, weight, labels):
-        return jax.jvp(lambda *x: loss(*x, labels), (hidden, weight), (hidden, weight))
-
-    return push
-
-
-KINDS = {
-    "forward": lambda loss: loss,
-    "value and gradient": with_gradient,
-    "jvp": push_forward,
-    "Hessian-vector product": hessian_product,
-}
-
-
-def temporaries(function, rows: int) -> int:
-    """Bytes of temporary memory that the compiled function asks for."""
-    args = (
-        jax.ShapeDtypeStruct((rows, WIDTH), jnp.float32),
-        jax.ShapeDtypeStruct((WIDTH, CLASSES), jnp.float32),
-        jax.ShapeDtypeStruct((rows,), jnp.int32),
+def shapes(rows: int, width: int, classes: int) -> tuple[Any, ...]:
+    """Hidden features and weights, a direction like them, and labels; not the arrays."""
+    point = (
+        jax.ShapeDtypeStruct((rows, width), jnp.float32),
+        jax.ShapeDtypeStruct((width, classes), jnp.float32),
     )
-    memory = jax.jit(function).lower(*args).compile().memory_analysis()
-    assert memory is not None
-    return memory.temp_size_in_bytes
+    return point, point, jax.ShapeDtypeStruct((rows,), jnp.int32)
 
 
-def main() -> None:
-    """Prints the time of every loss, then the memory of the plain one."""
+def arguments(rows: int, width: int, classes: int) -> tuple[Any, ...]:
+    """The arrays; the direction is the point itself."""
     keys = jax.random.split(jax.random.key(0), 3)
-    hidden = jax.random.normal(keys[0], (ROWS, WIDTH))
-    weight = jax.random.normal(keys[1], (WIDTH, CLASSES)) / WIDTH**0.5
-    labels = jax.random.randint(keys[2], (ROWS,), 0, CLASSES)
-    linear = {
-        name: functools.partial(jsm.linear_cross_entropy, loss=loss)
-        for name, loss in LOSSES.items()
-    }
-    print(f"{ROWS} rows, {WIDTH} wide, {CLASSES} classes, float32 on")
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}; {BASE} is 1\n")
-    print("| time | forward | value and gradient |\n|---|---|---|")
-    columns = []
-    for kind in ("forward", "value and gradient"):
-        functions = {name: jax.jit(KINDS[kind](f)) for name, f in linear.items()}
-        functions[BASE] = jax.jit(KINDS[kind](all_scores))
-        columns.append(ratios(medians(functions, hidden, weight, labels, rounds=7), BASE))
-    for name in linear:
-        print(f"| {name} | " + " | ".join(f"{column[name]:.2f}" for column in columns) + " |")
-    print(f"\n| temporary memory, MB | {BASE} | jsm | jsm, {4 * ROWS} rows |\n|---|---|---|---|")
-    for kind, transform in KINDS.items():
-        theirs = temporaries(transform(all_scores), ROWS)
-        ours = [temporaries(transform(linear["jsm"]), rows) for rows in (ROWS, 4 * ROWS)]
-        line = [f"{theirs / 1e6:.0f}", f"{ours[0] / 1e6:.0f} (1/{theirs / ours[0]:.1f})"]
-        print(f"| {kind} | " + " | ".join([*line, f"{ours[1] / 1e6:.0f}"]) + " |")
+    hidden = jax.random.normal(keys[0], (rows, width))
+    weight = jax.random.normal(keys[1], (width, classes)) / width**0.5
+    point = hidden, weight
+    return point, point, jax.random.randint(keys[2], (rows,), 0, classes)
 
+
+def of_linear_layer(operation: str, sizes: Sizes) -> Comparison:
+    """One operation on the linear layer."""
+    what, products = LINEAR[operation]
+    size = sizes.rows, sizes.width, sizes.classes
+    entries = linear_entries(what)
+    if products:
+        entries |= limits.products(products * flops(*size))
+    args = functools.partial(arguments, *size)
+    return Comparison(operation, in_words(*size), size[2], entries, args, seconds=1)
+
+
+def of_other_losses(operation: str, sizes: Sizes) -> Comparison:
+    """Losses that the linear layer may have, relative to the cross-entropy."""
+    what, _ = LINEAR[operation]
+    size = sizes.few_rows, sizes.width, sizes.classes
+    entries: dict[str, Entry | Missing] = {OURS: Entry(what(linear()))}
+    entries |= {f"{OURS}, {name}": Entry(what(linear(OTHERS[name]))) for name in sizes.others}
+    args = functools.partial(arguments, *size)
+    return Comparison(f"other losses of the {operation}", in_words(*size), size[2], entries, args)
+
+
+def in_words(rows: int, width: int, classes: int) -> str:
+    """The sizes of the linear layer."""
+    return f"{rows} rows, {width} wide, {classes} classes"
+
+
+def linear_entries(what: Callable[[Loss], Loss]) -> dict[str, Entry | Missing]:
+    """Cross-entropy on all scores, and ours without them."""
+    return {"optax, all scores": Entry(what(all_scores), OURS), OURS: Entry(what(linear()))}
+
+
+def flops(rows: int, width: int, classes: int) -> float:
+    """Of one matrix product of the layer."""
+    return 2.0 * rows * width * classes
+
+
+def growing(operation: str, rows: int, width: int, classes: int, x: int) -> Comparison:
+    """The same for sizes that grow; by rows nothing is run, for all scores may not fit."""
+    compile_only = operation == BY_ROWS
+    entries = linear_entries(value_and_gradient)
+    if not compile_only:
+        entries |= limits.products(3 * flops(rows, width, classes))
+    return Comparison(
+        operation,
+        in_words(rows, width, classes),
+        x,
+        entries,
+        functools.partial(shapes if compile_only else arguments, rows, width, classes),
+        seconds=1,
+        compile_only=compile_only,
+    )
+
+
+def of_scores(rows: int, classes: int) -> Comparison:
+    """Values and gradients of losses of scores that are there."""
+
+    def args() -> tuple[Any, ...]:
+        keys = jax.random.split(jax.random.key(0))
+        scores = jax.random.normal(keys[0], (rows, classes))
+        return scores, scores, jax.random.randint(keys[1], (rows,), 0, classes)
+
+    def mean(loss: Loss) -> Loss:
+        return value_and_gradient(lambda *args: loss(*args).mean())
+
+    entries = {
+        "optax softmax_cross_entropy": Entry(
+            mean(optax.softmax_cross_entropy_with_integer_labels), "jsm.cross_entropy"
+        ),
+        "jsm.cross_entropy": Entry(mean(jsm.cross_entropy)),
+        "optax multiclass_sparsemax_loss": Entry(
+            mean(optax.losses.multiclass_sparsemax_loss), "jsm.sparsemax_loss"
+        ),
+        "torch sparsemax_loss": torch_peer(
+            functools.partial(_torch_loss, "sparsemax_loss"), "jsm.sparsemax_loss"
+        ),
+        "jsm.sparsemax_loss": Entry(mean(jsm.sparsemax_loss)),
+        "torch entmax15_loss": torch_peer(
+            functools.partial(_torch_loss, "entmax15_loss"), "jsm.entmax_loss"
+        ),
+        "jsm.entmax_loss": Entry(mean(jsm.entmax_loss)),
+    }
+    return Comparison(SCORES, f"{rows} × {classes}", classes, entries | limits.copy, args)
+
+
+def _torch_loss(name: str, entmax: Any, torch: Any) -> Callable[..., Any]:
+    def value_and_gradient(scores: Any, _: Any, labels: Any) -> Any:
+        scores = scores.detach().requires_grad_()
+        loss = getattr(entmax, name)(scores, labels.long()).mean()
+        loss.backward()
+        return loss.detach(), scores.grad
+
+    return value_and_gradient
+
+
+def steps(quick: bool) -> list[Comparison]:
+    """All comparisons."""
+    sizes = TINY if quick else Sizes()
+    few, width = sizes.few_rows, sizes.width
+    return [
+        *(of_linear_layer(operation, sizes) for operation in LINEAR),
+        of_other_losses("linear layer, value and gradient", sizes),
+        *(growing(BY_CLASSES, few, width, classes, classes) for classes in sizes.by_classes),
+        *(growing(BY_ROWS, rows, width, sizes.classes, rows) for rows in sizes.by_rows),
+        of_scores(*sizes.scores),
+    ]
+
+
+NOTES = """
+- The forward pass and the gradient compute what optax does, but in chunks: where all scores are
+  few, there is no memory to be saved, and chunks only cost.
+- The tangent and the Hessian-vector product compute the scores of each chunk once more, for to keep
+  them would take the memory that is saved.
+- `cross_entropy` of scores is right to 2 ulp also where one class dominates, where optax returns 0;
+  it pays for it as `log_softmax` does ([mappings](mappings.md)).
+- Compiling takes longer: there is a loop over chunks, with what is left of the rows beside it.
+"""
+
+TOPIC = Topic(
+    "losses",
+    "Losses",
+    """
+`linear_cross_entropy` computes the loss of a linear layer with many outputs without ever holding
+all scores; beside it, the same loss by optax on all of them, in float32. Below that, losses of
+scores that are there, with their gradients, beside optax and deep-spin's entmax on PyTorch. The
+limit is what the matrix products of the layer take at the speed of a large one: 1 forward, 3 with
+the gradient or the tangent; of scores that are there, a copy: scores read, gradient written.
+""",
+    steps,
+    (
+        Ratios(
+            "jaxsoftmax relative to its peers (less is better)",
+            "{operation}: {name}",
+            "{quantity}",
+            ("ours_time", "ours_memory"),
+            "time and temporary memory, relative",
+            (*LINEAR, SCORES),
+        ),
+        Growth("Temporary memory by rows", BY_ROWS, "memory", "rows", "MB"),
+        Growth("Temporary memory by classes", BY_CLASSES, "memory", "classes", "MB"),
+        Growth("Time by classes", BY_CLASSES, "time", "classes (1024 rows)", "ms"),
+    ),
+    NOTES,
+)
 
 if __name__ == "__main__":
-    main()
+    main([TOPIC])

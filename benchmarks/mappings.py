@@ -1,106 +1,207 @@
-"""Time of the mappings relative to `jax.nn.softmax`, and beside a sort and PyTorch."""
+"""Mappings: time, temporary memory and time to compile, by shape and by length of the rows."""
 
+import dataclasses
 import functools
-import importlib.util
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 import jaxsoftmax as jsm
-from benchmarks.timing import medians, ratios
+from benchmarks import limits
+from benchmarks.charts import Growth, Ratios
+from benchmarks.command import Topic, main
+from benchmarks.measuring import Comparison, Entry, Missing
+from benchmarks.peers import torch_peer
+from benchmarks.transforms import forward, value_and_pullback
 
-SHAPES = ((4096, 1024), (256, 32768), (16384, 64))
-BASE = "jax.nn.softmax"
-PAIRED = {
-    BASE: jax.nn.softmax,
-    "jsm.softmax": jsm.softmax,
-    "jax.nn.log_softmax": jax.nn.log_softmax,
-    "jsm.log_softmax": jsm.log_softmax,
-    "jsm.sparsemax": jsm.sparsemax,
-    "jsm.entmax15": jsm.entmax15,
-    "jsm.entmax(1.3)": functools.partial(jsm.entmax, alpha=1.3),
+Mapping = Callable[[jax.Array], jax.Array]
+
+FORWARD = "forward, float32"
+PULLBACK = "value and vjp, float32"
+HALF = "forward, bfloat16"
+HALVED = "softmax", "log_softmax", "sparsemax", "entmax15"
+FAMILY = "the whole family, forward, float32"
+GROWTH = "by length, forward, float32"
+
+# Ours, and where `jax.nn` has the same.
+SAME: dict[str, tuple[Mapping, Mapping | None]] = {
+    "softmax": (jsm.softmax, jax.nn.softmax),
+    "log_softmax": (jsm.log_softmax, jax.nn.log_softmax),
+    "sparsemax": (jsm.sparsemax, None),
+    "entmax15": (jsm.entmax15, None),
+    "entmax(1.3)": (functools.partial(jsm.entmax, alpha=1.3), None),
 }
-FAMILY = {
-    BASE: jax.nn.softmax,
-    "jsm.logsumexp": jsm.logsumexp,
-    "jsm.hardmax": jsm.hardmax,
-    "jsm.normmax(2)": jsm.normmax,
-    "jsm.normmax(1.5)": functools.partial(jsm.normmax, alpha=1.5),
-    "jsm.budget_sparsemax(2)": functools.partial(jsm.budget_sparsemax, budget=2.0),
-    "jsm.softpick": jsm.softpick,
-    "jsm.stick_breaking": jsm.stick_breaking,
-    "jsm.sinkhorn": jsm.sinkhorn,
+OTHERS: dict[str, tuple[Mapping, Mapping | None]] = {
+    "logsumexp": (jsm.logsumexp, jax.nn.logsumexp),
+    "hardmax": (jsm.hardmax, None),
+    "softpick": (jsm.softpick, None),
+    "normmax(2)": (jsm.normmax, None),
+    "normmax(1.5)": (functools.partial(jsm.normmax, alpha=1.5), None),
+    "budget_sparsemax(2)": (functools.partial(jsm.budget_sparsemax, budget=2.0), None),
+    "stick_breaking": (jsm.stick_breaking, None),
+    "sinkhorn": (jsm.sinkhorn, None),
 }
-HALF = {BASE: jax.nn.softmax, "jsm.softmax": jsm.softmax}
-SORTED = "optax.projections.projection_simplex"
+SOFTMAX = "jax.nn.softmax"
+# deep-spin's function, ours that does the same, and options of theirs.
+TORCH: dict[str, tuple[str, str, dict[str, float]]] = {
+    "sparsemax": ("sparsemax", "jsm.sparsemax", {}),
+    "entmax15": ("entmax15", "jsm.entmax15", {}),
+    "entmax": ("entmax_bisect", "jsm.entmax(1.3)", {"alpha": 1.3}),
+    "normmax": ("normmax_bisect", "jsm.normmax(2)", {"alpha": 2.0}),
+    "budget": ("budget_bisect", "jsm.budget_sparsemax(2)", {"budget": 2.0}),
+}
+LENGTH_LABEL = "length of the rows (2^20 numbers in all)"
 
 
-def with_gradient(mapping):
-    """The value and the pullback, jitted."""
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """What is measured.
 
-    @jax.jit
-    def value_and_pullback(x, ct):
-        value, pullback = jax.vjp(mapping, x)
-        return value, pullback(ct)[0]
+    Attributes:
+      shapes: of scores.
+      lengths: those of rows that grow.
+      numbers: how many scores these have in all.
+      same, others: the mappings.
+    """
 
-    return value_and_pullback
+    shapes: Sequence[tuple[int, int]] = ((4096, 1024), (256, 32768), (16384, 64))
+    lengths: Sequence[int] = (16, 128, 1024, 8192, 65536)
+    numbers: int = 2**20
+    same: Sequence[str] = tuple(SAME)
+    others: Sequence[str] = ("entmax(1.3)", *OTHERS)
 
 
-def torch_entmax():
-    """The peers in PyTorch, where it and deep-spin's entmax are installed."""
-    if any(importlib.util.find_spec(name) is None for name in ("torch", "entmax")):
-        return {}
-    import entmax
-    import torch
+TINY = Sizes(((8, 64),), (8,), 64, ("softmax", "entmax15"), ("logsumexp", "sinkhorn"))
 
-    torch.set_num_threads(2)
 
-    def timed(mapping):
-        return lambda x: mapping(torch.from_numpy(np.asarray(x)), dim=-1)
+def ours_and_jax(names: Iterable[str], what: Callable = forward) -> dict[str, Entry | Missing]:
+    """Ours by name, and those of `jax.nn` that do the same; its softmax first of all."""
+    entries: dict[str, Entry | Missing] = {SOFTMAX: Entry(what(jax.nn.softmax), "jsm.softmax")}
+    for name in names:
+        ours, theirs = (SAME | OTHERS)[name]
+        if theirs is not None:
+            entries[f"jax.nn.{name}"] = Entry(what(theirs), f"jsm.{name}")
+        entries[f"jsm.{name}"] = Entry(what(ours))
+    return entries
 
+
+def by_sort() -> dict[str, Entry | Missing]:
+    """Sparsemax as most libraries for JAX have it."""
+    sparsemax = jax.vmap(optax.projections.projection_simplex)
+    return {"optax projection_simplex": Entry(forward(sparsemax), "jsm.sparsemax")}
+
+
+def by_torch(*names: str) -> dict[str, Entry | Missing]:
+    """Mappings of deep-spin's entmax."""
     return {
-        "torch entmax.sparsemax": timed(entmax.sparsemax),
-        "torch entmax.entmax15": timed(entmax.entmax15),
+        f"torch {function}": torch_peer(functools.partial(_torch_mapping, function, options), ours)
+        for function, ours, options in (TORCH[name] for name in names)
     }
 
 
-def table(title: str, rows: dict[str, list[float]]) -> str:
-    """A Markdown table with a column per shape."""
-    head = "| " + " | ".join([title, *(f"{n} x {k}" for n, k in SHAPES)]) + " |"
-    lines = [head, "|---" * (1 + len(SHAPES)) + "|"]
-    lines += [
-        "| " + " | ".join([name, *(f"{value:.2f}" for value in values)]) + " |"
-        for name, values in rows.items()
+def _torch_mapping(name: str, options: dict[str, float], entmax: Any, torch: Any) -> Callable:
+    def mapping(x: Any, *_: Any) -> Any:
+        with torch.no_grad():
+            return getattr(entmax, name)(x, dim=-1, **options)
+
+    return mapping
+
+
+def arguments(shape: tuple[int, int], dtype: str = "float32") -> tuple[jax.Array, jax.Array]:
+    """Scores, and cotangents of their probabilities."""
+    keys = jax.random.split(jax.random.key(0))
+    return jax.random.normal(keys[0], shape, dtype), jax.random.normal(keys[1], shape, dtype)
+
+
+def comparison(
+    operation: str,
+    shape: tuple[int, int],
+    entries: dict[str, Entry | Missing],
+    dtype: str = "float32",
+    limit: dict[str, Entry] = limits.copy,
+) -> Comparison:
+    """A comparison on rows of one shape, beside the copy that each has to make at least."""
+    args = functools.partial(arguments, shape, dtype)
+    size = f"{shape[0]} × {shape[1]}"
+    return Comparison(operation, size, shape[1], entries | limit, args)
+
+
+def steps(quick: bool) -> list[Comparison]:
+    """All comparisons."""
+    sizes = TINY if quick else Sizes()
+    forward_entries = ours_and_jax(sizes.same) | by_sort() | by_torch("sparsemax", "entmax15")
+    pullback_entries = ours_and_jax(sizes.same, value_and_pullback)
+    half_entries = ours_and_jax(name for name in sizes.same if name in HALVED)
+    family_entries = ours_and_jax(sizes.others) | by_torch("entmax", "normmax", "budget")
+    growth_entries = (
+        ours_and_jax(["softmax", "sparsemax", "entmax15"])
+        | by_sort()
+        | by_torch("sparsemax", "entmax15")
+    )
+    return [
+        *(comparison(FORWARD, shape, forward_entries) for shape in sizes.shapes),
+        *(
+            comparison(PULLBACK, shape, pullback_entries, limit=limits.copies)
+            for shape in sizes.shapes
+        ),
+        *(comparison(HALF, shape, half_entries, "bfloat16") for shape in sizes.shapes),
+        comparison(FAMILY, sizes.shapes[0], family_entries),
+        *(
+            comparison(GROWTH, (sizes.numbers // length, length), growth_entries)
+            for length in sizes.lengths
+        ),
     ]
-    return "\n".join(lines)
 
 
-def collect(rows: dict[str, list[float]], times: dict[str, float]) -> None:
-    """Adds a column of ratios to the base."""
-    for name, ratio in ratios(times, BASE).items():
-        rows.setdefault(name, []).append(ratio)
+NOTES = """
+- `log_softmax` and `logsumexp` on CPUs: ours are right to 2 ulp also where one class dominates,
+  where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the sum is kept in
+  two parts, and the exponential and the logarithm are our own: those of XLA are not exact enough.
+- `softmax`: differences to the maximum are made exact, and rows that hold an infinite score or
+  nothing at all are looked for, which `jax.nn.softmax` does not. Where a row fits the cache, that
+  and a pass over it count; with the vjp they nearly vanish.
+- In bfloat16, `jax.nn` computes with 8 bits, and is off by up to 56 ulp. Ours computes in float32
+  and rounds once.
+- Temporary memory is a copy of the scores in float32, or folded such that XLA for CPU can sum
+  several at a time.
+- Compiling takes longer for there is more to compile: a loop that solves for the threshold, or
+  one branch for infinite scores and one without. It is paid once per shape.
+"""
 
-
-def main() -> None:
-    """Prints all tables."""
-    titles = ("forward", "value and gradient", "the others, forward", "bfloat16, forward")
-    tables: dict[str, dict[str, list[float]]] = {title: {} for title in titles}
-    forward, backward, family, half = tables.values()
-    slow = torch_entmax() | {SORTED: jax.jit(jax.vmap(optax.projections.projection_simplex))}
-    for shape in SHAPES:
-        x = jax.random.normal(jax.random.key(0), shape)
-        ct = jax.random.normal(jax.random.key(1), shape)
-        times = medians({name: jax.jit(f) for name, f in PAIRED.items()}, x)
-        collect(forward, times | medians(slow, x, rounds=3))
-        collect(backward, medians({name: with_gradient(f) for name, f in PAIRED.items()}, x, ct))
-        collect(family, medians({name: jax.jit(f) for name, f in FAMILY.items()}, x, rounds=5))
-        short = x.astype(jnp.bfloat16)
-        collect(half, medians({name: jax.jit(f) for name, f in HALF.items()}, short))
-    print(f"float32 on {jax.devices()[0].device_kind}, jax {jax.__version__}; {BASE} is 1\n")
-    print("\n\n".join(table(title, rows) for title, rows in tables.items()))
-
+TOPIC = Topic(
+    "mappings",
+    "Mappings",
+    """
+Each mapping along the last axis of float32 scores, beside that of `jax.nn`, sparsemax by sort
+(`optax.projections.projection_simplex`, under `vmap`) and deep-spin's entmax on PyTorch (exact
+where it has an exact algorithm). The first of each group, which `relative` refers to, is
+`jax.nn.softmax`. The limit is a copy: reading the scores and writing as many numbers, for a vjp two
+of both.
+""",
+    steps,
+    (
+        Growth("Time by length of the rows", GROWTH, "time", LENGTH_LABEL, "ms"),
+        Ratios(
+            "Forward, float32",
+            "{name}",
+            "{size}",
+            ("ours_time",),
+            "time of jaxsoftmax relative to it (less is better)",
+            (FORWARD,),
+        ),
+        Ratios(
+            "Value and vjp, and bfloat16",
+            "{operation}: {name}",
+            "{size}",
+            ("ours_time",),
+            "time of jaxsoftmax relative to it (less is better)",
+            (PULLBACK, HALF),
+        ),
+    ),
+    NOTES,
+)
 
 if __name__ == "__main__":
-    main()
+    main([TOPIC])

@@ -63,7 +63,11 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
                 args = (*args[:i], look(args[i]), *args[i + 1 :])
         if kwargs.get("segment_ids") is not None and kwargs.get("num_segments") is None:
             kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
-        return jitted(*args, **kwargs)
+        try:
+            return jitted(*args, **kwargs)
+        except TypeError:
+            _refuse_what_is_no_array({**dict(zip(positions, args, strict=False)), **kwargs})
+            raise
 
     vars(checked)["is_public"] = True
     return cast(Callable[P, R], checked)
@@ -72,6 +76,16 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
 def is_public(fun: Callable[..., Any]) -> bool:
     """Whether `public` made the function, and so it holds no state."""
     return getattr(fun, "is_public", False)
+
+
+def _refuse_what_is_no_array(arguments: dict[str, Any]) -> None:
+    """Strings and the like get no further than jit, which says so in its own words."""
+    for name, value in arguments.items():
+        if name not in _STATIC:
+            for leaf in jax.tree.leaves(value):
+                if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
+                    found = type(value).__name__
+                    raise TypeError(f"{name} must be an array, got {found}.") from None
 
 
 def _look_at_temperature(value: Any) -> Any:

@@ -89,14 +89,16 @@ def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
 
 def top_of(rows: Rows, scores: Entries) -> Array:
     """The maximum of each row, finite in a row in which nothing takes part."""
-    # Only differences matter, so none is taken of it; JAX has none of a maximum over devices.
-    top = rows.max(lax.stop_gradient(scores))
+    # JAX has no derivative of a maximum over devices. Only differences of scores matter, so it is
+    # not missed but by the targets of losses, where they are more or less than distributions.
+    top = rows.max(lax.stop_gradient(scores) if rows.names else scores)
     return jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
 
 
 def gap(score: Array, top: Array) -> Array:
     """The score less the maximum: exactly 0 there, be it infinite, and -inf at -inf."""
-    return jnp.where(score == top, 0, score - top)
+    # A finite maximum is 0 by subtraction, which keeps its derivative.
+    return jnp.where(score == jnp.inf, 0, score - top)
 
 
 def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:

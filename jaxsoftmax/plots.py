@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _GREY = "#6b7380"
-# Of a palette made for colour-blind readers too.
+# Of a palette made for color-blind readers too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
 _STYLES = ("solid", "dashed", "dashdot", "dotted")
 
@@ -120,7 +120,7 @@ def simplex_plot(
     """What a mapping makes of three scores, over a triangle.
 
     At a corner one score is `scale` and the two others are 0; in between, they are mixed. The
-    colours of the classes are mixed by their probabilities, pure where a class has all of it. The
+    colors of the classes are mixed by their probabilities, pure where a class has all of it. The
     white lines are where a class begins to have none, if the mapping is sparse; the dark ones where
     the most probable class has 0.5, 0.7 and 0.9.
 
@@ -131,7 +131,7 @@ def simplex_plot(
       scale: how far the scores of a corner are apart.
       resolution: how many points there are from side to side.
       labels: the names of the classes.
-      colors: their colours.
+      colors: their colors.
 
     Returns:
       The axes.
@@ -169,8 +169,9 @@ def simplex_plot(
     drawn = [ax.contour(x, y, p.max(-1), [0.5, 0.7, 0.9], colors="#00000066", linewidths=0.8)]
     for one in np.moveaxis(p, -1, 0):
         if np.any(one == 0) and np.any(one > 0):
-            # Between the last point with none and the first with some.
-            some = np.where(one > 0, 1.0, 0.0)
+            # Between the last point with none and the first with some. On the edge rounding may
+            # leave a trace, which would dent the line.
+            some = np.where(one > 1e-6, 1.0, 0.0)
             drawn.append(ax.contour(x, y, some, [0.5], colors="white", linewidths=1.6))
     for artist in (image, *drawn):
         artist.set_clip_path(triangle)
@@ -178,8 +179,9 @@ def simplex_plot(
         up = corner[1] > 0
         offset, va = ((0, 4), "bottom") if up else ((0, -4), "top")
         ax.annotate(text, corner, offset, textcoords="offset points", ha=side, va=va)
-    ax.set(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, _HEIGHT + 0.01))
-    ax.set_title(_name(mapping), pad=20)
+    # Above there is place for the label, so that any title is clear of it.
+    ax.set(aspect="equal", xlim=(-0.01, 1.01), ylim=(-0.01, _HEIGHT + 0.12))
+    ax.set_title(_name(mapping))
     ax.set_axis_off()
     return ax
 

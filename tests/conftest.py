@@ -1,22 +1,57 @@
 """What holds in every test: JAX on the CPU, float64, and no silent promotion of any kind."""
 
+import contextlib
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for meshes
 
 import jax  # (after the platform is set)
+import jax._src.compiler
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, settings
+
+# What every change has to pass: the same examples each time, in a minute or two. And an hour.
+settings.register_profile(
+    "ci",
+    max_examples=20,
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.differing_executors],
+)
+settings.register_profile(
+    "deep", settings.get_profile("ci"), max_examples=4000, derandomize=False, print_blob=True
+)
+settings.load_profile("ci")
+
+# A quarter of the time, and the same operations: code that is written down as it comes.
+AS_IT_COMES = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--optimize",
+        action="store_true",
+        help="compile the tests marked compiled_as_it_comes as users do; twice the time",
+    )
+    parser.addoption("--jax-mode", choices=("debug_nans", "check_tracer_leaks"))
+
+
+# What JAX can check on its way, too slow or too strict to be always on. Promotion is always strict.
+MODES = {"debug_nans": jax.debug_nans, "check_tracer_leaks": jax.check_tracer_leaks}
 
 
 @pytest.fixture(autouse=True)
-def strict_float64():
+def strict_float64(request):
     """Not set globally: the doctests of the package show what users see, in float32."""
+    mode = MODES.get(request.config.getoption("jax_mode"), lambda _: contextlib.nullcontext())
     with (
         jax.enable_x64(True),
         jax.numpy_rank_promotion("raise"),
         jax.numpy_dtype_promotion("strict"),
+        mode(True),
     ):
         yield
 
@@ -26,6 +61,25 @@ def fresh_caches():
     """What is compiled holds on to memory maps, and a process may have only so many of them."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="module")
+def compiled_as_it_comes(request):
+    """For modules that test rules and shapes; not for last digits, memory or what XLA makes of it.
+
+    Most of the time of the tests goes into compiling, and most of that into making code fast.
+    """
+    compiler = jax._src.compiler  # the options of a jit do not reach what is called within a test
+    original = compiler.get_compile_options
+
+    def cheap(*args, env_options_overrides=None, **kwargs):
+        options = AS_IT_COMES | (env_options_overrides or {})
+        return original(*args, env_options_overrides=options, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        if not request.config.getoption("optimize"):
+            patch.setattr(compiler, "get_compile_options", cheap)
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,8 @@ from jax.sharding import PartitionSpec as P
 import jaxsoftmax as jsm
 from jaxsoftmax.attention import _attention, _groups, _plan
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 B, T, S, N, K, H, V = 2, 10, 12, 4, 2, 3, 5
 # Blocks of 4, 4 and 2 rows.
 attend = functools.partial(jsm.dot_product_attention, block_size=4)

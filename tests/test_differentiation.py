@@ -14,6 +14,8 @@ import jaxsoftmax as jsm
 from tests.tools import operations
 
 X = np.array([0.3, -1.2, 2.0])
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-13)
 
 

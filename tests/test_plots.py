@@ -115,6 +115,25 @@ def test_simplex_plot_mixes_colours_by_probability():
     assert [text.get_text() for text in ax.texts] == ["a", "b", "c"]
 
 
+def test_simplex_plot_has_place_for_a_title():
+    ax = plots.simplex_plot(jsm.softmax, resolution=51)
+    ax.set_title("one's own")
+    ax.figure.canvas.draw()
+    corner, title = ax.texts[2].get_window_extent(), ax.title.get_window_extent()
+    assert title.y0 > corner.y1
+
+
+def test_edge_on_points_of_the_grid_is_straight():
+    # Of two classes with scores 4 and 0, mixed, the second is left out below a quarter.
+    ax = plots.simplex_plot(jsm.entmax15)
+    corners = np.concatenate(
+        [path.vertices for line in ax.collections for path in line.get_paths()]
+    )
+    low = corners[(corners[:, 1] < 0.1) & (abs(corners[:, 0] - 0.25) < 0.02)]
+    assert len(low) > 0
+    assert np.ptp(low[:, 0]) < 1e-3
+
+
 def test_support_plot_counts_classes():
     temperatures = np.array([0.1, 1.0, 4.0])
     ax = plots.support_plot(

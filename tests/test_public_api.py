@@ -10,7 +10,10 @@ import pytest
 
 import jaxsoftmax as jsm
 
-HIDDEN_MODULES = ("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex", "flax")
+HIDDEN_MODULES = (
+    *("sklearn", "matplotlib", "tqdm", "scipy.optimize", "mpmath", "chex", "flax"),
+    *("optax", "torch", "entmax"),
+)
 
 
 def public_objects():

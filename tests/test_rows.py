@@ -15,6 +15,8 @@ import jaxsoftmax as jsm
 from tests.cases import FUNCTIONS, Mapping, named
 from tests.tools import on_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 # With what the table fixes as one more argument to differentiate in.
 PARAMETERS = {
     "entmax": (jsm.entmax, "alpha", 1.3),

@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 from tests.cases import FUNCTIONS, MAPPINGS, RULES, SCORES, named
 from tests.tools import primitives
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
 every_rule = pytest.mark.parametrize("case", **named(RULES))
 every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))

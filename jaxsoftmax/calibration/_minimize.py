@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from jaxtyping import Array
 
@@ -22,6 +21,8 @@ def minimize(
       tolerance: the norm of the gradient to end at.
       memory: how many steps to learn the curvature from.
     """
+    import optax  # half of the time that importing the package would take
+
     solver = optax.lbfgs(memory_size=memory)
 
     def step(carry: tuple) -> tuple:

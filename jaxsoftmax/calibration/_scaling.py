@@ -63,7 +63,7 @@ def fit_vector_scaling(
       ValueError: if shapes do not fit, or `loss` does not give one value per row.
 
     Example:
-      These logits rank rightly, but favour class 0 by 2:
+      These logits rank rightly, but favor class 0 by 2:
 
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
       >>> jnp.set_printoptions(precision=3, suppress=True)

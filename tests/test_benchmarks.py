@@ -1,0 +1,108 @@
+"""The harness of the benchmarks: what is related to what, and that a loss cannot be overlooked."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import charts, measuring, tables
+from benchmarks.measuring import Comparison, Entry, Missing, Result, Spread, relate
+
+
+@pytest.fixture
+def taking(monkeypatch):
+    """Makes functions that take so many seconds, of a clock that only they turn."""
+    now = [0.0]
+
+    def entry(seconds, **options):
+        def take(x):
+            now[0] += seconds
+            return x
+
+        return Entry(take, jit=False, **options)
+
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: now[0])
+    return entry
+
+
+def arguments():
+    return (np.ones(3),)
+
+
+def test_every_function_has_its_row_in_order(taking):
+    entries = {"theirs": taking(0.5, ours="ours"), "gone": Missing("why"), "ours": taking(0.25)}
+    theirs, gone, ours = Comparison("take", "", 1, entries, arguments).measure(quick=True)
+    assert [theirs.name, gone.name, ours.name] == ["theirs", "gone", "ours"]
+    assert gone.quantities == {"result": "why"}
+    assert theirs.quantities["time"] == Spread(0.5, 0.5, 0.5)
+    assert theirs.quantities["ours_time"] == ours.quantities["relative"] == Spread(0.5, 0.5, 0.5)
+    assert len(ours.quantities["samples"]) == 1
+
+
+def test_slow_functions_take_part_in_fewer_rounds(taking):
+    entries = {"fast": taking(2**-7), "slow": taking(2.0)}
+    comparison = Comparison("take", "", 1, entries, arguments, seconds=2**-3)
+    fast, slow = (len(r.quantities["samples"]) for r in comparison.measure(quick=False))
+    assert (fast, slow) == (16, 3)
+
+
+def test_the_limit_counts_as_often_as_its_work_fits(taking):
+    entries = {"ours": taking(1.0), "limit": taking(0.125, times=2.0, is_limit=True)}
+    ours, limit = Comparison("take", "", 1, entries, arguments).measure(quick=True)
+    assert ours.quantities["share"] == limit.quantities["time"].median == 0.25
+
+
+def test_compiled_functions_tell_their_memory_and_are_not_run_if_not_asked():
+    def sorted_twice(x):
+        return jnp.sort(x) + jnp.sort(-x)
+
+    entries = {"a": Entry(sorted_twice, "b"), "b": Entry(lambda x: x)}
+    (a, b) = Comparison(
+        "sort", "", 1, entries, lambda: (jnp.ones(2**18, jnp.float32),), compile_only=True
+    ).measure(quick=False)
+    # A sorted array has to be held; a few bytes count as 64 kB.
+    assert a.quantities["memory"] >= 2**20 > 2**16 > b.quantities["memory"]
+    assert a.quantities["ours_memory"] == 2**16 / a.quantities["memory"]
+    assert "time" not in a.quantities
+
+
+def test_a_ratio_is_formed_within_each_round():
+    peer = {"samples": np.array([1.0, 10.0, 2.0])}
+    # A round in which the peer did not take part counts for nothing.
+    relate(peer, {"samples": np.array([3.0, 20.0, 2.0, 1000.0])})
+    assert peer["ours_time"] == Spread.of(np.array([3.0, 2.0, 1.0]))
+    assert peer["ours_time"].median == 2
+
+
+@pytest.mark.parametrize(
+    ("ratio", "cell", "loses"),
+    [(1.004, "1.00 (0.90–1.30)", False), (1.006, "**1.01** (0.90–1.30)", True)],
+)
+def test_what_loses_is_bold_and_listed(ratio, cell, loses):
+    quantities = {"ours_time": Spread(0.9, ratio, 1.3)}
+    results = [Result("run", "far", 1, "theirs", "ours", quantities=quantities)]
+    assert f"| {cell} |" in tables.table(results)
+    assert ("ours against theirs, time" in tables.losses(results)) == loses
+    assert ("Nowhere" in tables.losses(results)) != loses
+
+
+@pytest.mark.parametrize(
+    ("seconds", "cell"),
+    [(2.5, "2.50 s"), (0.01234, "12.3 ms"), (9.99e-5, "99.9 µs"), (1e-9, "0.00 µs")],
+)
+def test_times_have_their_unit(seconds, cell):
+    quantities = {"compile": seconds}
+    assert f"| {cell} |" in tables.table([Result("run", "", 1, "f", quantities=quantities)])
+
+
+def test_charts_show_what_was_found(tmp_path):
+    results = [
+        Result("run", str(x), x, name, ours, quantities={"time": Spread(t, t, t), "ours_time": 0.5})
+        for x in (1, 10)
+        for name, ours, t in (("theirs", "ours", 2.0 * x), ("ours", "", 1.0 * x))
+    ]
+    panels = (
+        charts.Growth("growth", "run", "time", "x", "ms"),
+        charts.Ratios("ratios", "{name}, {size}", "{quantity}", ("ours_time",), "relative"),
+    )
+    charts.save(tmp_path / "chart.png", panels, results)
+    assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")

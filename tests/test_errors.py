@@ -1,0 +1,525 @@
+"""What those who call wrongly are told: the argument, what came, what was wanted."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxsoftmax as jsm
+from jaxsoftmax import calibration as cal
+from tests.cases import FUNCTIONS, LOSSES, named
+
+every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
+every_loss = pytest.mark.parametrize("case", **named(LOSSES))
+tempered = pytest.mark.parametrize(
+    "case", **named([c for c in FUNCTIONS if c.takes("temperature")])
+)
+
+X = np.ones((2, 3))
+Y = np.zeros(2, int)
+W = np.ones((3, 5))
+IDS = np.array([0, 0, 1])
+Q = np.ones((1, 4, 2, 8), np.float32)
+KEY = np.array([0, 1], np.uint32)
+
+# The whole sentence, and the call that gets it.
+SENTENCES = [
+    # Scores, axes and masks.
+    (TypeError, "x must be an array, got str.", lambda: jsm.softmax("scores")),
+    (TypeError, "x must be an array, got list.", lambda: jsm.log_softmax(["a", "b"])),
+    (TypeError, "x must be an array, got NoneType.", lambda: jsm.softmax(None)),
+    (TypeError, "x must be an array, got list.", lambda: jsm.entmax15([1.0, 2.0])),
+    (TypeError, "x must be real numbers, got dtype bool.", lambda: jsm.sparsemax(X > 0)),
+    (TypeError, "x must be real numbers, got dtype complex128.", lambda: jsm.log_softmax(X * 1j)),
+    (
+        ValueError,
+        "axis 2 is out of range for an array of 2 dimensions.",
+        lambda: jsm.softmax(X, axis=2),
+    ),
+    (
+        ValueError,
+        "axis must not name an axis twice, got (0, -2).",
+        lambda: jsm.sparsemax(X, axis=(0, -2)),
+    ),
+    (
+        TypeError,
+        "axis must be an int, a mesh axis name, a tuple of such or None, got 1.0.",
+        lambda: jsm.entmax15(X, axis=1.0),
+    ),
+    (
+        TypeError,
+        "axis must be an int, a mesh axis name, a tuple of such or None, got True.",
+        lambda: jsm.logsumexp(X, axis=True),
+    ),
+    (ValueError, "axis -1 is out of range for an array of 0 dimensions.", lambda: jsm.softmax(3.0)),
+    (TypeError, "where must be boolean, got dtype float64.", lambda: jsm.softmax(X, where=X)),
+    (
+        ValueError,
+        "where must broadcast to shape (2, 3), got shape (4,).",
+        lambda: jsm.softpick(X, where=np.ones(4, bool)),
+    ),
+    (
+        ValueError,
+        "axis must be one array axis, got None.",
+        lambda: jsm.stick_breaking(X, axis=None),
+    ),
+    (ValueError, "axes must be two axes, got (0,).", lambda: jsm.sinkhorn(X, axes=(0,))),
+    (
+        ValueError,
+        "num_iterations must be at least 1, got 0.",
+        lambda: jsm.sinkhorn(X, num_iterations=0),
+    ),
+    # Options.
+    (
+        ValueError,
+        "temperature must not be negative or NaN, got -1.0.",
+        lambda: jsm.softmax(X, temperature=-1),
+    ),
+    (
+        ValueError,
+        "temperature must not be negative or NaN, got nan.",
+        lambda: jsm.softmax(X, temperature=np.nan),
+    ),
+    (
+        ValueError,
+        "temperature must broadcast to one value per row, shape (2, 1), got shape (2,).",
+        lambda: jsm.softmax(X, temperature=np.ones(2)),
+    ),
+    (
+        TypeError,
+        "temperature must be an array, got str.",
+        lambda: jsm.softmax(X, temperature="warm"),
+    ),
+    (TypeError, "alpha must be an array, got str.", lambda: jsm.entmax(X, alpha="1.5")),
+    (
+        TypeError,
+        "sink must be an array, got builtin_function_or_method.",
+        lambda: jsm.softmax(X, sink=print),
+    ),
+    (
+        ValueError,
+        "temperature must be positive, got 0, which has no limit in sinkhorn.",
+        lambda: jsm.sinkhorn(X, temperature=0),
+    ),
+    (
+        ValueError,
+        "sink must broadcast to one value per row, shape (2, 1), got shape (3,).",
+        lambda: jsm.softmax(X, sink=np.zeros(3)),
+    ),
+    (ValueError, "alpha must be at least 1 and finite, got 0.5.", lambda: jsm.entmax(X, alpha=0.5)),
+    (
+        ValueError,
+        "alpha must broadcast to one value per row, shape (2, 1), got shape (3,).",
+        lambda: jsm.entmax(X, alpha=np.full(3, 1.5)),
+    ),
+    (ValueError, "alpha must be above 1 and finite, got 1.0.", lambda: jsm.normmax(X, alpha=1.0)),
+    (
+        ValueError,
+        "budget must be from 0 to the number of entries in a row, 3, got 4.0.",
+        lambda: jsm.budget_sparsemax(X, 4.0),
+    ),
+    (
+        TypeError,
+        "budget must be real numbers, got dtype complex128.",
+        lambda: jsm.budget_sparsemax(X, 1j),
+    ),
+    (
+        TypeError,
+        "segment_ids must be integers, got dtype float64.",
+        lambda: jsm.softmax(X, segment_ids=IDS * 1.0),
+    ),
+    (
+        ValueError,
+        "segment_ids must have shape (3,), the length of the axis, got shape (2,).",
+        lambda: jsm.softmax(X, segment_ids=IDS[:2]),
+    ),
+    (
+        ValueError,
+        "num_segments goes with segment_ids, got None for that.",
+        lambda: jsm.softmax(X, num_segments=2),
+    ),
+    (
+        ValueError,
+        "axis must be one array axis where there are segment_ids, got None.",
+        lambda: jsm.softmax(X, axis=None, segment_ids=IDS),
+    ),
+    (
+        ValueError,
+        "num_segments is needed where segment_ids is traced, got None.",
+        lambda: jax.jit(lambda ids: jsm.softmax(X, segment_ids=ids))(IDS),
+    ),
+    # Losses.
+    (
+        ValueError,
+        "targets must have the shape of scores without axis 1, (2,), if they are classes, got "
+        "shape (3,).",
+        lambda: jsm.cross_entropy(X, np.zeros(3, int)),
+    ),
+    (
+        ValueError,
+        "targets must have the shape of scores (2, 3) if they are distributions, got shape (2,).",
+        lambda: jsm.cross_entropy(X, np.zeros(2)),
+    ),
+    (TypeError, "targets must be an array, got str.", lambda: jsm.cross_entropy(X, "cat")),
+    (
+        ValueError,
+        "targets must be distributions over 2 axes, got integers, which name a class along one "
+        "axis.",
+        lambda: jsm.sparsemax_loss(X, np.array(0), None),
+    ),
+    (TypeError, "targets must be real numbers, got dtype bool.", lambda: jsm.entmax_loss(X, X > 0)),
+    (
+        ValueError,
+        "alpha must be at least 1 and finite, got 0.5.",
+        lambda: jsm.entmax_loss(X, Y, alpha=0.5),
+    ),
+    (
+        ValueError,
+        "label_smoothing must be from 0 to 1, got 1.5.",
+        lambda: jsm.cross_entropy(X, Y, label_smoothing=1.5),
+    ),
+    (
+        ValueError,
+        "z_loss must not be negative, and finite, got -1.0.",
+        lambda: jsm.cross_entropy(X, Y, z_loss=-1.0),
+    ),
+    (
+        TypeError,
+        "mapping must be a function, got str.",
+        lambda: jsm.fenchel_young_loss("softmax", jsm.shannon_entropy),
+    ),
+    (
+        ValueError,
+        "entropy must give one value per row, shape (2,), got shape ().",
+        lambda: jsm.fenchel_young_loss(jsm.softmax, lambda p, axis: jnp.sum(p))(X, Y),
+    ),
+    (
+        ValueError,
+        "hidden must have shape (..., 4), to go with weight of shape (4, 5), got shape (2, 3).",
+        lambda: jsm.linear_cross_entropy(X, np.ones((4, 5)), Y),
+    ),
+    (
+        ValueError,
+        "labels must have the shape of hidden without its last axis, (2,), got shape (3,).",
+        lambda: jsm.linear_cross_entropy(X, W, np.zeros(3, int)),
+    ),
+    (
+        ValueError,
+        "bias must have shape (5,), got shape (3,).",
+        lambda: jsm.linear_cross_entropy(X, W, Y, bias=np.ones(3)),
+    ),
+    (
+        ValueError,
+        "reduction must be 'mean', 'sum' or 'none', got 'max'.",
+        lambda: jsm.linear_cross_entropy(X, W, Y, reduction="max"),
+    ),
+    (
+        ValueError,
+        "chunk_size must be a positive integer, got 0.",
+        lambda: jsm.linear_cross_entropy(X, W, Y, chunk_size=0),
+    ),
+    (
+        ValueError,
+        "logits_soft_cap must be positive, got -2.0.",
+        lambda: jsm.linear_cross_entropy(X, W, Y, logits_soft_cap=-2.0),
+    ),
+    # Attention.
+    (
+        ValueError,
+        "query and key must have the shapes (B, T, N, H) and (B, S, K, H), H not 0, got "
+        "(1, 4, 2, 8) and (1, 4, 2, 4).",
+        lambda: jsm.dot_product_attention(Q, Q[..., :4], Q),
+    ),
+    (
+        ValueError,
+        "value must have the shape of key (1, 4, 2, 8) but for the last axis, got (1, 2, 2, 8).",
+        lambda: jsm.dot_product_attention(Q, Q, Q[:, :2]),
+    ),
+    (
+        TypeError,
+        "value must have the dtype of query, float32, got float16.",
+        lambda: jsm.dot_product_attention(Q, Q, Q.astype(np.float16)),
+    ),
+    (
+        ValueError,
+        "bias must broadcast to shape (1, 2, 4, 4), batch, heads, queries and keys, got shape "
+        "(3, 4).",
+        lambda: jsm.dot_product_attention(Q, Q, Q, np.ones((3, 4), np.float32)),
+    ),
+    (
+        TypeError,
+        "mask must be boolean, got dtype float64.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, mask=np.ones((4, 4))),
+    ),
+    (
+        TypeError,
+        "normalizer must be a function, got float.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, normalizer=1.5),
+    ),
+    (
+        ValueError,
+        "local_window_size must be an int or two, before and after, none negative, got (1, -1).",
+        lambda: jsm.dot_product_attention(Q, Q, Q, local_window_size=(1, -1)),
+    ),
+    (
+        ValueError,
+        "dropout_key is needed for a dropout_rate of 0.5, got None.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, dropout_rate=0.5),
+    ),
+    (
+        ValueError,
+        "return_residual goes with the normalizer softmax, got sparsemax.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, return_residual=True, normalizer=jsm.sparsemax),
+    ),
+    # Choosing, sampling and measures.
+    (ValueError, "k must not be negative, got -1.", lambda: jsm.top_k_mask(X, -1)),
+    (ValueError, "p must be from 0 to 1, got 1.1.", lambda: jsm.top_p_mask(X, 1.1)),
+    (ValueError, "p must be from 0 to 1, got -0.1.", lambda: jsm.min_p_mask(X, -0.1)),
+    (ValueError, "axis must be one array axis, got None.", lambda: jsm.top_k_mask(X, 1, axis=None)),
+    (
+        TypeError,
+        "key must be a key of jax.random.key, got dtype float64.",
+        lambda: jsm.sample(1.0, X),
+    ),
+    (
+        ValueError,
+        "key must be a single key, got keys of shape (2,).",
+        lambda: jsm.sample(jax.random.split(jax.random.key(0)), X),
+    ),
+    (TypeError, "hard must be True or False, got int.", lambda: jsm.gumbel_softmax(KEY, X, hard=1)),
+    (
+        ValueError,
+        "mapping must have a parameter axis, got one with (x).",
+        lambda: jsm.straight_through(lambda x: x),
+    ),
+    (
+        ValueError,
+        "hard must give the shape of the mapping (2, 3), got shape (1, 3).",
+        lambda: jsm.straight_through(jsm.softmax, lambda x, axis: x[:1])(X),
+    ),
+    (
+        ValueError,
+        "alpha must be positive and finite, got -1.0.",
+        lambda: jsm.tsallis_entropy(X, -1.0),
+    ),
+    (
+        TypeError,
+        "p must be real numbers, got dtype complex128.",
+        lambda: jsm.shannon_entropy(X * 1j),
+    ),
+    # Calibration.
+    (
+        ValueError,
+        "labels must have shape (2,) if they are classes, got shape (3,).",
+        lambda: cal.fit_temperature(X, np.zeros(3, int)),
+    ),
+    (
+        ValueError,
+        "class_weights must have shape (3,), one per class, got shape (2,).",
+        lambda: cal.fit_vector_scaling(X, Y, class_weights=np.ones(2)),
+    ),
+    (
+        ValueError,
+        "off_diagonal_penalty must be a number, got shape (2,).",
+        lambda: cal.fit_matrix_scaling(X, Y, off_diagonal_penalty=np.ones(2)),
+    ),
+    (
+        ValueError,
+        "probs must have shape (n, classes), got shape (3,).",
+        lambda: cal.expected_calibration_error(X[0], Y),
+    ),
+    (
+        ValueError,
+        "norm must be 1, 2 or inf, got 3.",
+        lambda: cal.expected_calibration_error(X, Y, norm=3),
+    ),
+    (
+        ValueError,
+        "num_bins must be at least 1, got 0.",
+        lambda: cal.expected_calibration_error(X, Y, num_bins=0),
+    ),
+    (
+        ValueError,
+        'binning must be "width" or "mass", got \'equal\'.',
+        lambda: cal.maximum_calibration_error(X, Y, binning="equal"),
+    ),
+    (
+        TypeError,
+        "labels must be integer classes, got dtype float64.",
+        lambda: cal.brier_score(X, Y * 1.0),
+    ),
+    (
+        ValueError,
+        "labels must have shape (2,), one per row of probs, got shape (3,).",
+        lambda: cal.negative_log_likelihood(X, np.zeros(3, int)),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence", "call"), SENTENCES, ids=[sentence for _, sentence, _ in SENTENCES]
+)
+def test_sentence(error, sentence, call):
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    assert str(caught.value) == sentence
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+
+
+def test_sentences_are_many():
+    assert len(SENTENCES) >= 40
+    assert len({sentence.split()[0] for _, sentence, _ in SENTENCES}) >= 20
+
+
+# Every function of the table, every loss.
+
+WRONG_CALLS = {
+    "axis too large": ({"axis": 2}, ValueError, "axis 2 is out of range for an array of 2 dim"),
+    "axis too small": ({"axis": -3}, ValueError, "axis -3 is out of range for an array of 2 dim"),
+    "one of several axes": ({"axis": (0, 5)}, ValueError, "axis 5 is out of range"),
+    "axis twice": ({"axis": (0, -2)}, ValueError, r"axis must not name an axis twice, got \(0, -2"),
+    "axis a float": ({"axis": 1.0}, TypeError, r"axis must be an int.* or None, got 1\.0"),
+    "axis a boolean": ({"axis": True}, TypeError, "axis must be an int.* or None, got True"),
+    "axis of floats": ({"axis": (0.5,)}, TypeError, r"axis must be an int.*, got \(0\.5,\)"),
+    "axis nested": ({"axis": ((0,),)}, TypeError, "axis must be an int"),
+    "where of floats": ({"where": X}, TypeError, "where must be boolean, got dtype float64"),
+    "where of integers": (
+        {"where": np.ones(3, "int32")},
+        TypeError,
+        "where must be boolean, got dtype int32",
+    ),
+    "where too long": (
+        {"where": np.ones(4, bool)},
+        ValueError,
+        r"where must broadcast to shape \(2, 3\), got shape \(4,\)",
+    ),
+    "where too deep": (
+        {"where": np.ones((1, 2, 3), bool)},
+        ValueError,
+        r"where must broadcast to shape \(2, 3\), got shape \(1, 2, 3\)",
+    ),
+    "x complex": ({"x": X * 1j}, TypeError, "x must be real numbers, got dtype complex128"),
+    "x boolean": ({"x": X > 0}, TypeError, "x must be real numbers, got dtype bool"),
+}
+WRONG_TEMPERATURES = {
+    "complex": (np.array(1j), TypeError, "temperature must be real numbers, got dtype complex128"),
+    "a Python complex": (1j, TypeError, "temperature must be real numbers, got dtype complex128"),
+    "boolean": (np.array(True), TypeError, "temperature must be real numbers, got dtype bool"),
+    "one per score": (
+        np.ones((2, 3)),
+        ValueError,
+        r"temperature must broadcast to one value per row, shape \(2, 1\), got shape \(2, 3\)",
+    ),
+    "one per column": (
+        np.ones(3),
+        ValueError,
+        r"temperature must broadcast to one value per row, shape \(2, 1\), got shape \(3,\)",
+    ),
+    "without the axis": (
+        np.ones(2),
+        ValueError,
+        r"temperature must broadcast to one value per row, shape \(2, 1\), got shape \(2,\)",
+    ),
+}
+
+
+@every_function
+@pytest.mark.parametrize("wrong", WRONG_CALLS)
+def test_wrong_call(case, wrong):
+    kwargs, error, message = WRONG_CALLS[wrong]
+    kwargs = {"x": X, **kwargs}
+    with pytest.raises(error, match=message):
+        case.fun(**kwargs)
+    if "axis" not in kwargs:
+        with pytest.raises(error, match=message):
+            jax.jit(case.fun)(**kwargs)
+        with pytest.raises(error, match=message):
+            jax.eval_shape(case.fun, **kwargs)
+
+
+@tempered
+@pytest.mark.parametrize("wrong", WRONG_TEMPERATURES)
+def test_wrong_temperature(case, wrong):
+    temperature, error, message = WRONG_TEMPERATURES[wrong]
+    with pytest.raises(error, match=message):
+        case.fun(X, temperature=temperature)
+
+
+@every_function
+@pytest.mark.parametrize("x", ["scores", None, [1.0, 2.0], (1, 2), {"a": 1.0}, "a key"], ids=repr)
+def test_x_that_is_no_array(case, x):
+    x = jax.random.key(0) if x == "a key" else x
+    with pytest.raises(TypeError, match=r"^x must be"):
+        case.fun(x)
+
+
+@every_function
+def test_calls_that_python_refuses(case):
+    with pytest.raises(TypeError, match="positional"):
+        case.fun(X, -1, None, 2.0)  # temperature is for keywords
+    with pytest.raises(TypeError, match="tau"):
+        case.fun(X, tau=2.0)
+
+
+def test_hardmax_has_no_temperature():
+    with pytest.raises(TypeError, match="temperature"):
+        jsm.hardmax(X, temperature=2.0)
+
+
+WRONG_LOSS_CALLS = {
+    "a class too many": (
+        (X, np.zeros(3, int)),
+        ValueError,
+        r"targets must have the shape of scores without axis 1, \(2,\), if they are classes, "
+        r"got shape \(3,\)",
+    ),
+    "one-hot integers": ((X, np.eye(2, 3, dtype=int)), ValueError, "targets .* got shape .2, 3"),
+    "classes as floats": (
+        (X, np.zeros(2)),
+        ValueError,
+        r"targets must have the shape of scores \(2, 3\) if they are distributions, got shape "
+        r"\(2,\)",
+    ),
+    "classes along two axes": (
+        (X, np.array(0), None),
+        ValueError,
+        "targets must be distributions over 2 axes, got integers",
+    ),
+    "complex scores": ((X * 1j, np.zeros(2, int)), TypeError, "scores must be real numbers"),
+    "complex targets": ((X, X * 1j), TypeError, "targets must be real numbers, got dtype complex"),
+    "boolean targets": ((X, X > 0), TypeError, "targets must be real numbers, got dtype bool"),
+    "axis": ((X, np.zeros(2, int), 7), ValueError, "axis 7 is out of range"),
+}
+
+
+@every_loss
+@pytest.mark.parametrize("wrong", WRONG_LOSS_CALLS)
+def test_wrong_call_of_a_loss(case, wrong):
+    (scores, targets, *axis), error, message = WRONG_LOSS_CALLS[wrong]
+    with pytest.raises(error, match=message):
+        case.fun(scores, targets, **({"axis": axis[0]} if axis else {}))
+
+
+@every_loss
+def test_wrong_options_of_a_loss(case):
+    targets = np.zeros(2, int)
+    with pytest.raises(ValueError, match="temperature must not be negative or NaN, got -1"):
+        case.fun(X, targets, temperature=-1)
+    with pytest.raises(TypeError, match="where must be boolean"):
+        case.fun(X, targets, where=X)
+    with pytest.raises(ValueError, match="temperature must broadcast to one value per row"):
+        case.fun(X, targets, temperature=X)
+
+
+def test_alpha_of_entmax_loss():
+    with pytest.raises(ValueError, match=r"alpha must be at least 1 and finite, got 0\.5"):
+        jsm.entmax_loss(X, np.zeros(2, int), alpha=0.5)
+
+
+@tempered
+@pytest.mark.parametrize("t", [-1, -0.5, np.float32(-2), np.int32(-1), -np.inf, np.nan], ids=repr)
+def test_negative_temperature(case, t):
+    with pytest.raises(ValueError, match=r"temperature must not be negative or NaN, got -?[\d.in]"):
+        case.fun(np.ones(3), temperature=t)

@@ -1,0 +1,73 @@
+"""Every public function, forward and gradient, lowers for CPUs, GPUs and TPUs, without having one.
+
+An exported function is a file: what it holds is called again and gives the same numbers.
+"""
+
+import jax
+import numpy as np
+import pytest
+from jax import export
+
+from jaxsoftmax import calibration
+from tests.calls import CALLS, public_functions, value_and_gradients
+
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+# The check of classes, which is for `checkify` and nothing elsewhere, is an effect that JAX does
+# not write to files yet.
+CHECKS_CLASSES = (
+    *("cross_entropy", "sparsemax_loss", "fenchel_young_loss", "linear_cross_entropy"),
+    *("calibration.fit_temperature", "calibration.fit_vector_scaling"),
+    "calibration.fit_matrix_scaling",
+)
+
+for result in (calibration.ReliabilityCurve, calibration.BrierDecomposition):
+    export.register_namedtuple_serialization(result, serialized_name=result.__name__)
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """As users call it; with float64 there would be conversions that they do not have."""
+    with jax.enable_x64(False):
+        yield
+
+
+def test_every_public_function_is_called():
+    assert sorted(CALLS) == sorted(public_functions())
+
+
+def same(actual, expected):
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), actual, expected
+    )
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_forward(name):
+    fun, args = CALLS[name]
+    exported = export.export(jax.jit(fun), platforms=PLATFORMS)(*args)
+    assert exported.platforms == PLATFORMS
+    if name in CHECKS_CLASSES:
+        with pytest.raises(NotImplementedError, match="Effect ErrorEffect"):
+            exported.serialize()
+    else:
+        exported = export.deserialize(exported.serialize())
+    same(exported.call(*args), jax.jit(fun)(*args))
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_gradient(name):
+    fun, args = CALLS[name]
+    exported = export.export(jax.jit(value_and_gradients(fun)), platforms=PLATFORMS)(*args)
+    assert exported.platforms == PLATFORMS
+    assert exported.out_avals
+
+
+@pytest.mark.parametrize("name", ["softmax", "entmax", "entmax_loss", "dot_product_attention"])
+def test_an_export_can_be_differentiated(name):
+    fun, args = CALLS[name]
+    blob = export.export(jax.jit(fun), platforms=PLATFORMS)(*args).serialize(vjp_order=1)
+    gradients = jax.jit(value_and_gradients(export.deserialize(blob).call))(*args)
+    same(gradients, jax.jit(value_and_gradients(fun))(*args))

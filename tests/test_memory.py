@@ -1,0 +1,63 @@
+"""Memory as XLA lays it out for users."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+import jaxsoftmax as jsm
+
+
+def temporaries(f, *args):
+    return jax.jit(f).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_memory_of_linear_cross_entropy_does_not_grow_with_the_rows(monkeypatch):
+    """Neither for derivatives nor under transformations; beyond numbers per row."""
+
+    def f(hidden, weight, labels):
+        return jsm.linear_cross_entropy(hidden, weight, labels, chunk_size=8)
+
+    def hvp(hidden, weight, labels):
+        gradient = jax.grad(lambda *x: f(*x, labels), (0, 1))
+        return jax.jvp(gradient, (hidden, weight), (hidden, weight))[1]
+
+    def jvp(hidden, weight, labels):
+        return jax.jvp(lambda *x: f(*x, labels), (hidden, weight), (hidden, weight))
+
+    def scanned(hidden, weight, labels):
+        def step(total, batch):
+            return total + f(batch[0], weight, batch[1]), None
+
+        return jax.lax.scan(step, jnp.zeros((), jnp.float32), (hidden[None], labels[None]))[0]
+
+    def none(hidden, weight, labels):
+        losses = functools.partial(jsm.linear_cross_entropy, reduction="none", chunk_size=8)
+        return jnp.sum(losses(hidden, weight, labels) ** 2)
+
+    def mapped(hidden, weight, labels):
+        batches = hidden.reshape(8, -1, width), labels.reshape(8, -1)
+        return jnp.sum(jax.vmap(f, in_axes=(0, None, 0))(batches[0], weight, batches[1]))
+
+    num_classes, width = 2048, 4
+    monkeypatch.setattr("jaxsoftmax.linear_loss._chunk_size", lambda *_: 8)
+    for fun in (
+        jax.grad(mapped, (0, 1)),
+        jax.grad(f, (0, 1)),
+        jax.grad(jax.checkpoint(f), (0, 1)),
+        jax.grad(scanned, (0, 1)),
+        jax.grad(none, (0, 1)),
+        jvp,
+        hvp,
+    ):
+        few, many = (
+            temporaries(
+                fun,
+                jax.ShapeDtypeStruct((rows, width), jnp.float32),
+                jax.ShapeDtypeStruct((width, num_classes), jnp.float32),
+                jax.ShapeDtypeStruct((rows,), jnp.int32),
+            )
+            for rows in (64, 512)
+        )
+        assert many < few + 512 * 4 * 8 * width  # a few numbers per number of `hidden`
+        assert many < 512 * num_classes * 4 / 6
