@@ -80,7 +80,7 @@ def stick_breaking(
 def _in_order(axis: Axis, ndim: int) -> Axis:
     axes, names = split_axis(axis, ndim)
     if len(axes) != 1:
-        raise ValueError(f"axis must be one array axis, mesh axes aside, got {axis!r}.")
+        raise ValueError(f"axis must be one array axis, got {axis!r}.")
     return (*axes, *names)
 
 
