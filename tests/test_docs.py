@@ -20,7 +20,7 @@ LINK = re.compile(r"\]\((?!https?:)([^)#\s]+)")
 
 
 @pytest.fixture(autouse=True)
-def strict_float64():
+def strict_float64(compiled_as_it_comes):
     """Not here: the pages show what readers get."""
 
 
