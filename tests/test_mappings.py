@@ -24,7 +24,6 @@ every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
 tempered = pytest.mark.parametrize(
     "case", **named([c for c in FUNCTIONS if c.takes("temperature")])
 )
-of_simplex = pytest.mark.parametrize("case", **named([c for c in MAPPINGS if c.simplex]))
 tempered_of_simplex = pytest.mark.parametrize(
     "case", **named([c for c in MAPPINGS if c.simplex and c.takes("temperature")])
 )
