@@ -11,6 +11,8 @@ from flax import linen, nnx
 
 import jaxsoftmax as jsm
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 VOCABULARY, HALF, WIDTH, HEADS = 8, 8, 32, 2
 LENGTH = 2 * HALF
 

@@ -11,6 +11,8 @@ from jax.test_util import check_grads
 import jaxsoftmax as jsm
 from tests.cases import normmax_by_bisection
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 5)) * 2
 MASK = np.array([[1, 1, 0, 1, 1], [1, 0, 1, 1, 1], [0, 1, 1, 1, 0]], bool)

@@ -13,6 +13,8 @@ import jaxsoftmax as jsm
 from jaxsoftmax import calibration
 from tests.cases import LOSSES, named
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
 
 

@@ -22,6 +22,8 @@ from jaxsoftmax.calibration import (
     smooth_calibration_error,
 )
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
 MEASURES = [
     reliability_curve,

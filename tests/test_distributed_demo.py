@@ -19,12 +19,15 @@ class Demo:
     """The command while it runs."""
 
     def __init__(self, *options):
+        # What starts the tests in the background has them, and all that they start, ignore Ctrl-C.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
         self.popen = subprocess.Popen(
             [*COMMAND, f"--timeout={SECONDS}", *options],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
+        signal.signal(signal.SIGINT, before)
         self.pids = [int(pid) for pid in re.findall(r"\d+", self.line().partition(": ")[2])]
 
     def line(self):

@@ -13,6 +13,8 @@ import jaxsoftmax as jsm
 from tests.cases import FUNCTIONS, LOSSES, SCORES, named
 from tests.tools import primitives
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 ALPHAS = [1.0, 1 + 1e-6, 1.01, 1.1, 1.5, 1.9, 2.0, 2.5, 3.0, 4.0]
 
 

@@ -60,7 +60,7 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "axis must be one array axis, mesh axes aside, got None.",
+        "axis must be one array axis, got None.",
         lambda: jsm.stick_breaking(X, axis=None),
     ),
     (ValueError, "axes must be two axes, got (0,).", lambda: jsm.sinkhorn(X, axes=(0,))),

@@ -8,6 +8,8 @@ import pytest
 import jaxsoftmax as jsm
 from tests.tools import on_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 RNG = np.random.default_rng(0)
 
 

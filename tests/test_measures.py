@@ -9,6 +9,8 @@ from jax.test_util import check_grads
 import jaxsoftmax as jsm
 from tests.tools import on_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 RNG = np.random.default_rng(0)
 
 

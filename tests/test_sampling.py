@@ -14,6 +14,8 @@ from jax.test_util import check_grads
 import jaxsoftmax as jsm
 from tests.cases import MAPPINGS, SCORES, named
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 KEY = jax.random.key(0)
 NUM_DRAWS = 200_000
 X = np.array([1.0, -0.5, 0.0, 2.0, -4.0, 0.3])

@@ -13,6 +13,8 @@ import jaxsoftmax as jsm
 from benchmarks.collectives import collectives
 from tests.cases import FUNCTIONS, LOSSES, named
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 ROWS, WIDTH = 8, 64
 
 

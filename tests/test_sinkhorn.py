@@ -12,6 +12,8 @@ from jax.test_util import check_grads
 import jaxsoftmax as jsm
 from tests.tools import on_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(3, 4)) * 2
 mapping = functools.partial(jsm.sinkhorn, num_iterations=5)

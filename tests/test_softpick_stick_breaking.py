@@ -11,6 +11,8 @@ import jaxsoftmax as jsm
 from tests.cases import break_from_the_end, pick_softly
 from tests.tools import on_mesh
 
+pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
+
 RNG = np.random.default_rng(0)
 
 
