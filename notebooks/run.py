@@ -1,4 +1,4 @@
-"""Executes the notebooks, each in a fresh kernel: `python notebooks/run.py [--write] [01 ...]`.
+"""Executes the notebooks, each in a fresh kernel: `python notebooks/run.py [01 ...]`.
 
 A cell that fails, writes a warning or runs out of time fails the run. So does a notebook that is
 not stored as it should be: executed from top to bottom, with the outputs that the run gives (their
@@ -6,6 +6,7 @@ numbers may differ), small figures and no trace of the machine. `--write` stores
 """
 
 import argparse
+import concurrent.futures
 import copy
 import pathlib
 import re
@@ -121,21 +122,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Executes the notebooks.")
     parser.add_argument("names", nargs="*", help="how a notebook's name starts; default: all")
     parser.add_argument("--write", action="store_true", help="store the outputs")
+    parser.add_argument("--jobs", type=int, default=1, help="how many at a time; default: 1")
     options = parser.parse_args(arguments)
     paths = sorted(HERE.glob("*.ipynb"))
     if options.names:
         paths = [path for path in paths if path.name.startswith(tuple(options.names))]
     if not paths:
         parser.error(f"no notebook has a name that starts with {' or '.join(options.names)}")
-    failed = False
-    for path in paths:
+
+    def timed(path: pathlib.Path) -> tuple[list[str], float]:
         start = time.monotonic()
-        found = run(path, options.write)
-        verdict = "failed" if found else "ok"
-        print(f"{path.name}: {verdict}, {time.monotonic() - start:.0f} s", flush=True)
-        for problem in found:
-            print(f"  {problem}", file=sys.stderr)
-        failed = failed or bool(found)
+        return run(path, options.write), time.monotonic() - start
+
+    failed = False
+    with concurrent.futures.ThreadPoolExecutor(options.jobs) as pool:
+        for path, (found, seconds) in zip(paths, pool.map(timed, paths), strict=True):
+            verdict = "failed" if found else "ok"
+            print(f"{path.name}: {verdict}, {seconds:.0f} s", flush=True)
+            for problem in found:
+                print(f"  {problem}", file=sys.stderr)
+            failed = failed or bool(found)
     return int(failed)
 
 

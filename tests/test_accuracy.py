@@ -1,5 +1,7 @@
 """The last digits, against `mpmath`: of what users get, compiled as they compile it."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import mpmath
@@ -12,8 +14,9 @@ from tests.tools import exact_log_softmax, top_and_rest, ulp_error
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
-@pytest.mark.parametrize("scale", [1, 10, 100])
-@pytest.mark.parametrize("length", [10, 200, 1000, 100_000])
+@pytest.mark.parametrize(
+    ("length", "scale"), [*itertools.product([10, 200, 1000], [1, 10, 100]), (100_000, 10)]
+)
 def test_accuracy_in_ulp(dtype, scale, length):
     """Prints the errors beside those of `jax.nn`: `pytest -rP -k accuracy_in_ulp`."""
     # Long rows are few, for mpmath is slow: those of 1000 are the worst of the first eight seeds,
