@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 import jaxsoftmax as jsm
 from benchmarks import limits
-from benchmarks.charts import Growth, Ratios
+from benchmarks.charts import Growth, time_and_memory
 from benchmarks.command import Topic, main
 from benchmarks.measuring import Comparison, Entry, Missing
 from benchmarks.peers import peer, torch_peer
@@ -261,14 +261,7 @@ when causal.
 """,
     steps,
     (
-        Ratios(
-            "jaxsoftmax relative to its peers (less is better)",
-            "{operation}: {name}",
-            "{quantity}",
-            ("ours_time", "ours_memory"),
-            "time and temporary memory, relative",
-            tuple(f"{kind}, {name}" for kind in (CAUSAL, FULL) for name in OPERATIONS),
-        ),
+        time_and_memory([f"{kind}, {name}" for kind in (CAUSAL, FULL) for name in OPERATIONS]),
         *(
             Growth(
                 f"{title}, value and gradient, by length",

@@ -165,6 +165,18 @@ class Ratios:
         )
 
 
+def time_and_memory(operations: Sequence[str]) -> Ratios:
+    """Ours relative to its peers."""
+    return Ratios(
+        "jaxsoftmax relative to its peers (less is better)",
+        "{operation}: {name}",
+        "{quantity}",
+        ("ours_time", "ours_memory"),
+        "time and temporary memory, relative",
+        operations,
+    )
+
+
 Panel = Growth | Ratios
 
 

@@ -11,7 +11,7 @@ import optax
 
 import jaxsoftmax as jsm
 from benchmarks import limits
-from benchmarks.charts import Growth, Ratios
+from benchmarks.charts import Growth, time_and_memory
 from benchmarks.command import Topic, main
 from benchmarks.measuring import Comparison, Entry, Missing
 from benchmarks.peers import torch_peer
@@ -214,14 +214,7 @@ the gradient or the tangent; of scores that are there, a copy: scores read, grad
 """,
     steps,
     (
-        Ratios(
-            "jaxsoftmax relative to its peers (less is better)",
-            "{operation}: {name}",
-            "{quantity}",
-            ("ours_time", "ours_memory"),
-            "time and temporary memory, relative",
-            (*LINEAR, SCORES),
-        ),
+        time_and_memory([*LINEAR, SCORES]),
         Growth("Temporary memory by rows", BY_ROWS, "memory", "rows", "MB"),
         Growth("Temporary memory by classes", BY_CLASSES, "memory", "classes", "MB"),
         Growth("Time by classes", BY_CLASSES, "time", "classes (1024 rows)", "ms"),

@@ -6,6 +6,7 @@ needs no accelerator: eight CPU devices are enough to compile for.
 
 import argparse
 import dataclasses
+import functools
 import os
 import pathlib
 from collections.abc import Callable
@@ -107,6 +108,17 @@ def _ring_gradient(query, key, value):
     return pull_back(out)
 
 
+def _solved(name: str, mapping: Callable[..., jax.Array]) -> Case:
+    """Of a mapping whose threshold is searched for."""
+    return Case(
+        f"`{name}`",
+        "2 R, and 2 R a pass",
+        lambda n: 2 * _ROWS,
+        _of_scores(lambda x: mapping(x, axis=(-1, "i"))),
+        in_loop=lambda n: 2 * _ROWS,
+    )
+
+
 _SPREAD = P(None, "i")
 _QKV = ((_BATCH, _QUERIES, _HEADS, _FEATURES), *[(_BATCH, _KEYS, _HEADS, _FEATURES)] * 2)
 _SCORE_ROWS = _BATCH * _HEADS * _QUERIES
@@ -127,27 +139,9 @@ CASES = [
         lambda n: 3 * _ROWS,
         _of_scores(lambda x: jsm.log_softmax(x, (-1, "i"))),
     ),
-    Case(
-        "`sparsemax`",
-        "2 R, and 2 R a pass",
-        lambda n: 2 * _ROWS,
-        _of_scores(lambda x: jsm.sparsemax(x, (-1, "i"))),
-        in_loop=lambda n: 2 * _ROWS,
-    ),
-    Case(
-        "`entmax15`",
-        "2 R, and 2 R a pass",
-        lambda n: 2 * _ROWS,
-        _of_scores(lambda x: jsm.entmax15(x, (-1, "i"))),
-        in_loop=lambda n: 2 * _ROWS,
-    ),
-    Case(
-        "`entmax`",
-        "2 R, and 2 R a pass",
-        lambda n: 2 * _ROWS,
-        _of_scores(lambda x: jsm.entmax(x, 1.3, (-1, "i"))),
-        in_loop=lambda n: 2 * _ROWS,
-    ),
+    _solved("sparsemax", jsm.sparsemax),
+    _solved("entmax15", jsm.entmax15),
+    _solved("entmax", functools.partial(jsm.entmax, alpha=1.3)),
     Case(
         "`linear_cross_entropy`, both gradients",
         "3 R + R D",

@@ -156,6 +156,11 @@ def wide(dtype: Any) -> Any:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.dtype(jnp.float32)
 
 
+def wide_zeros(x: Array) -> Array:
+    """Where cotangents of `x` are summed, block by block."""
+    return vary_like(jnp.zeros(x.shape, wide(x.dtype)), x)
+
+
 def output_dtype(x: ArrayLike) -> Any:
     """The dtype of the answer: that of `x`, or the default float if `x` holds integers."""
     dtype = jnp.result_type(x)

@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jaxsoftmax as jsm
-from tests.cases import FUNCTIONS, LOSSES, SCORES, named
+from tests.cases import FUNCTIONS, LOSSES, SCORES, SOLVED, named
 from tests.tools import primitives
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -104,13 +104,6 @@ def test_alphas_out_of_range():
 
 # Rows on which a solver might not end, or end elsewhere.
 
-SOLVED = {
-    "sparsemax": jsm.sparsemax,
-    "entmax15": jsm.entmax15,
-    "entmax(1.1)": functools.partial(jsm.entmax, alpha=1.1),
-    "entmax(1.3)": functools.partial(jsm.entmax, alpha=1.3),
-    "entmax(3)": functools.partial(jsm.entmax, alpha=3.0),
-}
 solved = pytest.mark.parametrize("mapping", SOLVED.values(), ids=SOLVED)
 HARD_ROWS = {
     "doubling": -(2.0 ** np.arange(100)),

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
-# The check of classes, which is for `checkify` and nothing elsewhere, is an effect that JAX does
-# not write to files yet.
+# These check their classes, for `checkify` and nothing elsewhere. In JAX that is an effect, which
+# it does not write to files: it says so, and an export of them lives as long as its process.
 CHECKS_CLASSES = (
     *("cross_entropy", "sparsemax_loss", "fenchel_young_loss", "linear_cross_entropy"),
     *("calibration.fit_temperature", "calibration.fit_vector_scaling"),
@@ -46,6 +46,7 @@ def same(actual, expected):
 
 @pytest.mark.parametrize("name", CALLS)
 def test_forward(name):
+    """What cannot be written to a file is refused by JAX, and not written without its check."""
     fun, args = CALLS[name]
     exported = export.export(jax.jit(fun), platforms=PLATFORMS)(*args)
     assert exported.platforms == PLATFORMS

@@ -119,7 +119,7 @@ def test_chunks_of_any_size(chunk_size):
 
 def test_weights_wider_than_a_block(monkeypatch):
     """The gradient of the weights is added up in blocks, which may not divide the classes."""
-    monkeypatch.setattr("jaxsoftmax.linear_loss._BLOCK", 6)  # two classes
+    monkeypatch.setattr("jaxsoftmax.linear_loss._rule._BLOCK", 6)  # two classes
     ours = jax.value_and_grad(lambda *x: chunked(*x, chunk_size=2), (0, 1, 2))(*OPERANDS)
     all_close(ours, jax.value_and_grad(whole, (0, 1, 2))(*OPERANDS))
 
@@ -264,7 +264,7 @@ def products(f, *args):
 def test_three_matrix_products_for_a_gradient_and_one_without(monkeypatch):
     # As for other devices, where there are no blocks to be counted twice.
     monkeypatch.setattr(
-        "jaxsoftmax.linear_loss._add_product",
+        "jaxsoftmax.linear_loss._rule._add_product",
         lambda total, hidden, ct: total + jnp.tensordot(hidden, ct, (0, 0)),
     )
 

@@ -40,7 +40,7 @@ def test_memory_of_linear_cross_entropy_does_not_grow_with_the_rows(monkeypatch)
         return jnp.sum(jax.vmap(f, in_axes=(0, None, 0))(batches[0], weight, batches[1]))
 
     num_classes, width = 2048, 4
-    monkeypatch.setattr("jaxsoftmax.linear_loss._chunk_size", lambda *_: 8)
+    monkeypatch.setattr("jaxsoftmax.linear_loss._rule.chunk_size_for", lambda *_: 8)
     for fun in (
         jax.grad(mapped, (0, 1)),
         jax.grad(f, (0, 1)),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import jaxsoftmax as jsm
-from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, named, row_by_row, share_the_top
+from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, SOLVED, named, row_by_row, share_the_top
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -280,15 +280,6 @@ def test_lower_precision_is_near(case, x, dtype):
     eps = float(jnp.finfo(dtype).eps)
     exact = case.reference(np.asarray(x, np.float64))
     close(np.asarray(out, np.float64), exact, rtol=8 * eps, atol=8 * eps)
-
-
-SOLVED = {
-    "sparsemax": jsm.sparsemax,
-    "entmax15": jsm.entmax15,
-    "entmax(1.1)": functools.partial(jsm.entmax, alpha=1.1),
-    "entmax(1.3)": functools.partial(jsm.entmax, alpha=1.3),
-    "entmax(3)": functools.partial(jsm.entmax, alpha=3.0),
-}
 
 
 @pytest.mark.parametrize("mapping", SOLVED.values(), ids=SOLVED)

@@ -1,28 +1,16 @@
 """The command line: options, what is said on screen, and how it ends."""
 
 import argparse
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
+from jaxsoftmax._command import Parser, UsageError, status_of
 from jaxsoftmax._demo import folder, interrupts
 from jaxsoftmax._demo.models import MODELS, Model
 
 _EXTRAS = ("sklearn", "matplotlib", "tqdm")
 _MOST_EPOCHS = 10_000
 _LARGEST_SEED = 2**31 - 1
-_BAD_USAGE = 2
-_INTERRUPTED = 130
-
-
-class _UsageError(Exception):
-    """What the user can put right, in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,19 +22,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
       The exit status: 0, or 2 for what the user can put right, or 130 after Ctrl-C.
     """
-    try:
-        _run(_parser().parse_args(arguments))
-    except _UsageError as error:
-        print("jaxsoftmax:", " ".join(str(error).split()), file=sys.stderr)
-        return _BAD_USAGE
-    except KeyboardInterrupt:
-        print("jaxsoftmax: interrupted", file=sys.stderr)
-        return _INTERRUPTED
-    return 0
+    return status_of(lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m jaxsoftmax",
         description=(
             "Trains one small network per mapping to read handwritten digits, compares the "
@@ -117,7 +97,7 @@ def _run(options: argparse.Namespace) -> None:
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRAS:
             raise
-        raise _UsageError(
+        raise UsageError(
             f'this needs {error.name}, which is not installed: pip install "jaxsoftmax[demo]"'
         ) from error
 
@@ -150,5 +130,5 @@ def _demonstrate(models: list[Model], options: argparse.Namespace) -> None:
     say(f"\n{table.table(results)}\n\nThe page is at {path}")
 
 
-def _unwritable(out: Path, error: OSError) -> _UsageError:
-    return _UsageError(f"cannot write to --out {out}: {error.strerror or error}")
+def _unwritable(out: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write to --out {out}: {error.strerror or error}")

@@ -4,20 +4,9 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
+from jaxsoftmax._command import FAILED, INTERRUPTED, Parser, UsageError, complain, status_of
 from jaxsoftmax._distributed import launch
-
-_FAILED, _BAD_USAGE, _INTERRUPTED = 1, 2, 130
-
-
-class _UsageError(Exception):
-    """What the user can put right, in one line."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise _UsageError(message)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -30,19 +19,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
       The exit status: 0, or 1 if a process failed, 2 for what the user can put right, 130 after
       Ctrl-C.
     """
-    try:
-        _run(_parser().parse_args(arguments))
-    except (_UsageError, launch.RunError) as error:
-        _complain(error)
-        return _BAD_USAGE if isinstance(error, _UsageError) else _FAILED
-    except KeyboardInterrupt:
-        _complain("interrupted")
-        return _INTERRUPTED
-    return 0
+    return status_of(lambda: _run(_parser().parse_args(arguments)))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m jaxsoftmax.distributed_demo",
         description=(
             "Trains a small model of characters with several processes: rows of a batch over the "
@@ -102,23 +83,23 @@ def _run(options: argparse.Namespace) -> None:
         return
     for name, value in cluster.items():
         if value is None:
-            raise _UsageError(f"{name} is needed for one process of a cluster")
+            raise UsageError(f"{name} is needed for one process of a cluster")
     for name, value in here.items():
         if value is not None:
-            raise _UsageError(f"{name} does not go with --coordinator")
+            raise UsageError(f"{name} does not go with --coordinator")
     host, _, port = options.coordinator.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-        raise _UsageError(f"--coordinator must be HOST:PORT, not {options.coordinator!r}")
+        raise UsageError(f"--coordinator must be HOST:PORT, not {options.coordinator!r}")
     _check_least("--num-processes", options.num_processes, 1)
     if not 0 <= options.process_id < options.num_processes:
         most = options.num_processes - 1
-        raise _UsageError(f"--process-id must be from 0 to {most}, not {options.process_id}")
+        raise UsageError(f"--process-id must be from 0 to {most}, not {options.process_id}")
     _work(options)
 
 
 def _check_least(name: str, value: float, least: int) -> None:
     if not value >= least:
-        raise _UsageError(f"{name} must be at least {least}, not {value:g}")
+        raise UsageError(f"{name} must be at least {least}, not {value:g}")
 
 
 def _work(options: argparse.Namespace) -> None:
@@ -127,21 +108,17 @@ def _work(options: argparse.Namespace) -> None:
     # Here, not above: what a wrong option is, is told faster.
     from jaxsoftmax._distributed import worker
 
-    status = _FAILED
+    status = FAILED
     try:
         worker.run(options.coordinator, options.process_id, options.num_processes, options.steps)
         status = 0
     except KeyboardInterrupt:
-        _complain("interrupted")
-        status = _INTERRUPTED
+        complain("interrupted")
+        status = INTERRUPTED
     except Exception as error:
         # JAX's first line says it, be it that another process is gone.
         lines = str(error).strip().splitlines() or [type(error).__name__]
-        _complain(f"process {options.process_id} cannot go on: {lines[0]}")
+        complain(f"process {options.process_id} cannot go on: {lines[0]}")
     # JAX would wait for the other processes, which may be gone.
     sys.stdout.flush()
     os._exit(status)
-
-
-def _complain(error: object) -> None:
-    print("jaxsoftmax:", " ".join(str(error).split()), file=sys.stderr, flush=True)

@@ -12,13 +12,15 @@ import time
 from collections.abc import Iterator
 from typing import IO, NamedTuple, NoReturn
 
+from jaxsoftmax._command import CommandError
+
 _POLL_SECONDS = 0.1
 _GRACE_SECONDS = 5.0
 CHILD = "JAXSOFTMAX_DEMO_CHILD"
 
 
-class RunError(Exception):
-    """Why the run ended before its time, in one line."""
+class RunError(CommandError):
+    """Why the run ended before its time."""
 
 
 class _Process(NamedTuple):

@@ -17,7 +17,7 @@ from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax._scores import wide
+from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._block import Block, is_smooth, pull_back
 from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
 from jaxsoftmax.attention._plan import Band
@@ -163,7 +163,7 @@ def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array 
     # Blocks have rows of their own, or else they add to one sum.
     own = [i for i in smooth if plan.operands[i].has_rows(arrays[i])]
     shared = [i for i in smooth if i not in own]
-    sums = {i: _zeros(arrays[i]) for i in shared}
+    sums = {i: wide_zeros(arrays[i]) for i in shared}
     rows: list[dict[int, Array]] = []
     for band, block in plan.backward:
         pull = functools.partial(pull_back, block, smooth)
@@ -195,8 +195,3 @@ def _instantiated(ct: Any, like: Array) -> Array:
         return ct
     aval: Any = ct.aval
     return vary_like(jnp.zeros(aval.shape, aval.dtype), like)
-
-
-def _zeros(x: Array) -> Array:
-    """Where cotangents of `x` are summed: in float32 at least."""
-    return vary_like(jnp.zeros(x.shape, wide(x.dtype)), x)

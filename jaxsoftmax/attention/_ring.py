@@ -18,7 +18,7 @@ from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp, hoist, linear_pair
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax._scores import Options, prepare, wide
+from jaxsoftmax._scores import Options, prepare, wide, wide_zeros
 from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._block import Rules, is_smooth
 from jaxsoftmax.attention._operands import KEY_AXIS, ROW_AXIS
@@ -186,7 +186,7 @@ def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> Any:
         of_moving, of_fixed = lax.cond(ring.is_seen(first_key), pulled, nothing)
         return (arriving, _sum(ct_moving, of_moving), _sum(ct_fixed, of_fixed)), None
 
-    zeros = jax.tree.map(_zeros, (moving.smooth, fixed.smooth))
+    zeros = jax.tree.map(wide_zeros, (moving.smooth, fixed.smooth))
     state, _ = lax.scan(go_on, (moving, *zeros), jnp.arange(ring.size, dtype=jnp.int32))
     _, ct_moving, ct_fixed = state
     return ring.next(ct_moving), ct_fixed
@@ -227,11 +227,6 @@ def _mix(
         return tuple(ring.mix(first_key, here, there, given))
 
     return mix
-
-
-def _zeros(x: Array) -> Array:
-    """Where cotangents of `x` are summed: in float32 at least."""
-    return vary_like(jnp.zeros(x.shape, wide(x.dtype)), x)
 
 
 def _sum(totals: list[Array], parts: list[Array]) -> list[Array]:

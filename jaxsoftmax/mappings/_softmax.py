@@ -259,16 +259,16 @@ def _softmax_of_half(rows: Rows, scores: Entries) -> Entries:
     of it: no float32 array is written.
     """
 
-    def shares(scores: Entries) -> Entries:
-        top = rows.max(scores)
+    def shares(scores: Entries, top: Array) -> Entries:
         weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
         p = rows.map(jnp.multiply, [weights], [1 / rows.sum(weights)])
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores])
 
-    def infinite(scores: Entries) -> Entries:
+    def infinite(scores: Entries, _: Array) -> Entries:
         return _half_fwd(rows, scores)[0]
 
-    return lax.cond(jnp.any(jnp.isinf(rows.max(scores))), infinite, shares, scores)
+    top = rows.max(scores)
+    return lax.cond(jnp.any(jnp.isinf(top)), infinite, shares, scores, top)
 
 
 def _widened(x: Array) -> Array:

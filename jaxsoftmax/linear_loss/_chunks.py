@@ -1,0 +1,104 @@
+"""How rows are split into chunks."""
+
+import dataclasses
+import math
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoftmax._sharding import parts_in_all, parts_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunks:
+    """How rows are split into equal chunks; the last ones may be filled up.
+
+    Attributes:
+      shape: the axes of the rows.
+      count: how many chunks.
+      size: rows per chunk.
+    """
+
+    shape: tuple[int, ...]
+    count: int
+    size: int
+
+    @staticmethod
+    def of(shape: tuple[int, ...], size: int) -> "Chunks":
+        rows = math.prod(shape)
+        count = max(1, math.ceil(rows / size))
+        return Chunks(shape, count, max(1, math.ceil(rows / count)))
+
+    def split(self, x: Array) -> Array:
+        """Rows to chunks of rows, (count, size, ...); what is filled up is 0."""
+        rows = x.reshape(-1, *x.shape[len(self.shape) :])
+        missing = self.count * self.size - rows.shape[0]
+        if missing:
+            rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+        return rows.reshape(self.count, self.size, *rows.shape[1:])
+
+    def join(self, x: Array) -> Array:
+        """Chunks of rows to rows."""
+        return x.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedChunks:
+    """The same for rows that XLA shares among devices: each chunk has some of every device.
+
+    Attributes:
+      axis: the axis that is split.
+      count: how many chunks; the index of a row along the axis, modulo the count, tells which.
+    """
+
+    axis: int
+    count: int
+
+    @staticmethod
+    def of(hidden: Array, size: int) -> "SharedChunks":
+        *shape, _ = hidden.shape
+        axis = shape.index(max(shape))
+        parts = parts_of(hidden, axis)
+        most = max(shape[axis] // parts, 1)
+        wanted = math.ceil(math.prod(shape) / size)
+        return SharedChunks(
+            axis, next(n for n in range(min(wanted, most), most + 1) if most % n == 0)
+        )
+
+    def split(self, x: Array) -> Array:
+        """Rows to chunks of rows, (count, ...)."""
+        before, after = x.shape[: self.axis], x.shape[self.axis + 1 :]
+        return jnp.moveaxis(x.reshape(*before, -1, self.count, *after), self.axis + 1, 0)
+
+    def join(self, x: Array) -> Array:
+        """Chunks of rows to rows."""
+        x = jnp.moveaxis(x, 0, self.axis + 1)
+        return x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+
+
+def chunks_of_rows(hidden: Array, size: int | None, num_classes: int) -> Chunks | SharedChunks:
+    """The chunks, of so many rows on each device, or as many as suit so many classes."""
+    size = chunk_size_for(num_classes) if size is None else size
+    devices = parts_in_all(hidden)
+    if devices == 1 or hidden.size == 0:
+        return Chunks.of(hidden.shape[:-1], size)
+    return SharedChunks.of(hidden, size * devices)
+
+
+def check_chunk_size(wanted: int | None) -> int | None:
+    """The size, if it is one."""
+    if wanted is None:
+        return None
+    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
+        raise ValueError(f"chunk_size must be a positive integer, got {wanted!r}.")
+    return wanted
+
+
+def chunk_size_for(num_classes: int) -> int:
+    """How many rows a chunk should have."""
+    # 256 rows keep the matrix products busy; where there are few classes, more rows still fit.
+    return max(256, _SCORES // max(num_classes, 1))
+
+
+# How many scores a chunk has that is large enough for any machine.
+_SCORES = 2**23

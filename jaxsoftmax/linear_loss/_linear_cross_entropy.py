@@ -1,0 +1,185 @@
+"""The loss of a linear layer: what is asked for, and what it may be asked of."""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax import core, lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from jaxsoftmax._scores import (
+    check_integers,
+    check_mask,
+    check_soft_cap,
+    mesh_names,
+    public,
+)
+from jaxsoftmax.linear_loss._chunks import check_chunk_size
+from jaxsoftmax.linear_loss._layer import as_layer
+from jaxsoftmax.linear_loss._losses import How, summed_or_each
+from jaxsoftmax.linear_loss._mesh import on_explicit_mesh, sharding_of
+from jaxsoftmax.losses import cross_entropy
+from jaxsoftmax.losses._targets import check_known
+
+
+def linear_cross_entropy(
+    hidden: Float[ArrayLike, "*rows D"],
+    weight: Float[ArrayLike, "D V"],
+    labels: Int[ArrayLike, "*rows"],
+    *,
+    bias: Float[ArrayLike, " V"] | None = None,
+    loss: Callable[..., Array] = cross_entropy,
+    reduction: Literal["mean", "sum", "none"] = "mean",
+    where: Bool[ArrayLike, "*#rows"] | None = None,
+    logits_soft_cap: ArrayLike | None = None,
+    chunk_size: int | None = None,
+    vocab_axis_name: str | tuple[str, ...] | None = None,
+) -> Float[Array, ""] | Float[Array, "*rows"]:
+    r"""The loss of `hidden @ weight + bias`, without ever holding all of these scores.
+
+    .. math:: \frac{1}{N} \sum_{n=1}^N \mathrm{loss}(h_n W + b, y_n)
+
+    It equals the loss of all the scores at once, to rounding, and so do its derivatives of every
+    order; in memory there is one chunk of rows at a time. For the reductions "mean" and "sum" a
+    gradient costs three matrix products, as it does with all the scores: it is formed in the
+    forward pass. For "none" the scores are computed once more.
+
+    Args:
+      hidden: what goes into the last layer, of shape (..., D).
+      weight: the weights of that layer, of shape (D, V) for V classes.
+      labels: integer classes, of the shape (...).
+      bias: added to the scores, of shape (V,).
+      loss: any function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that gives
+        one value per row, such as `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
+        options by `functools.partial`. Numbers that it closes over, such as a learned `alpha`,
+        have gradients. It is compiled once for each function object: make it once.
+      reduction: "mean" and "sum" are over the rows that count; "none" gives each row its loss.
+      where: the rows that count; a boolean mask that broadcasts to `labels`. The loss of others is
+        0, and so is their gradient, whatever they hold.
+      logits_soft_cap: a positive number `c`, to replace scores by `c * tanh(scores / c)`.
+      chunk_size: rows per chunk, on each device; chosen from the sizes if it is None. Memory grows
+        with it, time may fall.
+      vocab_axis_name: inside `shard_map`, the mesh axis over which the classes are sharded, or a
+        tuple of several. Then `weight` and `bias` are this device's, `labels` count across the
+        devices, and the loss is called with `axis=(-1, vocab_axis_name)`. Nothing larger than a
+        number per row crosses devices, but the gradient of `hidden`. Outside of `shard_map` there
+        is nothing to name: rows and classes of arrays on a mesh stay where they are.
+
+    Returns:
+      A scalar, or for "none" losses of the shape of `labels`; 0 where no row counts. The dtype is
+      that of the operands, or float32 if they are of half precision: so are then the scores, and
+      all sums over rows. A label out of range gives NaN and no gradient, and an error under
+      `jax.experimental.checkify`.
+
+    Raises:
+      TypeError: if `labels` are not integers, `where` not boolean, `loss` no function, or the
+        others not real.
+      ValueError: if shapes do not fit, that of what `loss` gives included; if `reduction` is
+        unknown, or `chunk_size` or `logits_soft_cap` not positive.
+
+    Example:
+      >>> import functools, jax, jax.numpy as jnp, jaxsoftmax as jsm
+      >>> jnp.set_printoptions(precision=3, suppress=True)
+      >>> hidden, weight = jnp.eye(3), jnp.array([[2.0, 0, 0, 0], [0, 1, 0, 0], [0, 0, 0, 1]])
+      >>> labels = jnp.array([0, 1, 2])
+      >>> print(f"{jsm.linear_cross_entropy(hidden, weight, labels):.4f}")
+      0.9427
+      >>> sparse = functools.partial(jsm.entmax_loss, alpha=1.5)
+      >>> print(jsm.linear_cross_entropy(hidden, weight, labels, loss=sparse, reduction="none"))
+      [0.    0.126 1.126]
+      >>> print(jax.grad(jsm.linear_cross_entropy)(hidden, weight, labels).shape)
+      (3, 3)
+
+    References:
+      Hsu et al., 2024: Liger Kernel (arXiv:2410.10989); Wijmans et al., 2024: Cut your losses in
+      large-vocabulary language models (arXiv:2411.09009).
+    """
+    options = {
+        "bias": bias,
+        "reduction": reduction,
+        "where": where,
+        "logits_soft_cap": logits_soft_cap,
+        "chunk_size": chunk_size,
+        "vocab_axis_name": vocab_axis_name,
+    }
+    if _is_constant(loss):
+        return _compiled(hidden, weight, labels, loss=loss, **options)
+    return public(functools.partial(_linear_loss, loss=loss))(hidden, weight, labels, **options)
+
+
+def _is_constant(loss: Any) -> bool:
+    """Whether what is compiled may be kept for this loss: not if that holds what is traced."""
+    try:
+        hash(loss)
+    except TypeError:
+        return False
+    held: list[Any] = []
+    if isinstance(loss, functools.partial):
+        held += [loss.args, loss.keywords]
+        loss = loss.func
+    for cell in getattr(loss, "__closure__", None) or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            held.append(cell.cell_contents)
+    return not any(isinstance(x, core.Tracer) for x in jax.tree.leaves(held))
+
+
+def _linear_loss(
+    hidden: ArrayLike,
+    weight: ArrayLike,
+    labels: ArrayLike,
+    *,
+    bias: ArrayLike | None,
+    loss: Callable[..., Array],
+    reduction: str,
+    where: ArrayLike | None,
+    logits_soft_cap: Any,
+    chunk_size: int | None,
+    vocab_axis_name: str | tuple[str, ...] | None,
+) -> Array:
+    layer = as_layer(hidden, weight, bias)
+    shape, num_classes = layer.hidden.shape[:-1], layer.weight.shape[1]
+    labels = _as_labels(labels, shape)
+    if not callable(loss):
+        raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
+    known_cap = check_soft_cap(logits_soft_cap)
+    names = mesh_names("vocab_axis_name", vocab_axis_name)
+    keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
+    _check_range(labels, keep, num_classes * math.prod(lax.axis_size(name) for name in names))
+    how = How(
+        loss=loss,
+        soft_cap=logits_soft_cap if known_cap is None else known_cap,
+        names=names,
+        chunk_size=check_chunk_size(chunk_size),
+        in_sum=reduction != "none",
+    )
+    # Zeros instead of what does not count, be it NaN.
+    hidden = jnp.where(keep[..., None], layer.hidden, 0)
+    losses = on_explicit_mesh if sharding_of(layer) is not None else summed_or_each
+    losses = losses(how, layer._replace(hidden=hidden), jnp.where(keep, labels, 0), keep)
+    if reduction == "mean":
+        return losses / jnp.maximum(jnp.sum(keep.astype(losses.dtype)), 1)
+    return losses
+
+
+_compiled = public(_linear_loss)
+
+
+def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:
+    labels = jnp.asarray(labels)
+    check_integers("labels", labels)
+    if labels.shape != wanted:
+        raise ValueError(
+            f"labels must have the shape of hidden without its last axis, {wanted}, got shape "
+            f"{labels.shape}."
+        )
+    return labels
+
+
+def _check_range(labels: Array, keep: Array, length: int) -> None:
+    check_known("labels", (labels >= 0) & (labels < length) | ~keep, length)

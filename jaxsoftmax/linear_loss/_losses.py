@@ -1,0 +1,73 @@
+"""The losses of the rows of one device, or their sum, chunk by chunk."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoftmax._differentiation import hoist
+from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._scores import soft_cap, wide
+from jaxsoftmax.linear_loss._chunks import chunks_of_rows
+from jaxsoftmax.linear_loss._layer import Layer, varying_alike
+from jaxsoftmax.linear_loss._rule import Operands, Rows, each, total
+
+
+@dataclasses.dataclass(frozen=True)
+class How:
+    """What becomes of scores.
+
+    Attributes:
+      loss: the function that makes losses of them.
+      soft_cap: bounds them, None: without bounds.
+      names: the mesh axes that the classes are spread over.
+      chunk_size: rows per chunk, None: as sizes suggest.
+      in_sum: whether the losses are summed.
+    """
+
+    loss: Callable[..., Array]
+    soft_cap: Any
+    names: tuple[str, ...]
+    chunk_size: int | None
+    in_sum: bool
+
+    def losses(self, scores: Array, labels: Array) -> Array:
+        """One loss per row."""
+        if self.soft_cap is not None:
+            scores = soft_cap(scores, self.soft_cap)
+        axis = {"axis": (-1, *self.names)} if self.names else {}
+        return _check_losses(self.loss(scores, labels, **axis), labels, scores.dtype)
+
+
+def summed_or_each(how: How, layer: "Layer", labels: Array, keep: Array) -> Array:
+    layer = varying_alike(layer)
+    chunks = chunks_of_rows(layer.hidden, how.chunk_size, layer.weight.shape[1])
+    hidden, labels, keep = map(chunks.split, (layer.hidden, labels, keep))
+    some = vary_like(
+        jnp.zeros((*labels.shape[1:], layer.weight.shape[1]), wide(hidden.dtype)), hidden
+    )
+    losses_of = how.losses
+    for _ in some.shape[2:]:
+        losses_of = jax.vmap(losses_of)
+    pure, params, rest = hoist(losses_of, some, labels[0])
+    operands = Operands(hidden, layer.weight, layer.bias, params)
+    rows = Rows(labels, keep, rest)
+    if not how.in_sum:
+        return chunks.join(each(pure, operands, rows))
+    # What the loss closes over may be shared by devices that have different rows. Its gradient is
+    # then summed over them, and so the cotangents, which may differ, have to be met before that.
+    if all(vary_like(x, hidden, but=how.names) is x for x in params):
+        return total(pure, operands, rows)
+    return jnp.sum(each(pure, operands, rows))
+
+
+def _check_losses(losses: Any, labels: Array, dtype: Any) -> Array:
+    if jnp.shape(losses) != labels.shape:
+        raise ValueError(
+            f"loss must give one value per row, shape {labels.shape}, got shape "
+            f"{jnp.shape(losses)}."
+        )
+    return losses.astype(dtype)

@@ -1,0 +1,65 @@
+"""Rows and classes that an explicit mesh spreads over devices."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array
+
+from jaxsoftmax._sharding import explicit, explicit_names, on_each_device, spec_of
+from jaxsoftmax.linear_loss._layer import Layer
+from jaxsoftmax.linear_loss._losses import How, summed_or_each
+
+
+def on_explicit_mesh(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
+    """The losses, or their sum, where types tell which devices have which rows and classes."""
+    in_rows = [explicit_names(layer.hidden, i) for i in range(labels.ndim)]
+    row_names = tuple(itertools.chain.from_iterable(in_rows))
+    # An axis that has rows has no classes: of the two, the weights are those to be gathered.
+    classes = [name for name in explicit_names(layer.weight, 1) if name not in row_names]
+    classes = () if how.names else tuple(classes)
+    how = dataclasses.replace(how, names=how.names or classes)
+
+    # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
+    params, how_of = _parameters(how)
+
+    def local(params: list[Array], labels: Array, keep: Array, *layer: Array) -> Array:
+        layer_here = Layer(*layer, *(None,) * (3 - len(layer)))
+        losses = summed_or_each(how_of(params), layer_here, labels, keep)
+        return lax.psum(losses, row_names) if how.in_sum and row_names else losses
+
+    layer_axes = ((*in_rows, ()), ((), classes), (classes,))
+    given = [x for x in layer if x is not None]
+    in_axes = ((), in_rows, in_rows, *layer_axes[: len(given)])
+    out_specs = PartitionSpec() if how.in_sum else spec_of(in_rows)
+    mapped = on_each_device(local, sharding_of(layer), in_axes, out_specs)
+    return mapped(params, labels, keep, *given)
+
+
+def _parameters(how: How) -> tuple[list[Array], Callable[[list[Array]], How]]:
+    """The arrays that a partial of a loss holds, and the soft cap; and how to put them back."""
+    loss = functools.partial(how.loss)
+    leaves, tree = jax.tree.flatten((loss.args, loss.keywords, how.soft_cap))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def how_of(params: list[Array]) -> How:
+        merged = leaves.copy()
+        for i, x in zip(places, params, strict=True):
+            merged[i] = x
+        args, keywords, cap = jax.tree.unflatten(tree, merged)
+        return dataclasses.replace(
+            how, loss=functools.partial(loss.func, *args, **keywords), soft_cap=cap
+        )
+
+    return [leaves[i] for i in places], how_of
+
+
+def sharding_of(layer: Layer) -> Any:
+    """How the layer is spread over an explicit mesh, None where it is not."""
+    found = (explicit(x) for x in layer if x is not None)
+    return next((sharding for sharding in found if sharding is not None), None)

@@ -1,0 +1,216 @@
+"""Losses chunk by chunk, and their reverse rules: scores are computed, used, and dropped.
+
+Where the losses are summed, all that their gradients lack is the one cotangent of the sum, and so
+the gradients are formed in the same pass: three matrix products in all, as with all the scores.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._reductions import on_local_cpu_or_else, vary_like
+from jaxsoftmax._scores import wide, wide_zeros, with_ndim
+from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for
+
+
+class Operands(NamedTuple):
+    """What has a gradient: hidden in chunks, and what all chunks share."""
+
+    hidden: Array
+    weight: Array
+    bias: Array | None
+    params: list[Array]
+
+
+class Rows(NamedTuple):
+    """What has none."""
+
+    labels: Array
+    keep: Array
+    rest: list[Array]
+
+
+Losses = Callable[..., Array]  # (params, rest, scores, labels) -> one loss per row
+
+
+def _scores(hidden: Array, weight: Array, bias: Array | None) -> Array:
+    scores = _dot(hidden, weight, ((hidden.ndim - 1,), (0,)))
+    return scores if bias is None else scores + with_ndim(bias, scores.ndim)
+
+
+def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
+    return lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=wide(x.dtype))
+
+
+def _losses(losses: Losses, operands: Operands, rows: Rows) -> Array:
+    def step(_: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Array]:
+        hidden, labels, keep = chunk
+        scores = _scores(hidden, operands.weight, operands.bias)
+        values = losses(operands.params, rows.rest, scores, labels)
+        return None, jnp.where(keep, values, 0)
+
+    return lax.scan(jax.checkpoint(step), None, (operands.hidden, rows.labels, rows.keep))[1]
+
+
+def _gradients(losses: Losses, operands: Operands, rows: Rows, ct: Array) -> tuple[Array, Operands]:
+    """The losses, and their gradients under the cotangents `ct`, in one pass."""
+    shared = operands.weight, operands.bias, operands.params
+
+    def of_chunk(hidden: Array, labels: Array, keep: Array, ct: Array) -> Any:
+        weight, bias, params = shared
+
+        def of_scores(scores: Array, params: list[Array]) -> Array:
+            return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
+
+        values, pull_back = jax.vjp(of_scores, _scores(hidden, weight, bias), params)
+        ct_scores, ct_params = pull_back(vary_like(ct, values))
+        *of_rows, of_classes = range(ct_scores.ndim)
+        ct_bias = None if bias is None else jnp.sum(ct_scores, of_rows)
+        ct_scores = ct_scores.astype(hidden.dtype)
+        ct_hidden = _dot(ct_scores, weight, ((of_classes,), (1,)))
+        return values, ct_hidden, ct_scores, (ct_bias, ct_params)
+
+    # Checkpointed, so that what is differentiated again keeps no scores.
+    @jax.checkpoint
+    def step(total: Any, chunk: Any) -> Any:
+        total_weight, total_rest = total
+        values, ct_hidden, ct_scores, ct_rest = of_chunk(*chunk)
+        total_weight = _add_product(total_weight, chunk[0], ct_scores)
+        return (total_weight, jax.tree.map(jnp.add, total_rest, ct_rest)), (values, ct_hidden)
+
+    weight, *rest = jax.tree.map(wide_zeros, shared)
+    chunks = operands.hidden, rows.labels, rows.keep, ct
+    (weight, (bias, params)), (values, ct_hidden) = lax.scan(step, (weight, tuple(rest)), chunks)
+    return values, Operands(ct_hidden, weight, bias, params)
+
+
+def _add_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
+    """`total + hidden.T @ ct_scores`."""
+    if hidden.ndim > 2:  # of rows that XLA shares among devices
+        return _add_whole_product(total, hidden, ct_scores)
+    return on_local_cpu_or_else(
+        _add_product_in_blocks, _add_whole_product, total, hidden, ct_scores
+    )
+
+
+def _add_whole_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
+    of_rows = range(hidden.ndim - 1)
+    return total + _dot(hidden, ct_scores, (of_rows, of_rows))
+
+
+def _add_product_in_blocks(total: Array, hidden: Array, ct_scores: Array) -> Array:
+    # XLA for CPU cannot add to what is there: the product would be one more array of the size of
+    # the weights. Blocks of it stay in the cache.
+    count = max(1, total.size // _BLOCK)
+    width = total.shape[1] // count
+
+    def step(total: Array, i: Array) -> tuple[Array, None]:
+        block = _add_whole_product(
+            lax.dynamic_slice_in_dim(total, i * width, width, 1),
+            hidden,
+            lax.dynamic_slice_in_dim(ct_scores, i * width, width, 1),
+        )
+        return lax.dynamic_update_slice_in_dim(total, block, i * width, 1), None
+
+    total, _ = lax.scan(step, total, jnp.arange(count))
+    done = count * width
+    if done == total.shape[1]:
+        return total
+    last = _add_whole_product(total[:, done:], hidden, ct_scores[:, done:])
+    return total.at[:, done:].set(last)
+
+
+_BLOCK = 2**20
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def total(losses: Losses, operands: Operands, rows: Rows) -> Array:
+    """The sum of all losses. Its gradients are formed in the forward pass."""
+    return jnp.sum(_losses(losses, operands, rows))
+
+
+def _total_fwd(losses: Losses, operands: Operands, rows: Rows) -> tuple[Array, Any]:
+    ones = jnp.ones(rows.labels.shape, wide(operands.weight.dtype))
+    values, gradients = _gradients(losses, operands, rows, ones)
+    return jnp.sum(values), (gradients, operands)
+
+
+def _total_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[Operands, None]:
+    gradients, operands = residuals
+    return jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands), None
+
+
+total.defvjp(_total_fwd, _total_bwd)
+
+
+def _total_batch(
+    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Rows
+) -> Array | None:
+    values = _each_batch(axis_size, batched, losses, operands, rows)
+    return None if values is None else jnp.sum(values, range(1, values.ndim))
+
+
+total.defbatch(_total_batch)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def each(losses: Losses, operands: Operands, rows: Rows) -> Array:
+    """The losses. The scores are computed once more for their gradients."""
+    return _losses(losses, operands, rows)
+
+
+def _each_fwd(losses: Losses, operands: Operands, rows: Rows) -> tuple[Array, Any]:
+    return each(losses, operands, rows), (operands, rows)
+
+
+def _each_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[Operands, None]:
+    operands, rows = residuals
+    _, gradients = _gradients(losses, operands, rows, ct)
+    return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands), None
+
+
+each.defvjp(_each_fwd, _each_bwd)
+
+
+def _each_batch(
+    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Rows
+) -> Array | None:
+    """Under `vmap`: more rows, if that is all that there are more of, and no larger chunks."""
+    batched_operands, batched_rows = batched
+    of_rows = (batched_operands.hidden, batched_rows.labels, batched_rows.keep)
+    if any(jax.tree.leaves((batched_operands[1:], batched_rows.rest))):
+        return None  # other weights for other rows
+    if rows.labels.ndim - batched_rows.labels != 2:
+        return None  # chunks that XLA shares among devices
+
+    def chunks_of(x: Array, is_batched: bool) -> Array:
+        x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))
+        return x.reshape(-1, *x.shape[2:])
+
+    arrays = (operands.hidden, rows.labels, rows.keep)
+    hidden, labels, keep = map(chunks_of, arrays, of_rows)
+    count, size = labels.shape
+    # Small chunks are grouped, or each would be a matrix product of few rows.
+    group = max(1, chunk_size_for(operands.weight.shape[1]) // size)
+    groups = Chunks.of((count,), group)
+
+    def of_group(params: list[Array], rest: list[Array], scores: Array, labels: Array) -> Array:
+        by_chunk = [x.reshape(groups.size, size, *x.shape[1:]) for x in (scores, labels)]
+        return jax.vmap(losses, in_axes=(None, None, 0, 0))(params, rest, *by_chunk).reshape(-1)
+
+    def grouped(x: Array) -> Array:
+        x = groups.split(x)
+        return x.reshape(groups.count, groups.size * size, *x.shape[3:])
+
+    operands = operands._replace(hidden=grouped(hidden))
+    values = each(of_group, operands, Rows(grouped(labels), grouped(keep), rows.rest))
+    return values.reshape(-1, size)[:count].reshape(axis_size, -1, size)
+
+
+each.defbatch(_each_batch)
