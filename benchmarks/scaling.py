@@ -131,7 +131,7 @@ CASES = [
         _of_scores(lambda x: jsm.softmax(x, (-1, "i"))),
     ),
     Case(
-        "`softmax` and its gradient", "4 R", lambda n: 4 * _ROWS, _of_scores(_softmax_and_gradient)
+        "`softmax` and its gradient", "3 R", lambda n: 3 * _ROWS, _of_scores(_softmax_and_gradient)
     ),
     Case(
         "`log_softmax`",

@@ -154,6 +154,19 @@ class Rows:
         top = lax.pmax(local, self.names) if self.names else local
         return jnp.maximum(top, sink[0]) if sink else top
 
+    def has_many(self, entries: Entries) -> bool:
+        """Whether it pays to look at some of the largest entries first."""
+        first = entries[0]
+        in_one_piece = self.axes == (first.ndim - 1,) and self.segment_ids is None
+        return in_one_piece and first.shape[-1] >= _MANY and not self.are_shared(first)
+
+    def some_of_the_largest(self, entries: Entries) -> Entries:
+        """The largest entry of each of some parts of a row that has many."""
+        first, *sink = entries
+        length = first.shape[-1]
+        whole = first[..., : length - length % _PARTS]
+        return jnp.max(whole.reshape(*first.shape[:-1], -1, _PARTS), -2), *sink
+
     def map(
         self,
         function: Callable[..., T],
@@ -165,6 +178,17 @@ class Rows:
         spread = [self._spread(values, first[0]) for values in row_values]
         result = (function(*first, *spread),)
         return (*result, *(function(*sink, *row_values) for sink in sinks))
+
+    def sample(self, entries: Entries, sums: Array) -> Array:
+        """A value of each row, of `entries` or their `sums`: whichever is at hand, once both are.
+
+        XLA for CPU gets through many rows in one pass, with no sums left over. Through few it needs
+        a second, which may write over what it reads unless that is looked at, too.
+        """
+        first = entries[0]
+        if self.segment_ids is not None or first.size == 0 or sums.size < _MANY_ROWS:
+            return sums
+        return first[tuple(slice(1) if i in self.axes else slice(None) for i in range(first.ndim))]
 
     def are_shared(self, scores: Array) -> bool:
         """Whether devices may have to tell each other about a row, as far as types tell."""
@@ -247,6 +271,12 @@ class Rows:
             return sums
         rest = [x[..., whole:] for x in entries]
         return tuple(adding.add(sums, self._sums_on_cpu(function, adding, rest, row_values)))
+
+
+# As measured: fewer are gone through before it pays to choose among them.
+_MANY, _PARTS = 1024, 64
+# As seen in what XLA makes of `jax.nn.softmax`.
+_MANY_ROWS = 4096
 
 
 def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:

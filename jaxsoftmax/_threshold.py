@@ -21,7 +21,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to
+from jaxsoftmax._reductions import Entries, Rows, indicator, on_local_cpu_or_else, sum_to
 
 
 def _nothing(*_: Array) -> tuple[Array, ...]:
@@ -38,6 +38,7 @@ class Form:
       slope: `(p, *params) -> s`, the slopes as a function of the probabilities.
       partials: `(p, *params) -> (dp/dparam, ...)` at fixed `tau`.
       totals: `(*params) -> (dtotal/dparam, ...)`, if the rows' totals are not just 1.
+      slopes_sum_to_one: whether they do, in each row where there are any but 0.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Form:
     slope: Callable[..., Array]
     partials: Callable[..., tuple[Array, ...]] = _nothing
     totals: Callable[..., tuple[Array, ...]] = _nothing
+    slopes_sum_to_one: bool = False
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -62,7 +64,10 @@ def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
     slope = rows.map(form.slope, [p], params)
-    mean = _mean(rows, ct, slope)
+    mean = rows.sum(rows.map(jnp.multiply, [slope, ct]))
+    if not form.slopes_sum_to_one:
+        total = rows.sum(slope)
+        mean /= jnp.where(total == 0, 1, total)
     worth = rows.map(jnp.subtract, [ct], [mean])
     ct_params = [jnp.zeros_like(mean)] * len(params)
     for i, partial in enumerate(_transposed(rows.map(form.partials, [p], params))):
@@ -74,13 +79,6 @@ def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
 
 
 apply.defvjp(_apply_fwd, apply_bwd)
-
-
-def _mean(rows: Rows, values: Entries, weights: Entries) -> Array:
-    """The weighted mean of each row, 0 in rows without weight."""
-    total = rows.sum(weights)
-    weighted = rows.sum(rows.map(jnp.multiply, [weights, values]))
-    return weighted / jnp.where(total == 0, 1, total)
 
 
 def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
@@ -131,7 +129,7 @@ def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
         u = inside(gap, tau)
         return u * u, u
 
-    def norm_and_slope(tau: Array) -> tuple[Array, Array]:
+    def norm_and_slope(gaps: Entries, tau: Array) -> tuple[Array, Array]:
         if q == 1:
             norm, slope = rows.sums(sparse_terms, [gaps], [tau])
             return norm, slope
@@ -139,20 +137,46 @@ def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
         norm2 = jnp.sqrt(squares)
         return norm2, norm1 / jnp.where(norm2 == 0, 1, norm2)
 
-    def step(tau: Array) -> tuple[Array, Array]:
-        norm, slope = norm_and_slope(tau)
+    def step(gaps: Entries, tau: Array) -> tuple[Array, Array]:
+        norm, slope = norm_and_slope(gaps, tau)
         grown = tau + (norm - 1) / jnp.where(slope == 0, 1, slope)
         moved = (norm > 1 + tolerance(tau)) & (grown > tau)
         return jnp.where(moved | jnp.isnan(norm), grown, tau), moved
 
     # One below the maximum, which is 0.
-    tau = iterate(step, jnp.full_like(rows.max(gaps), -1))
+    tau = solve(rows, gaps, step, jnp.full_like(rows.max(gaps), -1))
     return normalized(rows, rows.map(lambda gap, t: inside(gap, t) ** q, [gaps], [tau]), tau)
 
 
 def tolerance(x: Array) -> float:
     """How near to its total a row is brought; normalizing does the rest."""
     return 4 * float(jnp.finfo(x.dtype).eps)
+
+
+def solve(
+    rows: Rows,
+    gaps: Entries,
+    step: Callable[[Entries, Any], tuple[Any, Array]],
+    start: Any,
+) -> Any:
+    """Repeats `state, moved = step(gaps, state)` from a start that only few entries are needed for.
+
+    A threshold is higher the more entries a row has, and so that of some of them is no farther from
+    that of all than the start. If it is that of the largest ones, it is most of the way.
+
+    Args:
+      rows: the rows of `gaps`.
+      gaps: the scores, less their row's maximum.
+      step: a step on that many gaps which never goes too far from where that is true of the start.
+      start: the first state.
+    """
+
+    def by_few(gaps: Entries, start: Any) -> Any:
+        return iterate(functools.partial(step, rows.some_of_the_largest(gaps)), start)
+
+    if rows.has_many(gaps):
+        start = on_local_cpu_or_else(by_few, lambda _, start: start, gaps, start)
+    return iterate(functools.partial(step, gaps), start)
 
 
 def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:

@@ -108,6 +108,35 @@ def test_nan_is_not_lost_in_large_arrays(case, shape):
         assert not np.any(np.isnan(out[::2]))
 
 
+@every_function
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_rows_of_large_arrays_are_as_those_of_small_ones(case, dtype):
+    """In large arrays infinities are told from what comes out."""
+    few = jnp.array([[INF, 1, 2], [1, 2, -INF], [1, INF, INF], [-INF] * 3, [NAN, 1, 0]], dtype)
+    p = case.fun(few).astype(float)
+    rows = np.arange(5000) % len(few)
+    # Another sum, and the same but for that.
+    ulp = float(jnp.finfo(dtype).eps)
+    np.testing.assert_allclose(case.fun(few[rows]).astype(float), p[rows], rtol=4 * ulp)
+    np.testing.assert_allclose(jax.vmap(case.fun)(few[rows]).astype(float), p[rows], rtol=4 * ulp)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_softmax_of_large_scores(dtype):
+    """Where whole numbers get sparse, and what is subtracted from scores has to be one."""
+    finfo = jnp.finfo(dtype)
+    top = 2.0 ** np.arange(0.0, 100, 0.25)[:, None] * [1, -1]
+    top = top.reshape(-1, 1).astype(dtype)
+    below = np.nextafter(top, top.dtype.type(-INF))
+    x = np.concatenate([top, below, top - 1, top - 20, top - 80, 0 * top], -1)
+    for length in (6, 600):  # the longer the row, the less room there is
+        scores = np.tile(x, length // 6)
+        reference = scores - scores.max(-1, keepdims=True).astype("longdouble")
+        reference = np.exp(reference) / np.exp(reference).sum(-1, keepdims=True)
+        error = np.abs(np.asarray(jsm.softmax(scores)) - reference)
+        assert np.all(error <= 6 * finfo.eps * reference + finfo.tiny)
+
+
 @every_mapping
 def test_nothing_takes_part(case):
     x = np.array([[1.0, 2.0], [-INF, -INF]])

@@ -197,9 +197,9 @@ def test_layout_of_the_batch_does_not_matter(case, rng):
 
 
 @every_mapping
-@pytest.mark.parametrize("length", [33, 700])
+@pytest.mark.parametrize("length", [33, 700, 1100])
 def test_lengths_around_those_where_the_sums_change(case, length, rng):
-    """Sums over short and long rows take other paths; no path may drop the rest of a row."""
+    """Sums and solvers take other paths for long rows; no path may drop the rest of a row."""
     x = rng.normal(size=(3, length))
     x[np.arange(3), [0, length // 2, length - 1]] += 10
     close(case.fun(x), case.reference(x))

@@ -245,7 +245,7 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     def scale(peak: Array) -> Array:
         return 1 / jnp.maximum(jnp.exp(beta * peak), jnp.finfo(peak.dtype).tiny)
 
-    def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+    def step(gaps: Entries, state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         peak, low, high, last = state
         weight, slope = rows.sums(weight_and_slope, [gaps], [scale(peak), beta])
         log_total = peak + jnp.log(weight)
@@ -265,7 +265,7 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     # At least, all entries equal the maximum and share evenly; at most, it has all.
     peak = jnp.zeros_like(rows.max(gaps) + beta)
     low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype))
-    peak, *_ = _threshold.iterate(step, (peak, low, peak, -low))
+    peak, *_ = _threshold.solve(rows, gaps, step, (peak, low, peak, -low))
     weights = rows.map(lambda *args: weight_and_slope(*args)[0], [gaps], [scale(peak), beta])
     return _threshold.normalized(rows, weights, peak)
 

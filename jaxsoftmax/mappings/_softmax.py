@@ -1,6 +1,5 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,14 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import exp, log, two_sum
-from jaxsoftmax._reductions import EXACT, Entries, Rows, add_exactly, indicator
+from jaxsoftmax._reductions import (
+    EXACT,
+    Entries,
+    Rows,
+    add_exactly,
+    indicator,
+    on_local_cpu_or_else,
+)
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -202,12 +208,18 @@ def pivot(rows: Rows, scores: Entries) -> Array:
     maximum that no sum overflows and so far from it that next to no score that matters falls
     below it: such a difference is exact.
     """
+    return jnp.minimum(_open_pivot(rows, scores), jnp.finfo(scores[0].dtype).max)
+
+
+def _open_pivot(rows: Rows, scores: Entries) -> Array:
+    """The pivot, infinite where the maximum is."""
     finfo = jnp.finfo(scores[0].dtype)
     room = math.floor(math.log(float(finfo.max)) - 2 - math.log(max(rows.length(scores), 1)))
     top = rows.max(scores)
-    whole = jnp.maximum(jnp.floor(top) - room, 0) + jnp.minimum(jnp.ceil(top), 0)
-    near = jnp.where(jnp.abs(top) > 2.0**20, top, whole)  # beyond, whole numbers get sparse
-    return jnp.clip(near, finfo.min, finfo.max)
+    # Where whole numbers get sparse, a maximum less the room would be rounded to far below that.
+    sparse = 2.0 ** (finfo.nmant + 5)
+    below = jnp.floor(top) - jnp.minimum(sparse / jnp.maximum(top, 1), room)
+    return jnp.maximum(jnp.maximum(below, jnp.minimum(jnp.ceil(top), 0)), finfo.min)
 
 
 def weight(score: Array, pivot: Array) -> Array:
@@ -216,39 +228,67 @@ def weight(score: Array, pivot: Array) -> Array:
     return jnp.exp(jnp.where(score == jnp.inf, jnp.finfo(score.dtype).max, score) - pivot)
 
 
+def _finite_weight(score: Array, pivot: Array) -> Array:
+    return jnp.exp(score - pivot)
+
+
 def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    finfo = jnp.finfo(scores[0].dtype)
+    def with_infinities(scores: Entries) -> Entries:
+        return _shares(rows, rows.map(weight, [scores], [pivot(rows, scores)]))[0]
 
-    def shares(weight: Callable[..., Array], scores: Entries, pivot: Array) -> Entries:
-        weights = rows.map(weight, [scores], [pivot])
-        # A row in which nothing takes part has no weight; to all others this adds nothing.
-        scale = 1 / (total(weights) + finfo.tiny)
-        return rows.map(jnp.multiply, [weights], [scale])
+    def without(scores: Entries) -> tuple[Entries, Array]:
+        return _shares(rows, rows.map(_finite_weight, [scores], [_open_pivot(rows, scores)]))
 
-    def total(weights: Entries) -> Array:
-        if finfo.bits == 32:
-            return rows.sum(weights)
+    return _unless_infinite(rows, without, with_infinities, scores)
+
+
+def _shares(rows: Rows, weights: Entries) -> tuple[Entries, Array]:
+    """The weights over their sum, and the sum."""
+    finfo = jnp.finfo(weights[0].dtype)
+    if finfo.bits == 32:
+        total = rows.sum(weights)
+    else:
         # XLA for CPU adds float64 one by one, with an error that grows with the row.
         sum_, lost = rows.sums(lambda w: (w,), [weights], adding=EXACT)
-        return sum_ + lost
+        total = sum_ + lost
+    # A row in which nothing takes part has no weight; to all others this adds nothing.
+    return rows.map(jnp.multiply, [weights], [1 / (total + finfo.tiny)]), total
 
-    def finite_weight(score: Array, pivot: Array) -> Array:
-        return jnp.exp(score - pivot)
 
-    # To look at each score for +inf takes half as long again, and so one look is taken at the rows.
-    shift = pivot(rows, scores)
+def _unless_infinite(
+    rows: Rows,
+    without: Callable[[Entries], tuple[Entries, Array]],
+    with_infinities: Callable[[Entries], Entries],
+    scores: Entries,
+) -> Entries:
+    """The first function's probabilities, or the second's if those are not numbers.
+
+    To look at each score for +inf takes XLA for CPU half as long again, and so it is told from the
+    result, which is NaN in such a row.
+
+    Args:
+      rows: the rows of `scores`.
+      without: gives probabilities and the sums of weights, if no score is +inf.
+      with_infinities: gives probabilities.
+      scores: the scores.
+    """
+
+    def at_once(scores: Entries) -> Entries:
+        p, total = without(scores)
+        failed = jnp.any(jnp.isnan(rows.sample(p, total)))
+
+        def again(_: Any) -> tuple[Array, Entries]:
+            return jnp.zeros_like(failed), with_infinities(scores)
+
+        # At most one turn: a `cond` would go both ways under `vmap`.
+        return lax.while_loop(lambda state: state[0], again, (failed, p))[1]
+
     if rows.are_shared(scores[0]):  # by devices, which had better agree on one sum
-        return shares(weight, scores, shift)
-    return lax.cond(
-        jnp.any(shift == finfo.max),
-        functools.partial(shares, weight),
-        functools.partial(shares, finite_weight),
-        scores,
-        shift,
-    )
+        return with_infinities(scores)
+    return on_local_cpu_or_else(at_once, with_infinities, scores)
 
 
-SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p)
+SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p, slopes_sum_to_one=True)
 
 
 @custom_vjp
@@ -259,16 +299,17 @@ def _softmax_of_half(rows: Rows, scores: Entries) -> Entries:
     of it: no float32 array is written.
     """
 
-    def shares(scores: Entries, top: Array) -> Entries:
-        weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
-        p = rows.map(jnp.multiply, [weights], [1 / rows.sum(weights)])
+    def without(scores: Entries) -> tuple[Entries, Array]:
+        top = jnp.maximum(rows.max(scores), jnp.finfo(scores[0].dtype).min)
+        weights = rows.map(lambda z, t: _finite_weight(_widened(z), _widened(t)), [scores], [top])
+        p, total = _shares(rows, weights)
+        return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), total
+
+    def with_infinities(scores: Entries) -> Entries:
+        p = _softmax_of_widened(rows, scores)
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores])
 
-    def infinite(scores: Entries, _: Array) -> Entries:
-        return _half_fwd(rows, scores)[0]
-
-    top = rows.max(scores)
-    return lax.cond(jnp.any(jnp.isinf(top)), infinite, shares, scores, top)
+    return _unless_infinite(rows, without, with_infinities, scores)
 
 
 def _widened(x: Array) -> Array:
@@ -276,14 +317,19 @@ def _widened(x: Array) -> Array:
 
 
 def _half_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
-    p = _threshold.apply(SOFTMAX, rows, rows.map(_widened, [scores]))
-    return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), (rows, p)
+    # The probabilities are computed once more: to keep them in float32 would take twice the memory.
+    return _softmax_of_half(rows, scores), (rows, scores)
 
 
 def _half_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    rows, p = residuals
+    rows, scores = residuals
+    p = _softmax_of_widened(rows, scores)
     _, ct_scores = _threshold.apply_bwd(SOFTMAX, (rows, p, ()), rows.map(_widened, [ct]))
     return None, rows.map(lambda dz, c: dz.astype(c.dtype), [ct_scores, ct])
+
+
+def _softmax_of_widened(rows: Rows, scores: Entries) -> Entries:
+    return _threshold.apply(SOFTMAX, rows, rows.map(_widened, [scores]))
 
 
 _softmax_of_half.defvjp(_half_fwd, _half_bwd)
