@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxsoftmax as jsm
 from benchmarks.collectives import collectives
 from tests.cases import FUNCTIONS, LOSSES, named
+from tests.tools import jaxprs
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -201,6 +202,9 @@ ATTENTION = {
         ("queries", AxisType.Auto),
         ("batch and keys", AxisType.Auto),
         ("heads and keys", AxisType.Explicit),
+        ("keys", AxisType.Auto),
+        ("heads and keys", AxisType.Auto),
+        ("batch and keys", AxisType.Explicit),
     ],
 )
 def test_attention(layout, kind, rng):
@@ -338,6 +342,28 @@ def test_ring_in_linear_memory(kind):
     assert compiled.memory_analysis().temp_size_in_bytes < scores / 2
     moved = {c.kind for c in collectives(compiled.as_text())}
     assert moved == {"collective-permute"}
+
+
+def test_ring_sends_while_it_works():
+    """In a turn, what is sent is what came: nothing that the turn computes is waited for."""
+    x = jax.ShapeDtypeStruct((1, 16, 2, 4), jnp.float32)
+    attend = functools.partial(jsm.dot_product_attention, kv_axis_name="a", query_axis_name="a")
+
+    def loss(*args):
+        return jnp.sum(in_ring(attend)(*args) ** 2)
+
+    def hvp(*args):
+        return jax.jvp(jax.grad(loss, (0, 1, 2)), args, args)
+
+    def sent(jaxpr):
+        return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "ppermute"]
+
+    everything = jaxprs(jax.make_jaxpr(hvp)(x, x, x))
+    scans = [e for j in everything for e in j.eqns if e.primitive.name == "scan"]
+    turns = [turn for scan in scans for turn in jaxprs(scan.params["jaxpr"]) if sent(turn)]
+    assert len(turns) >= 4  # the output, its tangents, and what is pulled back of both
+    for turn in turns:
+        assert all(set(eqn.invars) <= set(turn.invars) for eqn in sent(turn))
 
 
 def test_ring_of_arrays_on_an_explicit_mesh(rng):

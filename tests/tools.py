@@ -50,40 +50,23 @@ def on_mesh(f, spec, out=None):
 
 def operations(closed_jaxpr):
     """How often each primitive is used, calls looked into rather than counted."""
-    counts = collections.Counter()
-
-    def count(jaxpr):
-        for eqn in jaxpr.eqns:
-            inner = [sub for value in eqn.params.values() for sub in _jaxprs(value)]
-            if not inner:
-                counts[eqn.primitive.name] += 1
-            for sub in inner:
-                count(sub)
-
-    count(closed_jaxpr.jaxpr)
-    return counts
+    eqns = [eqn for jaxpr in jaxprs(closed_jaxpr) for eqn in jaxpr.eqns]
+    return collections.Counter(eqn.primitive.name for eqn in eqns if not jaxprs(eqn.params))
 
 
 def primitives(closed_jaxpr):
     """The names of all primitives, those that hold others included."""
-    names = set()
-
-    def visit(jaxpr):
-        for eqn in jaxpr.eqns:
-            names.add(eqn.primitive.name)
-            for value in eqn.params.values():
-                for sub in _jaxprs(value):
-                    visit(sub)
-
-    visit(closed_jaxpr.jaxpr)
-    return names
+    return {eqn.primitive.name for jaxpr in jaxprs(closed_jaxpr) for eqn in jaxpr.eqns}
 
 
-def _jaxprs(value):
+def jaxprs(value):
+    """The jaxprs in `value`, and all in those."""
     if isinstance(value, jax.extend.core.ClosedJaxpr):
-        return [value.jaxpr]
+        return jaxprs(value.jaxpr)
     if isinstance(value, jax.extend.core.Jaxpr):
-        return [value]
+        return [value, *(sub for eqn in value.eqns for sub in jaxprs(eqn.params))]
+    if isinstance(value, dict):
+        return jaxprs(tuple(value.values()))
     if isinstance(value, tuple | list):
-        return [sub for item in value for sub in _jaxprs(item)]
+        return [sub for item in value for sub in jaxprs(item)]
     return []
