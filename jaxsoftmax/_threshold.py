@@ -159,23 +159,27 @@ def solve(
     step: Callable[[Entries, Any], tuple[Any, Array]],
     start: Any,
 ) -> Any:
-    """Repeats `state, moved = step(gaps, state)` from a start that only few entries are needed for.
+    """Repeats `state, moved = step(gaps, state)`, for rows of many entries with few of them first.
 
-    A threshold is higher the more entries a row has, and so that of some of them is no farther from
-    that of all than the start. If it is that of the largest ones, it is most of the way.
+    The threshold of some entries never exceeds that of all, and so it is as good a start from
+    below; that of the largest is near.
 
     Args:
       rows: the rows of `gaps`.
       gaps: the scores, less their row's maximum.
-      step: a step on that many gaps which never goes too far from where that is true of the start.
-      start: the first state.
+      step: a step on some gaps.
+      start: the first state. Its row value, or what comes first in it, may be that of some entries;
+        what else it holds, such as bounds, may not.
     """
 
     def by_few(gaps: Entries, start: Any) -> Any:
-        return iterate(functools.partial(step, rows.some_of_the_largest(gaps)), start)
+        few = functools.partial(step, rows.some_of_the_largest(gaps))
+        return jax.tree.leaves(iterate(few, start))[0]
 
     if rows.has_many(gaps):
-        start = on_local_cpu_or_else(by_few, lambda _, start: start, gaps, start)
+        first, *others = jax.tree.leaves(start)
+        first = on_local_cpu_or_else(by_few, lambda *_: first, gaps, start)
+        start = jax.tree.unflatten(jax.tree.structure(start), [first, *others])
     return iterate(functools.partial(step, gaps), start)
 
 

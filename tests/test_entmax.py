@@ -10,7 +10,7 @@ import pytest
 from jax.test_util import check_grads
 
 import jaxsoftmax as jsm
-from tests.cases import FUNCTIONS, LOSSES, SCORES, SOLVED, named
+from tests.cases import FUNCTIONS, LOSSES, SCORES, SOLVED, entmax_by_bisection, named
 from tests.tools import primitives
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -137,6 +137,16 @@ def test_long_ties_and_spacings(mapping):
     p = np.asarray(mapping(rows), np.float64)
     np.testing.assert_allclose(p.sum(-1), 1, rtol=0, atol=1e-6)
     np.testing.assert_allclose(p[0], 1e-5, rtol=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [1.1, 1.3, 1.5, 2.0, 2.5, 3.0])
+def test_long_rows_of_all_scales(alpha, rng):
+    """They are solved for some of their scores first."""
+    x = rng.normal(size=(3, 10, 1087)) * np.array([1.0, 0.1, 0.01])[:, None, None]
+    x[0, 0, ::2] = -np.inf
+    x[0, 1, 5] = 30
+    actual, wanted = jsm.entmax(x, alpha), entmax_by_bisection(x, alpha)
+    np.testing.assert_allclose(actual, wanted, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("case", **named([*FUNCTIONS, *LOSSES]))

@@ -80,7 +80,7 @@ def chunks_of_rows(hidden: Array, size: int | None, num_classes: int) -> Chunks 
     """The chunks, of so many rows on each device, or as many as suit so many classes."""
     size = chunk_size_for(num_classes) if size is None else size
     devices = parts_in_all(hidden)
-    if devices == 1 or hidden.size == 0:
+    if devices == 1 or hidden.ndim == 1 or hidden.size == 0:
         return Chunks.of(hidden.shape[:-1], size)
     return SharedChunks.of(hidden, size * devices)
 
