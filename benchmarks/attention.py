@@ -139,7 +139,7 @@ def by_tokamax(operation: Operation, causal: bool) -> Entry | Missing:
 def by_torch(operation: Operation, causal: bool) -> Entry | Missing:
     """PyTorch's, which is fused by hand."""
 
-    def make(entmax: Any, torch: Any) -> Function:
+    def make(torch: Any) -> Function:
         attention = functools.partial(
             torch.nn.functional.scaled_dot_product_attention, is_causal=causal
         )
@@ -158,7 +158,7 @@ def by_torch(operation: Operation, causal: bool) -> Entry | Missing:
 
         return output if operation is OPERATIONS[FORWARD] else gradient
 
-    return torch_peer(make, OURS)
+    return torch_peer(("torch",), make, OURS)
 
 
 def comparison(name: str, length: int, causal: bool = False) -> Comparison:

@@ -158,11 +158,13 @@ def of_scores(rows: int, classes: int) -> Comparison:
             mean(optax.losses.multiclass_sparsemax_loss), "jsm.sparsemax_loss"
         ),
         "torch sparsemax_loss": torch_peer(
-            functools.partial(_torch_loss, "sparsemax_loss"), "jsm.sparsemax_loss"
+            ("entmax", "torch"),
+            functools.partial(_torch_loss, "sparsemax_loss"),
+            "jsm.sparsemax_loss",
         ),
         "jsm.sparsemax_loss": Entry(mean(jsm.sparsemax_loss)),
         "torch entmax15_loss": torch_peer(
-            functools.partial(_torch_loss, "entmax15_loss"), "jsm.entmax_loss"
+            ("entmax", "torch"), functools.partial(_torch_loss, "entmax15_loss"), "jsm.entmax_loss"
         ),
         "jsm.entmax_loss": Entry(mean(jsm.entmax_loss)),
     }

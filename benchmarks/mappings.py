@@ -96,7 +96,9 @@ def by_sort() -> dict[str, Entry | Missing]:
 def by_torch(*names: str) -> dict[str, Entry | Missing]:
     """Mappings of deep-spin's entmax."""
     return {
-        f"torch {function}": torch_peer(functools.partial(_torch_mapping, function, options), ours)
+        f"torch {function}": torch_peer(
+            ("entmax", "torch"), functools.partial(_torch_mapping, function, options), ours
+        )
         for function, ours, options in (TORCH[name] for name in names)
     }
 
@@ -159,15 +161,14 @@ NOTES = """
 - `log_softmax` and `logsumexp` on CPUs: ours are right to 2 ulp also where one class dominates,
   where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the sum is kept in
   two parts, and the exponential and the logarithm are our own: those of XLA are not exact enough.
-- `softmax`: differences to the maximum are made exact, and rows that hold an infinite score or
-  nothing at all are looked for, which `jax.nn.softmax` does not. Where a row fits the cache, that
-  and a pass over it count; with the vjp they nearly vanish.
+- `softmax`: differences to the maximum are made exact, and rows that hold an infinite score are
+  found, which `jax.nn.softmax` does not.
 - In bfloat16, `jax.nn` computes with 8 bits, and is off by up to 56 ulp. Ours computes in float32
   and rounds once.
 - Temporary memory is a copy of the scores in float32, or folded such that XLA for CPU can sum
   several at a time.
 - Compiling takes longer for there is more to compile: a loop that solves for the threshold, or
-  one branch for infinite scores and one without. It is paid once per shape.
+  one for rows with infinite scores. It is paid once per shape.
 """
 
 TOPIC = Topic(

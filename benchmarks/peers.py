@@ -28,16 +28,19 @@ def peer(
     return Entry(make(*found), ours, **options)
 
 
-def torch_peer(make: Callable[..., Callable[..., Any]], ours: str) -> Entry | Missing:
-    """An entry of deep-spin's entmax and PyTorch on the CPU.
+def torch_peer(
+    modules: Sequence[str], make: Callable[..., Callable[..., Any]], ours: str
+) -> Entry | Missing:
+    """An entry of PyTorch, or of what builds on it, on the CPU.
 
     Args:
-      make: takes the modules entmax and torch, gives a function of tensors.
+      modules: the names of modules that may be missing.
+      make: takes the modules, gives a function of tensors.
       ours: the name of our function that does the same.
     """
     if jax.default_backend() != "cpu":
         return Missing("not measured: PyTorch is compared on the CPU only")
-    return peer(("entmax", "torch"), make, ours, jit=False, prepare=_tensors)
+    return peer(modules, make, ours, jit=False, prepare=_tensors)
 
 
 def _tensors(*args: Any) -> Sequence[Any]:

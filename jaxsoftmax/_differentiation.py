@@ -47,6 +47,9 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
       nondiff_argnums: positions of arguments that are not arrays (functions, strings, ...). As
         with `jax.custom_vjp`, they come first in the arguments of `bwd`.
 
+    Raises:
+      AttributeError: when it is called before it was given its rule by `defvjp`.
+
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
       >>> @jsm.custom_vjp

@@ -1,8 +1,7 @@
 """The exponential, within 1.1 ulp, and the logarithm, within 0.8 ulp, of a sum of two parts.
 
 The second part is too small for the first to hold: a log-softmax that is to have all its digits
-cannot do without. Besides, XLA for CPU is off by up to
-1.6 ulp in `log` and by 2.5 in `log1p`.
+cannot do without. Besides, XLA for CPU is off by up to 1.6 ulp in `log` and by 2.5 in `log1p`.
 """
 
 import math

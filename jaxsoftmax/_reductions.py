@@ -179,8 +179,8 @@ class Rows:
         result = (function(*first, *spread),)
         return (*result, *(function(*sink, *row_values) for sink in sinks))
 
-    def sample(self, entries: Entries, sums: Array) -> Array:
-        """A value of each row, of `entries` or their `sums`: whichever is at hand, once both are.
+    def witness(self, entries: Entries, sums: Array) -> Array:
+        """One value per row that is NaN if all of its `entries` and so their `sums` are.
 
         XLA for CPU gets through many rows in one pass, with no sums left over. Through few it needs
         a second, which may write over what it reads unless that is looked at, too.
@@ -311,8 +311,8 @@ mlir.register_lowering(
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
     """`x`, seen by `shard_map` as varying over the mesh axes that `other` varies over.
 
-    Outside of a custom rule, so that the sum over devices that this asks of the gradient is taken
-    by JAX and not by the rule.
+    What is differentiated, outside of a custom rule, so that the sum over devices that this asks of
+    the gradient is taken by JAX and not by the rule.
     """
     missing = _varying(other) - _varying(x) - frozenset(but)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

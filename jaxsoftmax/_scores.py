@@ -175,7 +175,7 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     names = tuple(a for a in members if isinstance(a, str))
     positions = [a for a in members if not isinstance(a, str)]
     for a in positions:
-        if isinstance(a, bool) or not isinstance(a, int | np.integer):
+        if not is_int(a):
             kinds = "an int, a mesh axis name, a tuple of such or None"
             raise TypeError(f"axis must be {kinds}, got {axis!r}.")
         if not -ndim <= a < ndim:
@@ -320,6 +320,24 @@ def known_number(value: Any) -> float | None:
     if isinstance(value, Fixed):
         return value.value
     return float(value) if isinstance(value, numbers.Real) else None
+
+
+def check_size(name: str, size: Any) -> int | None:
+    """How many rows to take at a time, if that is given."""
+    if size is not None and not (is_int(size) and size > 0):
+        raise ValueError(f"{name} must be a positive integer or None, got {size!r}.")
+    return size
+
+
+def is_int(n: Any) -> bool:
+    """Whether `n` is a whole number that is known while tracing."""
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
+
+
+def has_parameter(signature: inspect.Signature, name: str) -> bool:
+    """Whether a function can be given an argument of this name."""
+    parameters = signature.parameters
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def check_per_row(name: str, value: ArrayLike | Fixed, scores: Array, rows: Rows) -> Array:

@@ -1,7 +1,7 @@
 """What the types of arrays tell of how JAX shares them among devices."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +15,12 @@ def explicit(x: Array) -> Any:
     """How `x` is spread over an explicit mesh, None where it is not."""
     sharding = jax.typeof(x).sharding
     return None if all(names is None for names in sharding.spec) else sharding
+
+
+def first_explicit(arrays: Iterable[Array]) -> Any:
+    """How the first of the arrays is spread that is on an explicit mesh, None if none is."""
+    found = map(explicit, arrays)
+    return next((sharding for sharding in found if sharding is not None), None)
 
 
 def explicit_names(x: Array, axis: int) -> Names:

@@ -33,7 +33,6 @@ class Form:
     """What is particular to one mapping.
 
     Attributes:
-      name: for jaxprs.
       probabilities: `(rows, scores, *params) -> p`; never differentiated.
       slope: `(p, *params) -> s`, the slopes as a function of the probabilities.
       partials: `(p, *params) -> (dp/dparam, ...)` at fixed `tau`.
@@ -41,7 +40,6 @@ class Form:
       slopes_sum_to_one: whether they do, in each row where there are any but 0.
     """
 
-    name: str
     probabilities: Callable[..., Entries]
     slope: Callable[..., Array]
     partials: Callable[..., tuple[Array, ...]] = _nothing

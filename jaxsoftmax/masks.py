@@ -24,6 +24,8 @@ from jaxsoftmax._scores import (
 def top_k_mask(x: Float[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[Array, "*shape"]:
     r"""The `k` largest scores: exactly `k`, whatever the ties.
 
+    .. math:: \#\{ j : x_j > x_i \} + \#\{ j < i : x_j = x_i \} < k
+
     Args:
       x: scores of any shape and real dtype. -inf is a score like any other: where fewer than `k`
         are above it, the first ones of -inf fill up. NaN counts as +inf.
@@ -66,7 +68,9 @@ def top_p_mask(
 ) -> Bool[Array, "*shape"]:
     r"""The nucleus: the smallest set of most probable entries that has probability `p` or more.
 
-    The probabilities are those of `softmax(x)`.
+    .. math:: \sum_{j \text{ before } i} \mathrm{softmax}(x)_j < p
+
+    in the order from the largest score to the smallest.
 
     Args:
       x: scores of any shape and real dtype. -inf is never kept. NaN counts as +inf.

@@ -22,6 +22,7 @@ from jaxsoftmax._scores import (
     Axis,
     Options,
     check_key,
+    has_parameter,
     is_cold,
     output_dtype,
     prepare,
@@ -187,7 +188,7 @@ def straight_through(
       neurons (arXiv:1308.3432).
     """
     signature = inspect.signature(mapping)
-    if not _takes(signature, "axis"):
+    if not has_parameter(signature, "axis"):
         raise ValueError(f"mapping must have a parameter axis, got one with {signature}.")
     hard_signature = inspect.signature(hard)
 
@@ -199,7 +200,7 @@ def straight_through(
         if "axis" in given:
             rows["axis"] = given["axis"]  # None says something: all of them
         for name in rows:
-            if not _takes(hard_signature, name):
+            if not has_parameter(hard_signature, name):
                 raise ValueError(f"hard must take {name}, got one with {hard_signature}.")
         value = hard(next(iter(given.values())), **rows)
         if value.shape != soft.shape:
@@ -213,11 +214,6 @@ def straight_through(
 
 # The arguments of a mapping that say what a row is.
 _ROW = ("axis", "where", "sink", "segment_ids", "num_segments")
-
-
-def _takes(signature: inspect.Signature, name: str) -> bool:
-    parameters = signature.parameters
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
 def _arguments(signature: inspect.Signature, args: tuple, kwargs: dict) -> dict[str, Any]:

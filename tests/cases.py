@@ -218,7 +218,7 @@ FUNCTIONS = [
     ),
 ]
 
-# One function for each reverse rule, and for each way in which the common rule is used: what holds
+# One function for each reverse rule, and for most ways in which the common rule is used: what holds
 # of rules under transformations need not be compiled for all that share one.
 RULES = [
     case

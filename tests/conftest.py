@@ -94,7 +94,7 @@ def compiled_as_it_comes(request):
 
     with pytest.MonkeyPatch.context() as patch:
         if not request.config.getoption("optimize"):
-            options_as_it_comes()
+            options_as_it_comes()  # before the patch: it compiles
             patch.setattr(compiler, "get_compile_options", cheap)
         yield
 

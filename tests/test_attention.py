@@ -10,7 +10,7 @@ import scipy.special
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from jaxsoftmax.attention import _attention, _groups, _plan
+from jaxsoftmax.attention import _attention, _bands, _groups
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -265,7 +265,7 @@ def test_blocks_of_all_sizes_agree(block_size, rng):
 def on_one_cpu(monkeypatch):
     """As where there is but one device, a CPU, and all blocks are too large for it."""
     monkeypatch.setattr(_groups, "_on_one_cpu", lambda: True)
-    monkeypatch.setattr(_plan, "GROUP_SCORES", 1)
+    monkeypatch.setattr(_bands, "GROUP_SCORES", 1)
     fresh = jax.jit(_attention._attention, static_argnums=0)
     monkeypatch.setattr(_attention, "_compiled", fresh)
 
@@ -311,7 +311,7 @@ def test_heads_one_after_the_other_agree(rng, request):
     ],
 )
 def test_as_many_heads_are_taken_together_as_fit(batch, key_heads, row_size, rows, group):
-    assert _plan.group_sizes(batch, key_heads, row_size, rows) == group
+    assert _bands.group_sizes(batch, key_heads, row_size, rows) == group
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(13, 4), (3, 13), (1, 13), (13, 1)])

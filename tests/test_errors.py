@@ -215,7 +215,7 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "chunk_size must be a positive integer, got 0.",
+        "chunk_size must be a positive integer or None, got 0.",
         lambda: jsm.linear_cross_entropy(X, W, Y, chunk_size=0),
     ),
     (

@@ -43,10 +43,7 @@ def test_is_documented(name, value):
         for field in value._fields:
             assert f"{field}:" in doc
         return
-    headings = ["Args:", "Example:"]
-    if name != "support_size":  # to count needs no authority
-        headings.append("References:")
-    for heading in headings:
+    for heading in ("Args:", "Example:", "References:"):
         assert f"\n{heading}\n" in doc, f"{name} has no section {heading}"
     if not isinstance(value, type):
         assert "\nReturns:\n" in doc

@@ -105,7 +105,7 @@ def _check_least(name: str, value: float, least: int) -> None:
 def _work(options: argparse.Namespace) -> None:
     if os.environ.get(launch.CHILD):
         launch.end_with_parent()
-    # Here, not above: what a wrong option is, is told faster.
+    # Here, not above: a wrong option is reported before JAX is imported.
     from jaxsoftmax._distributed import worker
 
     status = FAILED

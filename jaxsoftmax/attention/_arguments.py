@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._scores import (
@@ -17,6 +16,8 @@ from jaxsoftmax._scores import (
     check_key,
     check_mask,
     check_real,
+    has_parameter,
+    is_int,
     with_ndim,
 )
 from jaxsoftmax.attention._operands import KEYS, ROWS, SCORES, WHOLE
@@ -162,23 +163,12 @@ def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int 
     if window is None:
         return None, None
     pair = window if isinstance(window, tuple | list) else (window, window)
-    if len(pair) != 2 or not all(_is_int(n) and n >= 0 for n in pair):
+    if len(pair) != 2 or not all(is_int(n) and n >= 0 for n in pair):
         raise ValueError(
             "local_window_size must be an int or two, before and after, none negative, got "
             f"{window!r}."
         )
     return int(pair[0]), int(pair[1])
-
-
-def check_block_size(block_size: int | None) -> int | None:
-    """The number of query rows in a block, if it is given."""
-    if block_size is not None and not (_is_int(block_size) and block_size > 0):
-        raise ValueError(f"block_size must be a positive int or None, got {block_size!r}.")
-    return block_size
-
-
-def _is_int(n: Any) -> bool:
-    return isinstance(n, int | np.integer) and not isinstance(n, bool)
 
 
 def check_dropout(rate: float, key: Array | None) -> Array | None:
@@ -219,10 +209,10 @@ def check_sink(sink: ArrayLike, normalizer: Callable, heads: int, dtype: Any) ->
 def takes(function: Callable, name: str) -> bool:
     """Whether a function takes an argument of this name."""
     try:
-        parameters = inspect.signature(getattr(function, "function", function)).parameters
+        signature = inspect.signature(getattr(function, "function", function))
     except (TypeError, ValueError):  # a callable that cannot tell
         return True
-    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    return has_parameter(signature, name)
 
 
 def function_name(function: Callable) -> str:

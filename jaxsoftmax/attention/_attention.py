@@ -11,15 +11,11 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax._scores import check_soft_cap, known_number, mesh_names, wide
+from jaxsoftmax._scores import check_size, check_soft_cap, known_number, mesh_names, wide
 from jaxsoftmax._sharding import parts_in_all, parts_of
 from jaxsoftmax.attention import _arguments, _pure, _shared
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
-from jaxsoftmax.attention._block import Block, Rules, attend
-from jaxsoftmax.attention._blocks import attend_in_blocks
-from jaxsoftmax.attention._groups import in_groups
-from jaxsoftmax.attention._operands import ROW_AXIS
-from jaxsoftmax.attention._plan import (
+from jaxsoftmax.attention._bands import (
     BACKWARD_SCORES,
     FORWARD_SCORES,
     Band,
@@ -28,6 +24,10 @@ from jaxsoftmax.attention._plan import (
     block_rows,
     interleaved,
 )
+from jaxsoftmax.attention._block import Block, Rules, attend
+from jaxsoftmax.attention._blocks import attend_in_blocks
+from jaxsoftmax.attention._groups import in_groups
+from jaxsoftmax.attention._operands import ROW_AXIS
 from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
@@ -189,7 +189,7 @@ def dot_product_attention(
             queries=mesh_names("query_axis_name", query_axis_name),
             keys=mesh_names("kv_axis_name", kv_axis_name),
         ),
-        block_size=_arguments.check_block_size(block_size),
+        block_size=check_size("block_size", block_size),
         return_residual=bool(return_residual),
     )
     arrays = {
@@ -286,7 +286,7 @@ def _here(
         .reshape(*shape, sizes.value_features)
         .astype(operands["query"].dtype)
     )
-    if rules.log_sum is None:
+    if rules.row_value is None:
         return out
     return out, jnp.moveaxis(outs[1], 1, 2).reshape(shape)
 
@@ -318,7 +318,7 @@ def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array],
             given.get("query_segment_ids"), given.get("key_value_segment_ids"), sizes
         )
     of_scores = sizes
-    if static.places.queries == static.places.keys != ():  # then they have the keys of all devices
+    if static.places.are_a_ring:  # then they have the keys of all devices
         of_scores = dataclasses.replace(sizes, keys=sizes.keys * lax.axis_size(static.places.keys))
     if "bias" in given:
         operands["bias"] = _arguments.check_bias(given["bias"], of_scores)
@@ -355,7 +355,7 @@ def _rules(
         sink = _arguments.check_sink(sink, normalizer, sizes.heads, dtype)
     return Rules(
         normalizer=normalizer,
-        log_sum=_log_sum(normalizer) if static.return_residual else None,
+        row_value=_log_sum(normalizer) if static.return_residual else None,
         score_mod=static.score_mod,
         mask_mod=static.mask_mod,
         before=static.before,
@@ -384,7 +384,7 @@ def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
     """What queries without keys get."""
     shape = sizes.batch, sizes.heads, sizes.queries
     out = jnp.zeros((*shape, sizes.value_features), dtype)
-    if rules.log_sum is None:
+    if rules.row_value is None:
         return (out,)
     sink = -jnp.inf if rules.sink is None else rules.sink[None, ..., 0]
     return out, jnp.broadcast_to(jnp.asarray(sink, dtype), shape)

@@ -15,8 +15,7 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.attention import _dropout, _products
-from jaxsoftmax.attention._plan import Band
-from jaxsoftmax.attention._pure import Configured
+from jaxsoftmax.attention._bands import Band
 
 Parts = Mapping[str, Array]
 # Of the first row and the parts of the operands that the block sees.
@@ -30,7 +29,7 @@ class Rules:
     Attributes:
       normalizer: makes weights of scores.
       scale: multiplies the products of queries and keys, None: nothing does.
-      log_sum: makes the logarithm of the weights' denominator, if that is asked for.
+      row_value: makes a number of each row of scores, if that is asked for, too.
       score_mod: changes a score, given its indices.
       mask_mod: tells whether a score takes part, given its indices.
       before: how far a query sees before its own position, None: without limit.
@@ -46,7 +45,7 @@ class Rules:
 
     normalizer: Callable[..., Array]
     scale: ArrayLike | None
-    log_sum: Configured | None = None
+    row_value: Callable[..., Array] | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
     before: int | None = None
@@ -86,7 +85,7 @@ def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Arr
         scale = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
         weights = weights * scale.astype(weights.dtype)
     out = _mix(weights, part["value"])
-    return (out,) if rules.log_sum is None else (out, rules.log_sum(scores, **options))
+    return (out,) if rules.row_value is None else (out, rules.row_value(scores, **options))
 
 
 def pull_back(

@@ -18,9 +18,9 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
+from jaxsoftmax.attention._bands import Band
 from jaxsoftmax.attention._block import Block, is_smooth, pull_back
 from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
-from jaxsoftmax.attention._plan import Band
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

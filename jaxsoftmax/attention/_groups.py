@@ -12,8 +12,8 @@ from jaxtyping import Array
 
 from jaxsoftmax._scores import with_ndim
 from jaxsoftmax.attention._arguments import Sizes
+from jaxsoftmax.attention._bands import GROUP_SCORES, group_sizes
 from jaxsoftmax.attention._block import Rules
-from jaxsoftmax.attention._plan import GROUP_SCORES, group_sizes
 from jaxsoftmax.attention._pure import Configured
 
 # Of rules, operands, sizes and, if it is to differ from the usual, how many scores a block should
@@ -48,7 +48,7 @@ def in_groups(
     )
     if (batch, key_heads) == (sizes.batch, sizes.key_heads):
         return attend(rules, operands, sizes)
-    first = rules.first
+    first, value = rules.first, rules.row_value
     group = dataclasses.replace(sizes, batch=batch, heads=per_head * key_heads, key_heads=key_heads)
 
     def of_group(entry: Any, head: Any, arrays: Arrays) -> tuple[Array, ...]:
@@ -56,7 +56,7 @@ def in_groups(
         own_rules = dataclasses.replace(
             rules,
             normalizer=own,
-            log_sum=None if rules.log_sum is None else own.of(rules.log_sum.function),
+            row_value=own.of(value.function) if isinstance(value, Configured) else value,
             sink=arrays["sink"].get("sink"),
             first=(first[0] + entry * batch, first[1] + head * group.heads, *first[2:]),
         )

@@ -8,7 +8,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax.attention._plan import Band
+from jaxsoftmax.attention._bands import Band
 
 # The axes of the scores, (B, N, T, S), along which blocks are cut.
 ROW_AXIS, KEY_AXIS = 2, 3

@@ -20,9 +20,9 @@ from jaxsoftmax._differentiation import custom_vjp, hoist, linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import Options, prepare, wide, wide_zeros
 from jaxsoftmax.attention._arguments import Sizes
+from jaxsoftmax.attention._bands import Reach
 from jaxsoftmax.attention._block import Rules, is_smooth
 from jaxsoftmax.attention._operands import KEY_AXIS, ROW_AXIS
-from jaxsoftmax.attention._plan import Reach
 from jaxsoftmax.mappings import logsumexp
 
 
@@ -33,7 +33,7 @@ class Moving(NamedTuple):
     rest: Sequence[Array | None]
 
 
-class Fixed(NamedTuple):
+class Staying(NamedTuple):
     """What stays: queries, a bias, what functions close over; masks, lengths, random keys."""
 
     smooth: list[Array]
@@ -42,7 +42,7 @@ class Fixed(NamedTuple):
 
 
 # The first key, what is here of what goes round, what stays: an output and a number per row.
-Part = Callable[[Array, Moving, Fixed], tuple[Array, ...]]
+Part = Callable[[Array, Moving, Staying], tuple[Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Ring:
     keys: int
     reach: Reach
     attend: Part
-    mix: Callable[[Array, Moving, Fixed, Array], tuple[Array, ...]]
+    mix: Callable[[Array, Moving, Staying, Array], tuple[Array, ...]]
 
     @property
     def size(self) -> int:
@@ -92,7 +92,7 @@ class Ring:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def attend(ring: Ring, moving: Moving, fixed: Fixed) -> tuple[Array, Array]:
+def attend(ring: Ring, moving: Moving, fixed: Staying) -> tuple[Array, Array]:
     """The output (B, N, T, V), and the log-sum-exp of each row of scores and sink, (B, N, T)."""
 
     def merged(step: Array | int, moving: Moving, state: tuple[Array, Array]) -> Any:
@@ -118,7 +118,7 @@ def attend(ring: Ring, moving: Moving, fixed: Fixed) -> tuple[Array, Array]:
     return merged(steps, moving, state)
 
 
-def _start(ring: Ring, moving: Moving, fixed: Fixed) -> tuple[Array, Array]:
+def _start(ring: Ring, moving: Moving, fixed: Staying) -> tuple[Array, Array]:
     shapes = jax.eval_shape(ring.attend, ring.first_key(0), moving, fixed)
     out, log_sum = (vary_like(jnp.zeros(x.shape, x.dtype), fixed.smooth[0]) for x in shapes)
     if fixed.sink is None:
@@ -126,12 +126,12 @@ def _start(ring: Ring, moving: Moving, fixed: Fixed) -> tuple[Array, Array]:
     return out, log_sum + fixed.sink[None, :, :, 0]
 
 
-def _attend_fwd(ring: Ring, moving: Moving, fixed: Fixed) -> tuple[tuple[Array, Array], Any]:
+def _attend_fwd(ring: Ring, moving: Moving, fixed: Staying) -> tuple[tuple[Array, Array], Any]:
     out, log_sum = attend(ring, moving, fixed)
     return (out, log_sum), (moving, fixed, out, log_sum)
 
 
-def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Moving, Fixed]:
+def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Moving, Staying]:
     moving, fixed, out, log_sum = residuals
     ct_out, ct_log_sum = ct
     # What each weight is worth beside its share of the output: all weights sum to 1.
@@ -154,7 +154,7 @@ def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Mo
         [ct.astype(x.dtype) for ct, x in zip(cts, part.smooth, strict=True)]
         for cts, part in ((ct_moving, moving), (ct_fixed, fixed))
     )
-    return Moving(ct_moving, nothing[0]), Fixed(ct_fixed, nothing[1], ct_sink)
+    return Moving(ct_moving, nothing[0]), Staying(ct_fixed, nothing[1], ct_sink)
 
 
 attend.defvjp(_attend_fwd, _attend_bwd)
@@ -162,7 +162,7 @@ attend.defvjp(_attend_fwd, _attend_bwd)
 
 # The pullback and its transpose are loops of their own. Were one transposed by JAX, the keys of all
 # devices would be kept, one part for each step.
-Point = tuple[Moving, Fixed, Array]
+Point = tuple[Moving, Staying, Array]
 
 
 def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> Any:
@@ -218,7 +218,7 @@ def _pushed(ring: Ring, point: Point, tangents: Any) -> tuple[Array, ...]:
 
 
 def _mix(
-    ring: Ring, first_key: Array, moving: Moving, fixed: Fixed, given: Array
+    ring: Ring, first_key: Array, moving: Moving, fixed: Staying, given: Array
 ) -> Callable[..., tuple[Array, ...]]:
     """`Ring.mix` as a function of what has derivatives."""
 
@@ -274,13 +274,13 @@ def in_ring(
 
     def attend_part(first_key: Array, moving: Any, fixed: Any) -> Any:
         own, part = here(first_key, moving, fixed)
-        own = dataclasses.replace(own, log_sum=softmax.of(logsumexp))
+        own = dataclasses.replace(own, row_value=softmax.of(logsumexp))
         return in_blocks(own, part, sizes)
 
     def mix_part(first_key: Array, moving: Any, fixed: Any, log_sum: Array) -> Any:
         own, part = here(first_key, moving, fixed)
         weights = functools.partial(_weights, temperature)
-        own = dataclasses.replace(own, normalizer=weights, log_sum=_row_sum(weights), guard=False)
+        own = dataclasses.replace(own, normalizer=weights, row_value=_row_sum(weights), guard=False)
         return in_blocks(own, part | {"log_sum": log_sum}, sizes)
 
     moving, fixed = ({name: operands[name] for name in part} for part in (going, staying))
@@ -304,7 +304,7 @@ def in_ring(
     ring = Ring(names, query.shape[ROW_AXIS], keys, reach, *opened)
     sink = None if rules.sink is None else vary_like(rules.sink, query)
     of_moving = Moving([*split[0][0].values()], [*split[0][1].values()])
-    return attend(ring, of_moving, Fixed(smooth, rest, sink))
+    return attend(ring, of_moving, Staying(smooth, rest, sink))
 
 
 def _split(arrays: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
@@ -319,7 +319,7 @@ def _opened(
     names: list[dict[str, Any]],
     first_key: Array,
     moving: Moving,
-    fixed: Fixed,
+    fixed: Staying,
     *more: Array,
 ) -> Any:
     """Calls `pure` with arrays by their names, and with what it closed over."""

@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxsoftmax import _sharding
 from jaxsoftmax._scores import known_number
-from jaxsoftmax._sharding import Names, explicit, explicit_names, spec_of
+from jaxsoftmax._sharding import Names, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.mappings import softmax
@@ -25,6 +25,11 @@ class Places:
     heads: Names = ()
     queries: Names = ()
     keys: Names = ()
+
+    @property
+    def are_a_ring(self) -> bool:
+        """Whether queries and keys are spread over the same devices."""
+        return self.queries == self.keys != ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +56,10 @@ class Plan:
             "K": self.key_heads,
             "T": self.places.queries,
             "S": self.places.keys,
-            "A": () if self.places.queries == self.places.keys else self.places.keys,
+            "A": () if self.places.are_a_ring else self.places.keys,
         }
-        letters = letters.rjust(x.ndim)[len(letters.rjust(x.ndim)) - x.ndim :]
+        letters = letters.rjust(x.ndim)
+        letters = letters[len(letters) - x.ndim :]
         pairs = zip(letters, x.shape, strict=True)
         return [() if n == 1 else of.get(letter, ()) for letter, n in pairs]
 
@@ -92,8 +98,7 @@ def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
     """
     inputs = [given.get(name) for name in ("query", "key", "value")]
     query, key, value, sizes = _arguments.check_inputs(*inputs)
-    found = (explicit(x) for x in (query, key, value))
-    sharding = next((sharding for sharding in found if sharding is not None), None)
+    sharding = first_explicit((query, key, value))
     if sharding is None:
         return None
     batch = explicit_names(query, 0) or explicit_names(key, 0)
@@ -130,7 +135,7 @@ def on_each_device(
         own = normalizer
         if parameters:
             of_normalizer = dict(zip(parameters, parts[len(given) :], strict=True))
-            own = dataclasses.replace(normalizer, arrays=of_normalizer)
+            own = normalizer.with_arrays(of_normalizer)
         return here(own, of_given)
 
     in_axes = [plan.names(own, x) for own, x in zip(letters, arrays, strict=True)]

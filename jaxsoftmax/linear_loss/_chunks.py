@@ -85,15 +85,6 @@ def chunks_of_rows(hidden: Array, size: int | None, num_classes: int) -> Chunks 
     return SharedChunks.of(hidden, size * devices)
 
 
-def check_chunk_size(wanted: int | None) -> int | None:
-    """The size, if it is one."""
-    if wanted is None:
-        return None
-    if isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 1:
-        raise ValueError(f"chunk_size must be a positive integer, got {wanted!r}.")
-    return wanted
-
-
 def chunk_size_for(num_classes: int) -> int:
     """How many rows a chunk should have."""
     # 256 rows keep the matrix products busy; where there are few classes, more rows still fit.

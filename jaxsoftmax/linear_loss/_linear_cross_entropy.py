@@ -14,11 +14,11 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int
 from jaxsoftmax._scores import (
     check_integers,
     check_mask,
+    check_size,
     check_soft_cap,
     mesh_names,
     public,
 )
-from jaxsoftmax.linear_loss._chunks import check_chunk_size
 from jaxsoftmax.linear_loss._layer import as_layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
 from jaxsoftmax.linear_loss._mesh import on_explicit_mesh, sharding_of
@@ -155,7 +155,7 @@ def _linear_loss(
         loss=loss,
         soft_cap=logits_soft_cap if known_cap is None else known_cap,
         names=names,
-        chunk_size=check_chunk_size(chunk_size),
+        chunk_size=check_size("chunk_size", chunk_size),
         in_sum=reduction != "none",
     )
     # Zeros instead of what does not count, be it NaN.

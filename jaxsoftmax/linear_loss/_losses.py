@@ -13,7 +13,7 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import chunks_of_rows
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
-from jaxsoftmax.linear_loss._rule import Operands, Rows, each, total
+from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,8 @@ class How:
         return _check_losses(self.loss(scores, labels, **axis), labels, scores.dtype)
 
 
-def summed_or_each(how: How, layer: "Layer", labels: Array, keep: Array) -> Array:
+def summed_or_each(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
+    """The sum of all losses, or each of them, as `how` wants it."""
     layer = varying_alike(layer)
     chunks = chunks_of_rows(layer.hidden, how.chunk_size, layer.weight.shape[1])
     hidden, labels, keep = map(chunks.split, (layer.hidden, labels, keep))
@@ -50,11 +51,11 @@ def summed_or_each(how: How, layer: "Layer", labels: Array, keep: Array) -> Arra
         jnp.zeros((*labels.shape[1:], layer.weight.shape[1]), wide(hidden.dtype)), hidden
     )
     losses_of = how.losses
-    for _ in some.shape[2:]:
+    for _ in some.shape[2:]:  # chunks that XLA shares among devices keep all axes of rows
         losses_of = jax.vmap(losses_of)
     pure, params, rest = hoist(losses_of, some, labels[0])
     operands = Operands(hidden, layer.weight, layer.bias, params)
-    rows = Rows(labels, keep, rest)
+    rows = Labelled(labels, keep, rest)
     if not how.in_sum:
         return chunks.join(each(pure, operands, rows))
     # What the loss closes over may be shared by devices that have different rows. Its gradient is

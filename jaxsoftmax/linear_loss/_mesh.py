@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxsoftmax._sharding import explicit, explicit_names, on_each_device, spec_of
+from jaxsoftmax._sharding import explicit_names, first_explicit, on_each_device, spec_of
 from jaxsoftmax.linear_loss._layer import Layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
 
@@ -61,5 +61,4 @@ def _parameters(how: How) -> tuple[list[Array], Callable[[list[Array]], How]]:
 
 def sharding_of(layer: Layer) -> Any:
     """How the layer is spread over an explicit mesh, None where it is not."""
-    found = (explicit(x) for x in layer if x is not None)
-    return next((sharding for sharding in found if sharding is not None), None)
+    return first_explicit(x for x in layer if x is not None)

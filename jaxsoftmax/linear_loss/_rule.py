@@ -28,7 +28,7 @@ class Operands(NamedTuple):
     params: list[Array]
 
 
-class Rows(NamedTuple):
+class Labelled(NamedTuple):
     """What has none."""
 
     labels: Array
@@ -48,7 +48,7 @@ def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) ->
     return lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=wide(x.dtype))
 
 
-def _losses(losses: Losses, operands: Operands, rows: Rows) -> Array:
+def _losses(losses: Losses, operands: Operands, rows: Labelled) -> Array:
     def step(_: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Array]:
         hidden, labels, keep = chunk
         scores = _scores(hidden, operands.weight, operands.bias)
@@ -58,7 +58,9 @@ def _losses(losses: Losses, operands: Operands, rows: Rows) -> Array:
     return lax.scan(jax.checkpoint(step), None, (operands.hidden, rows.labels, rows.keep))[1]
 
 
-def _gradients(losses: Losses, operands: Operands, rows: Rows, ct: Array) -> tuple[Array, Operands]:
+def _gradients(
+    losses: Losses, operands: Operands, rows: Labelled, ct: Array
+) -> tuple[Array, Operands]:
     """The losses, and their gradients under the cotangents `ct`, in one pass."""
     shared = operands.weight, operands.bias, operands.params
 
@@ -130,12 +132,12 @@ _BLOCK = 2**20
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def total(losses: Losses, operands: Operands, rows: Rows) -> Array:
+def total(losses: Losses, operands: Operands, rows: Labelled) -> Array:
     """The sum of all losses. Its gradients are formed in the forward pass."""
     return jnp.sum(_losses(losses, operands, rows))
 
 
-def _total_fwd(losses: Losses, operands: Operands, rows: Rows) -> tuple[Array, Any]:
+def _total_fwd(losses: Losses, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
     ones = jnp.ones(rows.labels.shape, wide(operands.weight.dtype))
     values, gradients = _gradients(losses, operands, rows, ones)
     return jnp.sum(values), (gradients, operands)
@@ -150,7 +152,7 @@ total.defvjp(_total_fwd, _total_bwd)
 
 
 def _total_batch(
-    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Rows
+    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Labelled
 ) -> Array | None:
     values = _each_batch(axis_size, batched, losses, operands, rows)
     return None if values is None else jnp.sum(values, range(1, values.ndim))
@@ -160,12 +162,12 @@ total.defbatch(_total_batch)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
-def each(losses: Losses, operands: Operands, rows: Rows) -> Array:
+def each(losses: Losses, operands: Operands, rows: Labelled) -> Array:
     """The losses. The scores are computed once more for their gradients."""
     return _losses(losses, operands, rows)
 
 
-def _each_fwd(losses: Losses, operands: Operands, rows: Rows) -> tuple[Array, Any]:
+def _each_fwd(losses: Losses, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
     return each(losses, operands, rows), (operands, rows)
 
 
@@ -179,7 +181,7 @@ each.defvjp(_each_fwd, _each_bwd)
 
 
 def _each_batch(
-    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Rows
+    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Labelled
 ) -> Array | None:
     """Under `vmap`: more rows, if that is all that there are more of, and no larger chunks."""
     batched_operands, batched_rows = batched
@@ -209,7 +211,7 @@ def _each_batch(
         return x.reshape(groups.count, groups.size * size, *x.shape[3:])
 
     operands = operands._replace(hidden=grouped(hidden))
-    values = each(of_group, operands, Rows(grouped(labels), grouped(keep), rows.rest))
+    values = each(of_group, operands, Labelled(grouped(labels), grouped(keep), rows.rest))
     return values.reshape(-1, size)[:count].reshape(axis_size, -1, size)
 
 

@@ -98,8 +98,8 @@ def entmax_loss(
 
     Raises:
       TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
-      ValueError: if shapes do not fit, `alpha` is a number below 1, or `temperature` a negative
-        one.
+      ValueError: if shapes do not fit, `alpha` is a number below 1 or infinite, or
+        `temperature` a negative one.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

@@ -280,7 +280,6 @@ def _slope(p: Array, budget: Array) -> Array:
 
 
 BUDGET_SPARSEMAX = Form(
-    "budget_sparsemax",
     _probabilities,
     _slope,
     totals=lambda budget: (jnp.ones_like(budget),),

@@ -52,7 +52,7 @@ def entmax(
       where: what takes part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
       sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+        share is dropped; a number or one value per row.
       segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
         of range take no part.
       num_segments: how many segments there are; needed where `segment_ids` is traced.
@@ -63,8 +63,8 @@ def entmax(
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
       ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
-        `temperature` is a negative number,
-        or `alpha` a number below 1. A traced `alpha` below 1 gives NaN.
+        `temperature` is a negative number, or `alpha` one below 1 or infinite. A traced
+        `alpha` below 1 gives NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -113,7 +113,7 @@ def entmax15(
       where: what takes part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
       sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+        share is dropped; a number or one value per row.
       segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
         of range take no part.
       num_segments: how many segments there are; needed where `segment_ids` is traced.
@@ -166,7 +166,7 @@ def sparsemax(
       where: what takes part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
       sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
+        share is dropped; a number or one value per row.
       segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
         of range take no part.
       num_segments: how many segments there are; needed where `segment_ids` is traced.
@@ -349,7 +349,7 @@ def sqrt(p: Array) -> Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, p, 1)), 0)
 
 
-ENTMAX = Form("entmax", _entmax_probabilities, _entmax_slope, _entmax_partials)
-ENTMAX15 = Form("entmax15", _entmax15_probabilities, slope=sqrt)
-SPARSEMAX = Form("sparsemax", _sparsemax_probabilities, lambda p: indicator(p > 0, p.dtype))
+ENTMAX = Form(_entmax_probabilities, _entmax_slope, _entmax_partials)
+ENTMAX15 = Form(_entmax15_probabilities, slope=sqrt)
+SPARSEMAX = Form(_sparsemax_probabilities, lambda p: indicator(p > 0, p.dtype))
 _FIXED_FORMS = {1.0: SOFTMAX, 1.5: ENTMAX15, 2.0: SPARSEMAX}

@@ -1,4 +1,4 @@
-"""The limit of every mapping at temperature 0."""
+"""The limit of mappings onto the simplex at temperature 0."""
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float
@@ -15,7 +15,7 @@ def hardmax(
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
 ) -> Float[Array, "*shape"]:
-    r"""All probability on the largest score: the limit of every mapping at temperature 0.
+    r"""All probability on the largest score: what temperature 0 makes of other mappings.
 
     .. math:: p_i = [x_i = \max_j x_j] / n, \quad n \text{ the number of such entries}
 
@@ -55,4 +55,4 @@ def _hardmax_probabilities(rows: Rows, scores: Entries) -> Entries:
     return _threshold.normalized(rows, rows.map(at_top, [gaps]))
 
 
-HARDMAX = Form("hardmax", _hardmax_probabilities, slope=jnp.zeros_like)
+HARDMAX = Form(_hardmax_probabilities, slope=jnp.zeros_like)

@@ -91,7 +91,7 @@ def softmax(
     is_plain = known_number(temperature) == 1 and sink is None
     if jnp.finfo(dtype).bits < 32 and is_plain and not rows.are_shared(scores[0]):
         # The scores are still those that came, and lose nothing.
-        return _softmax_of_half(rows, (scores[0].astype(dtype),))[0]
+        return _softmax_in_half_precision(rows, (scores[0].astype(dtype),))[0]
     return _threshold.apply(SOFTMAX, rows, scores)[0].astype(dtype)
 
 
@@ -206,7 +206,7 @@ def pivot(rows: Rows, scores: Entries) -> Array:
     A rounding error in `score - top` is an error of the same size in the logarithm of the
     probability: 64 ulp where the difference is 80. Here it is a whole number, so near to the
     maximum that no sum overflows and so far from it that next to no score that matters falls
-    below it: such a difference is exact.
+    below it. The difference of a score above it is exact.
     """
     return jnp.minimum(_open_pivot(rows, scores), jnp.finfo(scores[0].dtype).max)
 
@@ -275,7 +275,7 @@ def _unless_infinite(
 
     def at_once(scores: Entries) -> Entries:
         p, total = without(scores)
-        failed = jnp.any(jnp.isnan(rows.sample(p, total)))
+        failed = jnp.any(jnp.isnan(rows.witness(p, total)))
 
         def again(_: Any) -> tuple[Array, Entries]:
             return jnp.zeros_like(failed), with_infinities(scores)
@@ -288,11 +288,11 @@ def _unless_infinite(
     return on_local_cpu_or_else(at_once, with_infinities, scores)
 
 
-SOFTMAX = Form("softmax", _softmax_probabilities, slope=lambda p: p, slopes_sum_to_one=True)
+SOFTMAX = Form(_softmax_probabilities, slope=lambda p: p, slopes_sum_to_one=True)
 
 
 @custom_vjp
-def _softmax_of_half(rows: Rows, scores: Entries) -> Entries:
+def _softmax_in_half_precision(rows: Rows, scores: Entries) -> Entries:
     """Softmax of scores in half precision, rounded once.
 
     Their differences are exact in float32, or nearly so, and so nothing keeps XLA from fusing all
@@ -318,7 +318,7 @@ def _widened(x: Array) -> Array:
 
 def _half_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
     # The probabilities are computed once more: to keep them in float32 would take twice the memory.
-    return _softmax_of_half(rows, scores), (rows, scores)
+    return _softmax_in_half_precision(rows, scores), (rows, scores)
 
 
 def _half_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
@@ -332,7 +332,7 @@ def _softmax_of_widened(rows: Rows, scores: Entries) -> Entries:
     return _threshold.apply(SOFTMAX, rows, rows.map(_widened, [scores]))
 
 
-_softmax_of_half.defvjp(_half_fwd, _half_bwd)
+_softmax_in_half_precision.defvjp(_half_fwd, _half_bwd)
 
 
 @custom_vjp
