@@ -249,10 +249,7 @@ def in_ring(
       operands: what blocks are cut from; a bias or a mask has all the keys.
       sizes: the sizes of what is on this device.
     """
-    query, key = operands["query"], operands["key"]
-    going = [name for name in ("key", "value", "key_segments") if name in operands]
-    staying = [name for name in operands if name not in going]
-    keys = key.shape[KEY_AXIS]
+    query = operands["query"]
 
     # Outside of the rule, so that JAX sums their cotangents over devices.
     def vary(x: Any) -> Any:
@@ -260,7 +257,23 @@ def in_ring(
 
     names_of_arrays = ("normalizer", "scale", "soft_cap")
     arrays = {name: jax.tree.map(vary, getattr(rules, name)) for name in names_of_arrays}
-    rules = dataclasses.replace(rules, **arrays)
+    going = {name: operands[name] for name in ("key", "value", "key_segments") if name in operands}
+    staying = {name: x for name, x in operands.items() if name not in going}
+    functions = _of_one_part(in_blocks, dataclasses.replace(rules, **arrays), sizes)
+    rows = query[..., :1].astype(wide(query.dtype))
+    opened, moving, fixed, can_skip = _hoisted(functions, going, staying, rows)
+    reach = Reach(rules.before, rules.after) if can_skip else Reach()
+    ring = Ring(names, query.shape[ROW_AXIS], operands["key"].shape[KEY_AXIS], reach, *opened)
+    sink = None if rules.sink is None else vary_like(rules.sink, query)
+    return attend(ring, moving, fixed._replace(sink=sink))
+
+
+def _of_one_part(
+    in_blocks: Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]],
+    rules: Rules,
+    sizes: Sizes,
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What is done with the keys that are here: `Ring.attend` and `Ring.mix`, of named arrays."""
     softmax: Any = rules.normalizer
     temperature = dict(softmax.options) | softmax.arrays
 
@@ -268,7 +281,7 @@ def in_ring(
         part = moving | fixed
         for name in ("bias", "mask"):
             if name in part and part[name].shape[KEY_AXIS] != 1:
-                part[name] = lax.dynamic_slice_in_dim(part[name], first_key, keys, KEY_AXIS)
+                part[name] = lax.dynamic_slice_in_dim(part[name], first_key, sizes.keys, KEY_AXIS)
         first = (*rules.first[:3], first_key)
         return dataclasses.replace(rules, first=first, kv_names=(), sink=None), part
 
@@ -283,28 +296,45 @@ def in_ring(
         own = dataclasses.replace(own, normalizer=weights, row_value=_row_sum(weights), guard=False)
         return in_blocks(own, part | {"log_sum": log_sum}, sizes)
 
-    moving, fixed = ({name: operands[name] for name in part} for part in (going, staying))
-    first = jnp.zeros((), jnp.int32)
-    first = vary_like(first, query)
-    rows = query[..., :1].astype(wide(query.dtype))
-    parts = [hoist(attend_part, first, moving, fixed), hoist(mix_part, first, moving, fixed, rows)]
-    # What the functions close over, too, is given to the rule, which must not hide any of it.
-    split = [_split(moving), _split(fixed)]
-    smooth, rest = [*split[1][0].values()], [*split[1][1].values()]
+    return attend_part, mix_part
+
+
+def _hoisted(
+    functions: tuple[Callable[..., Any], Callable[..., Any]],
+    going: dict[str, Array],
+    staying: dict[str, Array],
+    rows: Array,
+) -> tuple[list[Callable[..., Any]], Moving, Staying, bool]:
+    """The functions with all that they close over given to the rule, which must not hide any of it.
+
+    Args:
+      functions: those of one part.
+      going: the arrays that go round.
+      staying: those that do not.
+      rows: one number per row.
+
+    Returns:
+      The functions, what goes round, what stays, and whether parts may be left out.
+    """
+    first = vary_like(jnp.zeros((), jnp.int32), rows)
+    attend_part, mix_part = functions
+    parts = [
+        hoist(attend_part, first, going, staying),
+        hoist(mix_part, first, going, staying, rows),
+    ]
+    of_going, of_staying = _split(going), _split(staying)
+    smooth, rest = [*of_staying[0].values()], [*of_staying[1].values()]
     opened, can_skip = [], True
     for pure, own_smooth, own_rest in parts:
         # Where what is common to all devices has a gradient, it is summed at every step by all.
-        can_skip &= all(vary_like(x, query) is x for x in own_smooth)
+        can_skip &= all(vary_like(x, rows) is x for x in own_smooth)
         places = [
             slice(len(x), len(x) + len(y)) for x, y in ((smooth, own_smooth), (rest, own_rest))
         ]
         smooth, rest = smooth + own_smooth, rest + own_rest
-        opened.append(functools.partial(_opened, pure, places, [*split[0], *split[1]]))
-    reach = Reach(rules.before, rules.after) if can_skip else Reach()
-    ring = Ring(names, query.shape[ROW_AXIS], keys, reach, *opened)
-    sink = None if rules.sink is None else vary_like(rules.sink, query)
-    of_moving = Moving([*split[0][0].values()], [*split[0][1].values()])
-    return attend(ring, of_moving, Staying(smooth, rest, sink))
+        opened.append(functools.partial(_opened, pure, places, [*of_going, *of_staying]))
+    moving = Moving([*of_going[0].values()], [*of_going[1].values()])
+    return opened, moving, Staying(smooth, rest, None), can_skip
 
 
 def _split(arrays: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:

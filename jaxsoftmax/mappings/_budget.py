@@ -217,8 +217,11 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
     )
     tau, rest, *_ = _threshold.iterate(step, start)
 
-    # The mean of deviations is more exact than the sum of many entries that are nearly equal.
-    raw = rows.map(inside, [scores], [tau, rest])
+    return _shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
+
+
+def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Entries:
+    """The solution, given the scores less their threshold: what is missing is shared."""
 
     def between(u: Array) -> Array:
         return indicator((u > 0) & (u < 1), u.dtype)
@@ -226,6 +229,7 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
     ones, free = rows.sums(lambda u: (indicator(u >= 1, u.dtype), between(u)), [raw])
     free = jnp.maximum(free, 1)
     share = (total - ones) / free
+    # The mean of deviations is more exact than the sum of many entries that are nearly equal.
     off = rows.sum(rows.map(lambda u, s: jnp.where(between(u) > 0, u - s, 0), [raw], [share]))
     spent = rows.map(lambda u, s: jnp.clip(u - between(u) * s, 0, 1), [raw], [off / free])
     clear = _is_clear_cut(rows, scores, raw, total)
