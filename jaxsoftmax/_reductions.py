@@ -157,8 +157,10 @@ class Rows:
     def has_many(self, entries: Entries) -> bool:
         """Whether it pays to look at some of the largest entries first."""
         first = entries[0]
-        in_one_piece = self.axes == (first.ndim - 1,) and self.segment_ids is None
-        return in_one_piece and first.shape[-1] >= _MANY and not self.are_shared(first)
+        if self.axes != (first.ndim - 1,) or self.segment_ids is not None:
+            return False
+        length = first.shape[-1]
+        return is_known(length) and length >= _MANY and not self.are_shared(first)
 
     def some_of_the_largest(self, entries: Entries) -> Entries:
         """The largest entry of each of some parts of a row that has many."""
@@ -186,7 +188,8 @@ class Rows:
         a second, which may write over what it reads unless that is looked at, too.
         """
         first = entries[0]
-        if self.segment_ids is not None or first.size == 0 or sums.size < _MANY_ROWS:
+        are_many = is_known(sums.size) and sums.size >= _MANY_ROWS
+        if self.segment_ids is not None or first.size == 0 or not are_many:
             return sums
         return first[tuple(slice(1) if i in self.axes else slice(None) for i in range(first.ndim))]
 
@@ -201,6 +204,8 @@ class Rows:
     def length(self, entries: Entries) -> int:
         """The number of entries in a row, or more."""
         local = math.prod(entries[0].shape[axis] for axis in self.axes)
+        if not is_known(local):
+            local = _MOST
         return local * math.prod(lax.axis_size(name) for name in self.names) + len(entries) - 1
 
     def shape(self, scores: Array) -> tuple[int, ...]:
@@ -273,6 +278,13 @@ class Rows:
         return tuple(adding.add(sums, self._sums_on_cpu(function, adding, rest, row_values)))
 
 
+def is_known(size: Any) -> bool:
+    """Whether a size is a number, and not a symbol of `jax.export`."""
+    return isinstance(size, int)
+
+
+# How long a row is taken for whose length is a symbol.
+_MOST = 2**31 - 1
 # As measured: fewer are gone through before it pays to choose among them.
 _MANY, _PARTS = 1024, 64
 # As seen in what XLA makes of `jax.nn.softmax`.
@@ -285,6 +297,26 @@ def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], 
     Where XLA itself shares arrays among devices, what is cut or folded would have to be gathered.
     """
     return lax.cond(_is_local_cpu.bind(), on_cpu, otherwise, *args)
+
+
+def of_stored(
+    function: Callable[[Entries], tuple[Entries, Array]], entries: Entries
+) -> tuple[Entries, Array]:
+    """Calls a function with entries as they are in memory, on CPUs.
+
+    XLA for CPU computes a product anew wherever it is used, and does not round it where it is added
+    to something: no score might be equal to the largest of them. What goes into a conditional is
+    rounded once. That it goes one way only, XLA does not find out.
+
+    Args:
+      function: gives entries of the same types, and a flag.
+      entries: what it takes.
+    """
+
+    def never(entries: Entries) -> tuple[Entries, Array]:
+        return entries, vary_like(jnp.zeros((), bool), entries[0])
+
+    return lax.cond(lax.optimization_barrier(True), function, never, entries)
 
 
 _is_local_cpu = Primitive("is_local_cpu")
@@ -340,7 +372,7 @@ def _folding(length: int, deepest: int) -> tuple[int, int]:
     LLVM vectorizes no depth that it does not unroll, which it does up to 8, and up to 4 where there
     is much to be done to an entry.
     """
-    if length < 32:
+    if not is_known(length) or length < 32:
         return 1, 1
     lanes = 32 if length >= 256 else 16
     return lanes, min(length // lanes, deepest)

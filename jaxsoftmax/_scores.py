@@ -8,7 +8,6 @@ import dataclasses
 import functools
 import inspect
 import numbers
-import operator
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
@@ -108,11 +107,19 @@ def _look_at_number(value: Any) -> Any:
     return Fixed(float(value)) if isinstance(value, numbers.Real) else value
 
 
-def _look_at_axis(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def _look_at_axis(name: str, value: Any) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be an int, a mesh axis name, a tuple of such or None, got "
+            f"{type(value).__name__}."
+        ) from None
+    return value
 
 
-def _look_at_flag(value: Any) -> Any:
+def _look_at_hard(value: Any) -> Any:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"hard must be True or False, got {type(value).__name__}.")
     return bool(value)
@@ -123,12 +130,12 @@ _STATIC = (
     *("loss", "reduction", "chunk_size", "vocab_axis_name"),
 )
 _LOOKS = {
-    "axis": _look_at_axis,
-    "axes": _look_at_axis,
+    "axis": functools.partial(_look_at_axis, "axis"),
+    "axes": functools.partial(_look_at_axis, "axes"),
     "temperature": _look_at_temperature,
     "alpha": _look_at_number,
     "budget": _look_at_number,
-    "hard": _look_at_flag,
+    "hard": _look_at_hard,
     "label_smoothing": _look_at_number,
     "z_loss": _look_at_number,
     "logits_soft_cap": _look_at_number,
@@ -273,7 +280,8 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
         )
     if options.num_segments is None:
         raise ValueError("num_segments is needed where segment_ids is traced, got None.")
-    return Rows(axes, (), ids, operator.index(options.num_segments))
+    check_size("num_segments", options.num_segments)
+    return Rows(axes, (), ids, options.num_segments)
 
 
 def check_mask(where: ArrayLike, shape: tuple[int, ...], name: str = "where") -> Array:
@@ -300,7 +308,8 @@ def temper(
         return _divide(scores, jnp.full((1,) * scores.ndim, temperature.value, scores.dtype))
     if cold is False:
         return scores
-    divisor = jnp.where(cold, 1, check_per_row("temperature", temperature, scores, rows))
+    divisor = check_per_row("temperature", temperature, scores, rows)
+    divisor = jnp.where(cold, 1, jnp.where(divisor < 0, jnp.nan, divisor))
     ((divisor, cold),) = rows.map(lambda _, *values: values, [(scores,)], [divisor, cold])
     return jnp.where(cold, _coldest(rows, scores, at_zero), _divide(scores, divisor))
 
@@ -323,7 +332,7 @@ def known_number(value: Any) -> float | None:
 
 
 def check_size(name: str, size: Any) -> int | None:
-    """How many rows to take at a time, if that is given."""
+    """A number of rows, if it is given."""
     if size is not None and not (is_int(size) and size > 0):
         raise ValueError(f"{name} must be a positive integer or None, got {size!r}.")
     return size
@@ -400,7 +409,7 @@ def with_ndim(x: Array, ndim: int) -> Array:
 def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
     """Whether arrays of `shape` broadcast to the shape `to`."""
     try:
-        return np.broadcast_shapes(shape, to) == to
+        return jnp.broadcast_shapes(shape, to) == to
     except ValueError:
         return False
 

@@ -130,3 +130,11 @@ def test_axis_may_be_a_list_or_a_numpy_integer(case):
     equal(case.fun(x, axis=[0, 1]), case.fun(x, axis=(0, 1)))
     equal(case.fun(x, [0, 1]), case.fun(x, axis=(0, 1)))
     equal(case.fun(x, axis=np.int64(0)), case.fun(x, axis=0))
+
+
+@tempered
+def test_a_negative_temperature_that_is_traced_gives_nan(case):
+    t = np.array([[2.0], [-1.0]])
+    out = case.fun(np.ones((2, 3)), temperature=t)
+    assert np.all(np.isnan(out[1]))
+    assert not np.any(np.isnan(out[0]))

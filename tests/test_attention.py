@@ -264,10 +264,13 @@ def test_blocks_of_all_sizes_agree(block_size, rng):
 @pytest.fixture
 def on_one_cpu(monkeypatch):
     """As where there is but one device, a CPU, and all blocks are too large for it."""
-    monkeypatch.setattr(_groups, "_on_one_cpu", lambda: True)
+    asked = []
+    monkeypatch.setattr(_groups, "_on_one_cpu", lambda: asked.append(True) or True)
     monkeypatch.setattr(_bands, "GROUP_SCORES", 1)
-    fresh = jax.jit(_attention._attention, static_argnums=0)
+    # A function of its own, or JAX would remember what it traced of the other.
+    fresh = jax.jit(lambda *args: _attention._attention(*args), static_argnums=0)
     monkeypatch.setattr(_attention, "_compiled", fresh)
+    return asked
 
 
 def test_heads_one_after_the_other_agree(rng, request):
@@ -295,8 +298,9 @@ def test_heads_one_after_the_other_agree(rng, request):
 
     args = *inputs(rng), bias, alpha, sink
     together = jax.jit(everything)(*args)
-    request.getfixturevalue("on_one_cpu")
+    asked = request.getfixturevalue("on_one_cpu")
     apart = jax.jit(lambda *args: everything(*args))(*args)
+    assert asked
     for x, y in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 

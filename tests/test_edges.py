@@ -121,6 +121,20 @@ def test_rows_of_large_arrays_are_as_those_of_small_ones(case, dtype):
     np.testing.assert_allclose(jax.vmap(case.fun)(few[rows]).astype(float), p[rows], rtol=4 * ulp)
 
 
+@of_simplex
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_scores_that_are_products(case, dtype, rng):
+    """XLA does not round a product that a maximum is subtracted from, which makes no such sum."""
+    x = (10.0 ** rng.uniform(0, 30, (40, 1)) * rng.normal(size=(40, 16))).astype(dtype)
+    factor = np.asarray(0.7, dtype)
+    outs = [jax.jit(lambda x, c, f=f: f(x * c))(x, factor) for f in (case.fun, jax.vmap(case.fun))]
+    if case.takes("temperature"):
+        outs.append(case.fun(x, temperature=0.7))
+    for out in outs:
+        p = np.exp(out) if case.gives == "logarithms" else np.asarray(out)
+        np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_softmax_of_large_scores(dtype):
     """Where whole numbers get sparse, and what is subtracted from scores has to be one."""

@@ -51,6 +51,16 @@ SENTENCES = [
         "axis must be an int, a mesh axis name, a tuple of such or None, got True.",
         lambda: jsm.logsumexp(X, axis=True),
     ),
+    (
+        TypeError,
+        "axis must be an int, a mesh axis name, a tuple of such or None, got ndarray.",
+        lambda: jsm.softmax(X, X > 0),
+    ),
+    (
+        ValueError,
+        "num_segments must be a positive integer or None, got 2.0.",
+        lambda: jsm.softmax(X, segment_ids=IDS, num_segments=2.0),
+    ),
     (ValueError, "axis -1 is out of range for an array of 0 dimensions.", lambda: jsm.softmax(3.0)),
     (TypeError, "where must be boolean, got dtype float64.", lambda: jsm.softmax(X, where=X)),
     (

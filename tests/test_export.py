@@ -4,12 +4,14 @@ An exported function is a file: what it holds is called again and gives the same
 """
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import export
 
 from jaxsoftmax import calibration
 from tests.calls import CALLS, public_functions, value_and_gradients
+from tests.cases import FUNCTIONS, named
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -72,3 +74,18 @@ def test_an_export_can_be_differentiated(name):
     blob = export.export(jax.jit(fun), platforms=PLATFORMS)(*args).serialize(vjp_order=1)
     gradients = jax.jit(value_and_gradients(export.deserialize(blob).call))(*args)
     same(gradients, jax.jit(value_and_gradients(fun))(*args))
+
+
+@pytest.mark.parametrize("case", **named(FUNCTIONS))
+def test_shapes_may_be_symbols(case, rng):
+    """One export serves all numbers of rows, and all lengths."""
+
+    def with_gradient(x):
+        value, pull_back = jax.vjp(case.fun, x)
+        return value, pull_back(jnp.cos(value))[0]
+
+    shape = export.symbolic_shape("rows, length")
+    exported = export.export(jax.jit(with_gradient))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    x = np.float32(rng.normal(size=(3, 40)))
+    for actual, wanted in zip(exported.call(x), with_gradient(x), strict=True):
+        np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)

@@ -1,5 +1,6 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from jaxsoftmax._reductions import (
     Rows,
     add_exactly,
     indicator,
+    of_stored,
     on_local_cpu_or_else,
 )
 from jaxsoftmax._scores import (
@@ -89,7 +91,7 @@ def softmax(
     rows, scores = prepare(x, axis, options)
     dtype = output_dtype(x)
     is_plain = known_number(temperature) == 1 and sink is None
-    if jnp.finfo(dtype).bits < 32 and is_plain and not rows.are_shared(scores[0]):
+    if jnp.finfo(dtype).bits == 16 and is_plain and not rows.are_shared(scores[0]):
         # The scores are still those that came, and lose nothing.
         return _softmax_in_half_precision(rows, (scores[0].astype(dtype),))[0]
     return _threshold.apply(SOFTMAX, rows, scores)[0].astype(dtype)
@@ -208,24 +210,21 @@ def pivot(rows: Rows, scores: Entries) -> Array:
     maximum that no sum overflows and so far from it that next to no score that matters falls
     below it. The difference of a score above it is exact.
     """
-    return jnp.minimum(_open_pivot(rows, scores), jnp.finfo(scores[0].dtype).max)
-
-
-def _open_pivot(rows: Rows, scores: Entries) -> Array:
-    """The pivot, infinite where the maximum is."""
     finfo = jnp.finfo(scores[0].dtype)
     room = math.floor(math.log(float(finfo.max)) - 2 - math.log(max(rows.length(scores), 1)))
     top = rows.max(scores)
     # Where whole numbers get sparse, a maximum less the room would be rounded to far below that.
-    sparse = 2.0 ** (finfo.nmant + 5)
-    below = jnp.floor(top) - jnp.minimum(sparse / jnp.maximum(top, 1), room)
+    room = jnp.floor(jnp.minimum(_LARGE * room / jnp.maximum(top, 1), room))
+    below = jnp.floor(top) - room
     return jnp.maximum(jnp.maximum(below, jnp.minimum(jnp.ceil(top), 0)), finfo.min)
 
 
+_LARGE = 2.0**20
+
+
 def weight(score: Array, pivot: Array) -> Array:
-    """`exp(score - pivot)`; where the maximum is +inf, it and the pivot are the largest number."""
-    # Not by a minimum, which may lose NaN: XLA for CPU does, in some shapes.
-    return jnp.exp(jnp.where(score == jnp.inf, jnp.finfo(score.dtype).max, score) - pivot)
+    """`exp(score - pivot)`; where the maximum is +inf, so is the pivot, and it alone has weight."""
+    return jnp.where(score == jnp.inf, 1, _finite_weight(score, pivot))
 
 
 def _finite_weight(score: Array, pivot: Array) -> Array:
@@ -233,13 +232,11 @@ def _finite_weight(score: Array, pivot: Array) -> Array:
 
 
 def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    def with_infinities(scores: Entries) -> Entries:
-        return _shares(rows, rows.map(weight, [scores], [pivot(rows, scores)]))[0]
+    def shares(weight: Callable[..., Array], scores: Entries) -> tuple[Entries, Array]:
+        return _shares(rows, rows.map(weight, [scores], [pivot(rows, scores)]))
 
-    def without(scores: Entries) -> tuple[Entries, Array]:
-        return _shares(rows, rows.map(_finite_weight, [scores], [_open_pivot(rows, scores)]))
-
-    return _unless_infinite(rows, without, with_infinities, scores)
+    without = functools.partial(shares, _finite_weight)
+    return _unless_infinite(rows, without, lambda scores: shares(weight, scores)[0], scores)
 
 
 def _shares(rows: Rows, weights: Entries) -> tuple[Entries, Array]:
@@ -273,9 +270,12 @@ def _unless_infinite(
       scores: the scores.
     """
 
-    def at_once(scores: Entries) -> Entries:
+    def attempt(scores: Entries) -> tuple[Entries, Array]:
         p, total = without(scores)
-        failed = jnp.any(jnp.isnan(rows.witness(p, total)))
+        return p, jnp.any(jnp.isnan(rows.witness(p, total)))
+
+    def at_once(scores: Entries) -> Entries:
+        p, failed = of_stored(attempt, scores)
 
         def again(_: Any) -> tuple[Array, Entries]:
             return jnp.zeros_like(failed), with_infinities(scores)
