@@ -1,6 +1,5 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -18,6 +17,7 @@ from jaxsoftmax._reductions import (
     Rows,
     add_exactly,
     indicator,
+    is_known,
     of_stored,
     on_local_cpu_or_else,
 )
@@ -222,21 +222,26 @@ def pivot(rows: Rows, scores: Entries) -> Array:
 _LARGE = 2.0**20
 
 
-def weight(score: Array, pivot: Array) -> Array:
-    """`exp(score - pivot)`; where the maximum is +inf, so is the pivot, and it alone has weight."""
-    return jnp.where(score == jnp.inf, 1, _finite_weight(score, pivot))
+def as_finite(score: Array) -> Array:
+    """+inf as the largest number, and that as the next: infinite scores have the row to themselves.
 
-
-def _finite_weight(score: Array, pivot: Array) -> Array:
-    return jnp.exp(score - pivot)
+    Not by a minimum, which may lose NaN: XLA for CPU does, in some shapes. (Nor is what is selected
+    left unrounded, as `of_stored` says of products.)
+    """
+    largest = jnp.finfo(score.dtype).max
+    finite = jnp.where(score == largest, jnp.nextafter(largest, jnp.zeros_like(largest)), score)
+    return jnp.where(score == jnp.inf, largest, finite)
 
 
 def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    def shares(weight: Callable[..., Array], scores: Entries) -> tuple[Entries, Array]:
-        return _shares(rows, rows.map(weight, [scores], [pivot(rows, scores)]))
+    def without(scores: Entries) -> tuple[Entries, Array]:
+        shift = pivot(rows, scores)
+        return _shares(rows, rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift]))
 
-    without = functools.partial(shares, _finite_weight)
-    return _unless_infinite(rows, without, lambda scores: shares(weight, scores)[0], scores)
+    def with_infinities(scores: Entries) -> Entries:
+        return without(rows.map(as_finite, [scores]))[0]
+
+    return _unless_infinite(rows, without, with_infinities, scores)
 
 
 def _shares(rows: Rows, weights: Entries) -> tuple[Entries, Array]:
@@ -283,9 +288,15 @@ def _unless_infinite(
         # At most one turn: a `cond` would go both ways under `vmap`.
         return lax.while_loop(lambda state: state[0], again, (failed, p))[1]
 
-    if rows.are_shared(scores[0]):  # by devices, which had better agree on one sum
+    size = scores[0].size
+    is_small = is_known(size) and size < _SMALL
+    if is_small or rows.are_shared(scores[0]):  # devices had better agree on one sum
         return with_infinities(scores)
     return on_local_cpu_or_else(at_once, with_infinities, scores)
+
+
+# As measured: below, a second look takes less time than to decide on one.
+_SMALL = 2**16
 
 
 SOFTMAX = Form(_softmax_probabilities, slope=lambda p: p, slopes_sum_to_one=True)
@@ -301,7 +312,7 @@ def _softmax_in_half_precision(rows: Rows, scores: Entries) -> Entries:
 
     def without(scores: Entries) -> tuple[Entries, Array]:
         top = jnp.maximum(rows.max(scores), jnp.finfo(scores[0].dtype).min)
-        weights = rows.map(lambda z, t: _finite_weight(_widened(z), _widened(t)), [scores], [top])
+        weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
         p, total = _shares(rows, weights)
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), total
 

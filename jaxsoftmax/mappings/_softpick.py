@@ -69,12 +69,13 @@ def _shares_and_slopes(rows: Rows, scores: Entries) -> tuple[Entries, Entries]:
     With `D = sum(s dz)` they change by `dp = max(s, 0) dz - p D` and `ds = s dz - s D`, and so have
     all derivatives between them.
     """
+    scores = rows.map(_softmax.as_finite, [scores])
     pivot = jnp.maximum(_softmax.pivot(rows, scores), 0)
 
     def excess(score: Array, pivot: Array) -> Array:
         # (exp(score) - 1) exp(-pivot); far from 0 nothing cancels.
         near = jnp.expm1(jnp.minimum(score, 1)) * jnp.exp(-pivot)
-        far = _softmax.weight(score, pivot) - jnp.exp(-pivot)
+        far = jnp.exp(score - pivot) - jnp.exp(-pivot)
         return jnp.where(score == -jnp.inf, 0, jnp.where(score < 1, near, far))
 
     excesses = rows.map(excess, [scores], [pivot])
@@ -85,7 +86,7 @@ def _shares_and_slopes(rows: Rows, scores: Entries) -> tuple[Entries, Entries]:
         return jnp.maximum(excess, 0) / total
 
     def slope(score: Array, excess: Array, pivot: Array, total: Array) -> Array:
-        return jnp.sign(excess) * _softmax.weight(score, pivot) / total
+        return jnp.sign(excess) * jnp.exp(score - pivot) / total
 
     return (
         rows.map(share, [excesses], [total]),
