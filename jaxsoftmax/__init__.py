@@ -1,8 +1,9 @@
 """Pure JAX functions that turn scores into probabilities."""
 
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from jaxsoftmax import attention as attention
-from jaxsoftmax import calibration as calibration
-from jaxsoftmax import plots as plots
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
 from jaxsoftmax.attention import attention_fn as attention_fn
 from jaxsoftmax.attention import dot_product_attention as dot_product_attention
@@ -32,3 +33,20 @@ from jaxsoftmax.measures import tsallis_entropy as tsallis_entropy
 from jaxsoftmax.sampling import gumbel_softmax as gumbel_softmax
 from jaxsoftmax.sampling import sample as sample
 from jaxsoftmax.sampling import straight_through as straight_through
+
+if TYPE_CHECKING:
+    from jaxsoftmax import calibration as calibration
+    from jaxsoftmax import plots as plots
+
+# Imported when they are first asked for: few programs need them.
+_LATER = ("calibration", "plots")
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return importlib.import_module(f"jaxsoftmax.{name}")
+    raise AttributeError(f"module 'jaxsoftmax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_LATER})
