@@ -1,7 +1,7 @@
 """Pure JAX functions that turn scores into probabilities."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 from jaxsoftmax import attention as attention
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
@@ -34,7 +34,7 @@ from jaxsoftmax.sampling import gumbel_softmax as gumbel_softmax
 from jaxsoftmax.sampling import sample as sample
 from jaxsoftmax.sampling import straight_through as straight_through
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from jaxsoftmax import calibration as calibration
     from jaxsoftmax import plots as plots
 
@@ -42,9 +42,9 @@ if TYPE_CHECKING:
 _LATER = ("calibration", "plots")
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name in _LATER:
-        return importlib.import_module(f"jaxsoftmax.{name}")
+        return _importlib.import_module(f"jaxsoftmax.{name}")
     raise AttributeError(f"module 'jaxsoftmax' has no attribute {name!r}")
 
 
