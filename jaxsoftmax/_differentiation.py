@@ -247,11 +247,14 @@ def _push_forward(pullback: Callable, out: Sequence[Any], tangents: Sequence[Any
     smooth = [i for i, x in enumerate(out) if jnp.issubdtype(jnp.result_type(x), jnp.inexact)]
 
     def pullback_of_smooth(*cotangents: Any) -> Any:
-        merged = dict(zip(smooth, cotangents, strict=True))
-        for i, x in enumerate(out):
-            if i not in merged:
-                merged[i] = np.zeros(jnp.shape(x), jax.dtypes.float0)
-        return pullback([merged[i] for i in range(len(out))])
+        given = iter(cotangents)
+        nothing = jax.dtypes.float0
+        return pullback(
+            [
+                next(given) if i in smooth else np.zeros(jnp.shape(x), nothing)
+                for i, x in enumerate(out)
+            ]
+        )
 
     transpose = jax.linear_transpose(pullback_of_smooth, *(out[i] for i in smooth))
     pushed = _with_fresh_loops(jax.make_jaxpr(transpose)(tuple(tangents)), tangents)

@@ -146,7 +146,7 @@ def _count_segments(segment_ids: ArrayLike) -> int:
     if isinstance(segment_ids, core.Tracer):
         raise ValueError("num_segments is needed where segment_ids is traced, got None.")
     ids = np.asarray(segment_ids)
-    return int(ids.max(initial=-1)) + 1
+    return max(int(ids.max(initial=-1)) + 1, min(ids.size, 1))  # one, if all are out of range
 
 
 def as_scores(x: ArrayLike, name: str = "x") -> Array:
@@ -280,7 +280,8 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
         )
     if options.num_segments is None:
         raise ValueError("num_segments is needed where segment_ids is traced, got None.")
-    check_size("num_segments", options.num_segments)
+    if ids.size > 0 or options.num_segments != 0:
+        check_size("num_segments", options.num_segments)
     return Rows(axes, (), ids, options.num_segments)
 
 

@@ -249,3 +249,16 @@ def test_a_sink_stays_what_it_is_as_the_temperature_falls():
         np.testing.assert_allclose(limit, [[1, 0], [0, 0], [0.5, 0.5], [0.5, 0]], atol=1e-15)
         for zero in (0.0, jnp.asarray(0.0)):
             np.testing.assert_array_equal(mapping(x, sink=0.0, temperature=zero), limit)
+
+
+@pytest.mark.parametrize("fun", [jsm.softmax, jsm.log_softmax, jsm.sparsemax, jsm.entmax15])
+def test_no_segment_has_anything(fun):
+    """All ids are out of range, or there are none."""
+    nothing = -np.inf if fun is jsm.log_softmax else 0.0
+    out = fun(np.ones(3), segment_ids=np.array([-1, -1, -1]))
+    np.testing.assert_array_equal(out, np.full(3, nothing))
+    np.testing.assert_array_equal(
+        jsm.logsumexp(np.ones(2), segment_ids=np.array([-1, -1])), -np.inf
+    )
+    assert fun(np.ones(0), segment_ids=np.zeros(0, int)).shape == (0,)
+    assert jsm.logsumexp(np.ones(0), segment_ids=np.zeros(0, int)).shape == (0,)
