@@ -112,8 +112,8 @@ def _solved(name: str, mapping: Callable[..., jax.Array]) -> Case:
     """Of a mapping whose threshold is searched for."""
     return Case(
         f"`{name}`",
-        "2 R, and 2 R a pass",
-        lambda n: 2 * _ROWS,
+        "R, and 2 R a pass",
+        lambda n: _ROWS,
         _of_scores(lambda x: mapping(x, axis=(-1, "i"))),
         in_loop=lambda n: 2 * _ROWS,
     )

@@ -103,47 +103,50 @@ def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     return rows.map(gap, [scores], [top]), top
 
 
-def solve_norm(rows: Rows, gaps: Entries, q: int) -> Entries:
-    """The probabilities `[gaps - tau]_+ ** q` that sum to 1, for entmax of alpha = 1 + 1/q.
+def solve_norm(rows: Rows, scores: Entries, q: int, scale: float = 1.0) -> Entries:
+    """The probabilities `[scale * scores - tau]_+ ** q` that sum to 1.
 
-    Newton's method on the q-norm, `||[gaps - tau]_+||_q = 1`. The norm is convex in tau, so from
-    any point where it is at least 1, such as tau = -1, the steps grow tau and never overshoot.
-    The entries leave the support and do not come back: there is nothing to bracket.
+    With `scale = 1 / q` they are entmax of alpha = 1 + 1/q.
+
+    Newton's method on the q-norm, `||[scale * scores - tau]_+||_q = 1`. The norm is convex in tau,
+    so from any point where it is at least 1, such as 1 below the maximum, the steps grow tau and
+    never overshoot. The entries leave the support and do not come back: there is nothing to
+    bracket.
 
     Args:
-      rows: the rows of `gaps`.
-      gaps: the scores times `alpha - 1`, less their row's maximum; at most 0.
+      rows: the rows of `scores`.
+      scores: any, also infinite.
       q: the power, 1 for sparsemax or 2 for entmax15.
+      scale: what the scores are multiplied by.
     """
 
-    def inside(gap: Array, tau: Array) -> Array:
-        return jnp.maximum(gap - tau, 0)
+    def terms(gap: Array, tau: Array) -> tuple[Array, Array]:
+        u = jnp.maximum(gap - tau, 0)
+        return (u, indicator(u > 0, u.dtype)) if q == 1 else (u * u, u)
 
-    def sparse_terms(gap: Array, tau: Array) -> tuple[Array, Array]:
-        u = inside(gap, tau)
-        return u, indicator(u > 0, u.dtype)
-
-    def square_terms(gap: Array, tau: Array) -> tuple[Array, Array]:
-        u = inside(gap, tau)
-        return u * u, u
-
-    def norm_and_slope(gaps: Entries, tau: Array) -> tuple[Array, Array]:
+    def norm_and_slope(total: Array, slope: Array) -> tuple[Array, Array]:
         if q == 1:
-            norm, slope = rows.sums(sparse_terms, [gaps], [tau])
-            return norm, slope
-        squares, norm1 = rows.sums(square_terms, [gaps], [tau])
-        norm2 = jnp.sqrt(squares)
-        return norm2, norm1 / jnp.where(norm2 == 0, 1, norm2)
+            return total, slope
+        norm = jnp.sqrt(total)
+        return norm, slope / jnp.where(norm == 0, 1, norm)
 
-    def step(gaps: Entries, tau: Array) -> tuple[Array, Array]:
-        norm, slope = norm_and_slope(gaps, tau)
+    def step(gaps: Entries, state: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
+        tau, _ = state
+        total, slope = rows.sums(terms, [gaps], [tau])
+        norm, slope = norm_and_slope(total, slope)
         grown = tau + (norm - 1) / jnp.where(slope == 0, 1, slope)
         moved = (norm > 1 + tolerance(tau)) & (grown > tau)
-        return jnp.where(moved | jnp.isnan(norm), grown, tau), moved
+        return (jnp.where(moved, grown, tau), total), moved
 
-    # One below the maximum, which is 0.
-    tau = solve(rows, gaps, step, jnp.full_like(rows.max(gaps), -1))
-    return normalized(rows, rows.map(lambda gap, t: inside(gap, t) ** q, [gaps], [tau]), tau)
+    def weight(score: Array, top: Array, tau: Array) -> Array:
+        # From the scores, not the gaps: XLA for CPU would keep one array more.
+        u = jnp.where(score == jnp.inf, -tau, (score - top) * scale - tau)
+        return jnp.maximum(u, 0) ** q
+
+    gaps, top = below_top(rows, scores)
+    gaps = rows.map(lambda gap: gap * scale, [gaps])
+    tau, total = solve(rows, gaps, step, (jnp.full_like(top, -1), jnp.zeros_like(top)))
+    return normalized(rows, rows.map(weight, [scores], [top, tau]), total)
 
 
 def tolerance(x: Array) -> float:
@@ -203,12 +206,15 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
 _MAX_PASSES = 80
 
 
-def normalized(rows: Rows, weights: Entries, tau: Array | None = None) -> Entries:
-    """The weights over their sum, 0 in rows without weight, NaN where `tau` is.
+def normalized(rows: Rows, weights: Entries, total: Array | None = None) -> Entries:
+    """The weights over their sum, 0 in rows without weight.
 
-    Maxima, as XLA for CPU takes them of large arrays, may lose a NaN, and so the weights may.
+    Args:
+      rows: the rows of `weights`.
+      weights: not negative.
+      total: their sum, where it is known. NaN where a weight should be: maxima, as XLA for CPU
+        takes them of large arrays, may lose a NaN.
     """
-    total = rows.sum(weights)
-    scale = 1 / jnp.where(total == 0, 1, total)
-    scale = scale if tau is None else jnp.where(jnp.isnan(tau), tau, scale)
-    return rows.map(jnp.multiply, [weights], [scale])
+    if total is None:
+        total = rows.sum(weights)
+    return rows.map(jnp.multiply, [weights], [1 / jnp.where(total == 0, 1, total)])

@@ -210,13 +210,11 @@ def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:
 
 
 def _sparsemax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    gaps, _ = _threshold.below_top(rows, scores)
-    return _threshold.solve_norm(rows, gaps, 1)
+    return _threshold.solve_norm(rows, scores, 1)
 
 
 def _entmax15_probabilities(rows: Rows, scores: Entries) -> Entries:
-    gaps, _ = _threshold.below_top(rows, scores)
-    return _threshold.solve_norm(rows, rows.map(lambda gap: gap / 2, [gaps]), 2)
+    return _threshold.solve_norm(rows, scores, 2, scale=0.5)
 
 
 def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
@@ -233,22 +231,28 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     For `alpha > 2` the norm is not convex, and its slope is infinite where an entry enters the
     support: there a bracket is kept, and halved where a step leaves it or is not half of the last.
     """
-    gaps, _ = _threshold.below_top(rows, scores)
+    gaps, top = _threshold.below_top(rows, scores)
     beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
+
+    def weight(u: Array, beta: Array) -> Array:
+        return jnp.where(beta * u <= -1, 0, jnp.exp(_log1p_over(beta, u)))
 
     def weight_and_slope(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array]:
         u = gap * scale
-        base = beta * u
-        weight = jnp.where(base <= -1, 0, jnp.exp(_log1p_over(beta, u)))
-        return weight, jnp.where(weight > 0, weight / (1 + base), 0)
+        w = weight(u, beta)
+        return w, jnp.where(w > 0, w / (1 + beta * u), 0)
+
+    def weight_of(score: Array, top: Array, scale: Array, beta: Array) -> Array:
+        # From the scores, not the gaps: XLA for CPU would keep one array more.
+        return weight(jnp.where(score == jnp.inf, 0, (score - top) * scale), beta)
 
     def scale(peak: Array) -> Array:
         return 1 / jnp.maximum(jnp.exp(beta * peak), jnp.finfo(peak.dtype).tiny)
 
     def step(gaps: Entries, state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-        peak, low, high, last = state
-        weight, slope = rows.sums(weight_and_slope, [gaps], [scale(peak), beta])
-        log_total = peak + jnp.log(weight)
+        peak, low, high, last, _ = state
+        total, slope = rows.sums(weight_and_slope, [gaps], [scale(peak), beta])
+        log_total = peak + jnp.log(total)
         excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total)
         newton = peak + _log1p_over(beta, -excess / (jnp.exp(peak) * slope))
         low = jnp.where(log_total < 0, peak, low)
@@ -258,16 +262,17 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
         new = jnp.where((newton >= low) & (newton <= high) & ~slow, newton, middle)
         # In the convex case only rounding leads below 1, and then there is nothing left to gain.
         off = jnp.where(beta > 1, jnp.abs(log_total), log_total) > _threshold.tolerance(peak)
-        moved = off & (new != peak) & (weight > 0)  # no weight, no way to a sum of 1
+        moved = off & (new != peak) & (total > 0)  # no weight, no way to a sum of 1
         new = jnp.where(jnp.isnan(log_total), log_total, jnp.where(moved, new, peak))
-        return (new, low, high, jnp.abs(new - peak)), moved
+        return (new, low, high, jnp.abs(new - peak), total), moved
 
     # At least, all entries equal the maximum and share evenly; at most, it has all.
     peak = jnp.zeros_like(rows.max(gaps) + beta)
     low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype))
-    peak, *_ = _threshold.solve(rows, gaps, step, (peak, low, peak, -low))
-    weights = rows.map(lambda *args: weight_and_slope(*args)[0], [gaps], [scale(peak), beta])
-    return _threshold.normalized(rows, weights, peak)
+    start = peak, low, peak, -low, jnp.zeros_like(peak)
+    peak, *_, total = _threshold.solve(rows, gaps, step, start)
+    weights = rows.map(weight_of, [scores], [top, scale(peak), beta])
+    return _threshold.normalized(rows, weights, total)
 
 
 # Below this, quotients by beta have nothing left to say, and at 0 they would be NaN.

@@ -86,10 +86,10 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
     `u ** q` is 1, and that makes `u ** q` the entmax of order `1 + 1 / q` of the scores times `q`;
     `w = u ** (q - 1)` is `(u ** q) ** (1 / alpha)`.
     """
-    gaps, _ = _threshold.below_top(rows, scores)
     if is_two:
-        squares = _threshold.solve_norm(rows, gaps, 2)
+        squares = _threshold.solve_norm(rows, scores, 2)
         return _threshold.normalized(rows, rows.map(jnp.sqrt, [squares]))
+    gaps, _ = _threshold.below_top(rows, scores)
     alpha = jnp.where(alpha > 1, alpha, jnp.nan)
     q = alpha / (alpha - 1)
     powers = ENTMAX.probabilities(rows, rows.map(jnp.multiply, [gaps], [q]), 1 + 1 / q)
