@@ -80,9 +80,13 @@ CALLS = {
             "brier_score",
             "brier_decomposition",
             "negative_log_likelihood",
-            "reliability_curve",
         )
     },
+    # No bin is empty, and so nothing is NaN.
+    "calibration.reliability_curve": (
+        functools.partial(calibration.reliability_curve, num_bins=1),
+        (PROBS, CLASSES),
+    ),
 }
 
 

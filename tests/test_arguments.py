@@ -78,6 +78,7 @@ def test_dtype_in_is_dtype_out(case, dtype):
 
 
 @hard_when_cold
+@pytest.mark.asks_for_nan
 def test_temperature_zero_is_hardmax(case):
     x = np.array([[1.0, 3.0, 3.0], [INF, 2.0, INF], [-INF, -INF, -INF], [-4.0, -INF, -5.0]])
     where = np.array([True, True, False])
@@ -133,6 +134,7 @@ def test_axis_may_be_a_list_or_a_numpy_integer(case):
 
 
 @tempered
+@pytest.mark.asks_for_nan
 def test_a_negative_temperature_that_is_traced_gives_nan(case):
     t = np.array([[2.0], [-1.0]])
     out = case.fun(np.ones((2, 3)), temperature=t)

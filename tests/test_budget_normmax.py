@@ -173,6 +173,7 @@ def test_numbers_known_and_traced_agree():
         np.testing.assert_allclose(each[i], jsm.budget_sparsemax(X[i], budget), atol=1e-14)
 
 
+@pytest.mark.asks_for_nan
 def test_parameters_out_of_range():
     for budget in (-1, 5.5, np.nan):
         with pytest.raises(ValueError, match="budget must be from 0 to the number"):

@@ -225,6 +225,7 @@ def test_fit_to_many_rows(rng):
     np.testing.assert_allclose(fitted, best, rtol=1e-7)
 
 
+@pytest.mark.asks_for_nan
 def test_fit_has_no_answer_for_what_is_no_class(rng):
     logits, labels = examples(rng)
     wrong = np.where(np.arange(len(labels)) == 7, 5, labels)
@@ -269,6 +270,7 @@ def test_wrong_call_of_fit(name):
             fit(*args)
 
 
+@pytest.mark.asks_for_nan
 def test_wrong_options(rng):
     logits, labels = examples(rng)
     for fit in FITS:
@@ -326,6 +328,7 @@ def test_vector_scaling_equals_scipy(rng):
     assert fitted < negative_log_likelihood(logits[where], labels[where], one) - 0.05
 
 
+@pytest.mark.asks_for_nan
 def test_vector_scaling_with_classes_ruled_out(rng):
     logits, labels = biased_examples(rng)
     logits[np.arange(0, 300, 3), (labels[::3] + 1) % 4] = -np.inf

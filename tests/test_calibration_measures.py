@@ -79,6 +79,7 @@ def predictions(rng):
 
 @pytest.mark.parametrize("binning", ["width", "mass"])
 @pytest.mark.parametrize("num_bins", [1, 15])
+@pytest.mark.asks_for_nan
 def test_curve_and_error_equal_numpy(predictions, binning, num_bins):
     options = {"num_bins": num_bins, "binning": binning}
     curve = reliability_curve(*predictions, **options)
@@ -92,6 +93,7 @@ def test_curve_and_error_equal_numpy(predictions, binning, num_bins):
         assert error.shape == ()
 
 
+@pytest.mark.asks_for_nan
 def test_defaults(predictions):
     close(
         expected_calibration_error(*predictions), error_in_numpy(*predictions, 15, "width", norm=1)
@@ -99,6 +101,7 @@ def test_defaults(predictions):
     close(reliability_curve(*predictions)[:3], curve_in_numpy(*predictions, 15, "width"))
 
 
+@pytest.mark.asks_for_nan
 def test_edges_of_the_bins_belong_to_the_left():
     confidence = np.array([0.5, 0.75, 1.0, 0.75])
     probs = np.stack([confidence, 1 - confidence], -1)
@@ -121,6 +124,7 @@ def test_bins_of_equal_mass_are_even(predictions):
     np.testing.assert_array_equal(curve.count, [5, 5, 5, 5])
 
 
+@pytest.mark.asks_for_nan
 def test_interval_is_wilsons(predictions):
     curve = reliability_curve(*predictions, num_bins=5)
     full = np.asarray(curve.count) > 0
@@ -260,6 +264,7 @@ def test_negative_log_likelihood_equals_scikit_learn(predictions):
     assert negative_log_likelihood(impossible, np.array([0, 0])) == np.inf
 
 
+@pytest.mark.asks_for_nan
 def test_bootstrap_interval(predictions):
     """As wide as that of resampled rows; and it has the accuracy inside."""
     key, rng = jax.random.key(0), np.random.default_rng(1)
@@ -281,6 +286,7 @@ def test_bootstrap_interval(predictions):
 
 
 @pytest.mark.parametrize("fun", MEASURES)
+@pytest.mark.asks_for_nan
 def test_measures_under_transformations(fun, predictions):
     probs, labels = predictions
     probs, labels = probs[:300].reshape(3, 100, 4), labels[:300].reshape(3, 100)
@@ -291,6 +297,7 @@ def test_measures_under_transformations(fun, predictions):
 
 
 @pytest.mark.parametrize("fun", MEASURES)
+@pytest.mark.asks_for_nan
 def test_what_is_no_prediction_gives_nan(fun):
     """Logits given for probabilities, classes that are not there, NaN."""
     probs, labels = np.tile([0.25, 0.75], (40, 1)), np.zeros(40, int)
@@ -307,6 +314,7 @@ def test_what_is_no_prediction_gives_nan(fun):
 
 
 @pytest.mark.parametrize("fun", MEASURES)
+@pytest.mark.asks_for_nan
 def test_without_rows(fun):
     out = fun(np.zeros((0, 3)), np.zeros(0, int))
     if fun is reliability_curve:

@@ -33,6 +33,7 @@ IS_EMPTY = np.all(HIDDEN == -INF, -1)
 
 
 @of_simplex
+@pytest.mark.asks_for_nan
 def test_all_extreme_rows_under_all_masks(case):
     def reference(row):
         with np.errstate(over="ignore"):
@@ -51,6 +52,7 @@ def test_all_extreme_rows_under_all_masks(case):
 
 
 @every_function
+@pytest.mark.asks_for_nan
 def test_gradients_of_all_extreme_rows_under_all_masks(case):
     """Never NaN where the row is not, and 0 for what is excluded even there."""
     out, pull_back = jax.vjp(lambda x: case.fun(x, where=MASKS), ROWS)
@@ -63,6 +65,7 @@ def test_gradients_of_all_extreme_rows_under_all_masks(case):
 
 
 @every_mapping
+@pytest.mark.asks_for_nan
 def test_forward_mode_of_all_extreme_rows_under_all_masks(case):
     tangent = np.broadcast_to(np.array([1.0, -0.3, 2.0]), ROWS.shape)
     along = jax.jvp(lambda x: case.fun(x, where=MASKS), (ROWS,), (tangent,))[1]
@@ -73,6 +76,7 @@ def test_forward_mode_of_all_extreme_rows_under_all_masks(case):
 
 
 @tempered
+@pytest.mark.asks_for_nan
 def test_gradients_in_temperature_of_all_extreme_rows(case):
     temperature = np.full((len(ROWS), 1), 0.7)
     fun = lambda t: case.fun(ROWS, where=MASKS, temperature=t)  # noqa: E731
@@ -85,6 +89,7 @@ def test_gradients_in_temperature_of_all_extreme_rows(case):
 
 
 @every_mapping
+@pytest.mark.asks_for_nan
 def test_nan_stays_in_its_row(case):
     x = np.array([[1.0, NAN, 2.0], [1.0, 0.5, -INF]])
     p = case.probabilities(x)
@@ -96,6 +101,7 @@ def test_nan_stays_in_its_row(case):
 
 @every_function
 @pytest.mark.parametrize("shape", [(22_000, 3), (40, 1700)], ids=str)
+@pytest.mark.asks_for_nan
 def test_nan_is_not_lost_in_large_arrays(case, shape):
     """XLA reduces large arrays by other code, whose maximum ignores NaN."""
     rows = np.arange(shape[0])
@@ -110,6 +116,7 @@ def test_nan_is_not_lost_in_large_arrays(case, shape):
 
 @every_function
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+@pytest.mark.asks_for_nan
 def test_rows_of_large_arrays_are_as_those_of_small_ones(case, dtype):
     """In large arrays infinities are told from what comes out."""
     few = jnp.array([[INF, 1, 2], [1, 2, -INF], [1, INF, INF], [-INF] * 3, [NAN, 1, 0]], dtype)
@@ -161,6 +168,7 @@ def test_nothing_takes_part(case):
     close(case.fun(x, where=np.array([[True], [False]]))[:1], finite)
 
 
+@pytest.mark.asks_for_nan
 def test_logsumexp_at_the_edges():
     x = np.array([[NAN, 1, 2], [-INF, -INF, -INF], [INF, 1, INF], [-INF, 1, -INF]])
     equal(jsm.logsumexp(x), [NAN, -INF, INF, 1])

@@ -91,6 +91,7 @@ def test_second_derivatives_in_scores_and_alpha(alpha):
         check_grads(jsm.entmax, (SCORES, np.array([[alpha], [alpha + 0.1]])), order=2)
 
 
+@pytest.mark.asks_for_nan
 def test_alphas_out_of_range():
     for alpha in (0.99, -1, np.nan, np.inf):
         with pytest.raises(ValueError, match="alpha must be at least 1 and finite, got"):

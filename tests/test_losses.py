@@ -242,6 +242,7 @@ def test_large_scores_keep_their_digits(case):
 
 @every_loss
 @pytest.mark.parametrize("bad", [-1, 4, 100, -4, 2**32 + 1])
+@pytest.mark.asks_for_nan
 def test_class_out_of_range_is_nan_without_gradient(case, bad):
     scores = np.array([[1.0, 2.0, 0.5, -1.0]] * 2)
     labels = np.array([bad, 0])
@@ -265,6 +266,7 @@ def test_excluded_class_is_infinitely_far(case):
 
 
 @every_loss
+@pytest.mark.asks_for_nan
 def test_nan_and_infinite_scores(case):
     scores = np.array([[np.nan, 0.0, 1.0], [-np.inf, 0.0, 1.0], [0.3, 0.0, 1.0]])
     labels = np.array([1, 1, 1])
@@ -424,6 +426,7 @@ def test_ties_at_the_top():
 
 
 @every_loss
+@pytest.mark.asks_for_nan
 def test_checkify_finds_classes_out_of_range(case):
     good, bad = np.array([0, 3]), np.array([0, 4])
     scores = jnp.asarray(SCORES)
@@ -443,6 +446,7 @@ def test_checkify_finds_classes_out_of_range(case):
 
 
 @every_loss
+@pytest.mark.asks_for_nan
 def test_sharded_classes(case, rng):
     mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     scores, labels = rng.normal(size=(6, 8)), np.array([0, 7, 3, 4, -1, 8])
@@ -501,6 +505,7 @@ ENTMAX13 = functools.partial(jsm.entmax, alpha=1.3)
         ),
     ],
 )
+@pytest.mark.asks_for_nan
 def test_fenchel_young_loss_equals_the_known_ones(mapping, entropy, loss, rng):
     scores, labels = 2 * rng.normal(size=(5, 6)), np.array([0, 5, 2, 3, 1])
     ours = jsm.fenchel_young_loss(mapping, entropy)
@@ -605,6 +610,7 @@ def test_fenchel_young_loss_refuses_what_does_not_fit():
         jsm.fenchel_young_loss(jsm.softmax, lambda p, axis: jnp.sum(p))(SCORES, LABELS)
 
 
+@pytest.mark.asks_for_nan
 def test_classes_sharded_over_an_explicit_mesh(rng):
     mesh = jax.make_mesh(
         (2, 2), ("rows", "classes"), axis_types=(jax.sharding.AxisType.Explicit,) * 2

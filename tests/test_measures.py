@@ -59,6 +59,7 @@ def test_entropy_gradients():
     )
 
 
+@pytest.mark.asks_for_nan
 def test_entropies_at_the_edges():
     assert np.isnan(jsm.shannon_entropy(np.float32([-0.1, 1.1])))
     assert np.isnan(jsm.tsallis_entropy(np.float32([-0.1, 1.1]), 1.5))

@@ -74,6 +74,7 @@ def probabilities(case, x, where=EVERYTHING):
 
 @every(MAPPINGS)
 @given(x=anything, where=masks)
+@pytest.mark.asks_for_nan
 def test_bounds_and_sums(case, x, where):
     hidden = np.where(where, x, -INF)
     p = probabilities(case, x, where)
@@ -90,6 +91,7 @@ def test_bounds_and_sums(case, x, where):
 
 @every(MAPPINGS, lambda case: case.simplex)
 @given(x=anything, where=masks)
+@pytest.mark.asks_for_nan
 def test_odd_rows_are_as_promised(case, x, where):
     def reference(row):
         with np.errstate(over="ignore"):
@@ -104,6 +106,7 @@ def test_odd_rows_are_as_promised(case, x, where):
 
 @every(MAPPINGS, lambda case: not case.in_order)
 @given(x=anything, where=masks)
+@pytest.mark.asks_for_nan
 def test_greater_scores_get_no_less(case, x, where):
     hidden = np.where(where, x, -INF)
     sound = ~np.any(np.isnan(hidden), -1)
@@ -198,6 +201,7 @@ def test_limits_of_temperature(case, x, cold, hot):
 
 @every(FUNCTIONS)
 @given(x=anything, where=masks, tangent=directions, cotangent=directions)
+@pytest.mark.asks_for_nan
 def test_both_modes_are_dual(case, x, where, tangent, cotangent):
     if case.name == "softpick":  # its slopes are as large as 1 / x, and so are their roundings
         x = np.where(np.abs(x) < 1e-100, 0, x)
@@ -219,6 +223,7 @@ def test_both_modes_are_dual(case, x, where, tangent, cotangent):
 
 @every(MAPPINGS, lambda case: case.gives == "probabilities" and case.shifts)
 @given(x=anything, where=masks, direction=directions)
+@pytest.mark.asks_for_nan
 def test_jacobian_is_symmetric_with_zero_row_sums(case, x, where, direction):
     sound = ~np.any(where & np.isnan(x), -1)
     _, along, gradient = with_derivatives(case)(x, where, direction, direction)

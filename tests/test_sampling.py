@@ -138,6 +138,7 @@ def test_temperature_per_row():
     assert_drawn_from(draws[::2], probabilities(X, temperature=2.0))
 
 
+@pytest.mark.asks_for_nan
 def test_rows_without_anything_to_draw():
     x = np.array([[0.0, 1.0], [-np.inf, -np.inf], [np.nan, 1.0], [np.nan, 1.0]])
     where = np.array([[False, False], [True, True], [True, True], [False, True]])

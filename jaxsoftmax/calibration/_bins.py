@@ -94,16 +94,17 @@ def reliability_curve(
         lower, upper = _wilson_interval(binned)
     else:
         lower, upper = _bootstrap_interval(check_key(key), binned, num_resamples)
-    return ReliabilityCurve(binned.value, binned.share, binned.count, lower, upper)
+    value, share = (jnp.where(binned.count > 0, x, jnp.nan) for x in (binned.value, binned.share))
+    return ReliabilityCurve(value, share, binned.count, lower, upper)
 
 
 class Binned(NamedTuple):
-    """Predictions of one event each, gathered in bins; NaN where a bin is empty.
+    """Predictions of one event each, gathered in bins.
 
     Attributes:
       count: how many there are.
-      value: the mean of what was predicted.
-      share: the share of what came true.
+      value: the mean of what was predicted, 0 where a bin is empty.
+      share: the share of what came true, 0 where a bin is empty.
       bins: which bin each prediction is in.
     """
 
@@ -120,7 +121,7 @@ class Binned(NamedTuple):
     @property
     def gap(self) -> Array:
         """How far what was predicted is from what came true; 0 where a bin is empty."""
-        return jnp.where(self.count > 0, jnp.abs(self.share - self.value), 0)
+        return jnp.abs(self.share - self.value)
 
 
 def into_bins(value: Array, outcome: Array, num_bins: int, binning: str) -> Binned:
@@ -133,8 +134,8 @@ def into_bins(value: Array, outcome: Array, num_bins: int, binning: str) -> Binn
     count, values, hits = jax.vmap(lambda x: sum_in_bins(x, bins, num_bins))(
         jnp.stack([jnp.ones_like(value), value, outcome])
     )
-    occupied = jnp.where(count > 0, count, jnp.nan)
-    return Binned(count, values / occupied, hits / occupied, bins)
+    held = jnp.maximum(count, 1)
+    return Binned(count, values / held, hits / held, bins)
 
 
 def _by_width(value: Array, num_bins: int) -> Array:
@@ -185,7 +186,7 @@ def _bootstrap_interval(key: Array, binned: Binned, num_resamples: int) -> tuple
     """
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
-    right = jnp.where(binned.count > 0, binned.share * binned.weight, 0)
+    right = binned.share * binned.weight
     cells = jnp.concatenate([right, binned.weight - right])
     total = jnp.asarray(binned.bins.size, cells.dtype)
     shape = (num_resamples, cells.size)
