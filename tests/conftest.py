@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import os
+import re
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")  # for meshes
@@ -12,6 +13,8 @@ import jax._src.compiler
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, settings
+
+from tests import tools
 
 # What every change has to pass: the same examples each time, in a minute or two. And an hour.
 settings.register_profile(
@@ -37,18 +40,33 @@ def pytest_addoption(parser):
         action="store_true",
         help="compile the tests marked compiled_as_it_comes as users do; twice the time",
     )
-    parser.addoption("--jax-mode", choices=("debug_nans", "check_tracer_leaks"))
+    parser.addoption("--jax-mode", choices=tuple(MODES))
 
 
-# What JAX can check on its way, too slow or too strict to be always on. Promotion is always strict.
-MODES = {"debug_nans": jax.debug_nans, "check_tracer_leaks": jax.check_tracer_leaks}
+def float32(_):
+    """Without x64, as most users have it."""
+    return jax.enable_x64(False)
+
+
+# What JAX can check on its way, too slow or too strict to be always on, and what else it can be.
+MODES = {
+    "debug_nans": jax.debug_nans,
+    "check_tracer_leaks": jax.check_tracer_leaks,
+    "float32": float32,
+}
+# Tests that a mode leaves alone are marked by what they ask for.
+LEFT_ALONE = {"debug_nans": "asks_for_nan", "float32": "asks_for_x64"}
 
 
 @pytest.fixture(autouse=True)
 def strict_float64(request):
-    """Not set globally: the doctests of the package show what users see, in float32."""
-    mode = MODES.get(request.config.getoption("jax_mode"), lambda _: contextlib.nullcontext())
-    if mode is jax.debug_nans and request.node.get_closest_marker("asks_for_nan"):
+    """Not set globally: the doctests of the package show what users see, in float32.
+
+    Promotion of ranks and types is strict in every mode.
+    """
+    name = request.config.getoption("jax_mode")
+    mode = MODES.get(name, contextlib.nullcontext)
+    if request.node.get_closest_marker(LEFT_ALONE.get(name, "")):
         mode = contextlib.nullcontext
     with (
         jax.enable_x64(True),
@@ -57,6 +75,36 @@ def strict_float64(request):
         mode(True),
     ):
         yield
+
+
+def pytest_configure(config):
+    """Makes the tests of float64 those of float32, in that mode."""
+    if config.getoption("jax_mode") == "float32":
+        tools.FLOAT = np.float32
+        np.testing.assert_allclose = as_float32_can(np.testing.assert_allclose)
+        # As an error, it crashes JAX, which converts to float32 what is in float64.
+        config.addinivalue_line("filterwarnings", "ignore:overflow encountered in cast")
+
+
+def as_float32_can(assert_allclose):
+    """With the tolerance that float32 needs."""
+
+    def assert_close(actual, desired, rtol=1e-7, atol=0, **options):
+        return assert_allclose(actual, desired, max(rtol, 1e-4), max(atol, 1e-5), **options)
+
+    return assert_close
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skips, without x64, what asks for 64 bits by name."""
+    try:
+        return (yield)
+    except UserWarning as warning:
+        by_name = re.search("requested dtype u?(float|int|complex)(64|128)", str(warning))
+        if item.config.getoption("jax_mode") != "float32" or not by_name:
+            raise
+        pytest.skip(str(warning))
 
 
 @pytest.fixture(autouse=True, scope="module")

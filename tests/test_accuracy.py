@@ -73,6 +73,7 @@ def test_accuracy_where_one_class_dominates(dtype, shift, gap, rng):
 
 
 @pytest.mark.parametrize("scale", [1, 30, 300])
+@pytest.mark.asks_for_x64
 def test_cross_entropy_within_2_ulp(scale, rng):
     for dtype in ("float32", "float64"):
         scores = (scale * rng.normal(size=(20, 50))).astype(dtype)

@@ -117,6 +117,7 @@ def test_budget_ends_on_any_row(case):
 
 
 @pytest.mark.parametrize("case", ["outliers", "geometric, both signs", "spaced at 0", "far"])
+@pytest.mark.asks_for_x64
 def test_budget_ends_on_any_row_in_float64(case):
     z = np.r_[ADVERSARIAL[case], 1e300, -1e300]
     for budget in (1e-6, 1.0, 3.3, 17.25, len(z) - 0.3):
@@ -151,6 +152,7 @@ def test_a_budget_that_is_clear_cut_leaves_no_specks():
     ("fun", "values"),
     [(jsm.budget_sparsemax, [0.6, 1.7, 3.4]), (jsm.normmax, [1.4, 2.0, 3.1])],
 )
+@pytest.mark.asks_for_x64
 def test_gradients_in_parameters(fun, values, per_row):
     def tempered(x, parameter, temperature):
         return fun(x, parameter, temperature=temperature)

@@ -61,6 +61,7 @@ FITS = [fit_temperature, fit_vector_scaling, fit_matrix_scaling]
 
 @pytest.mark.parametrize("t", [0.02, 0.5, 1.7, 30.0])
 @pytest.mark.parametrize("scale", [0.01, 2.0, 1000.0])
+@pytest.mark.asks_for_x64
 def test_fit_equals_a_bounded_search(t, scale, rng):
     logits, labels = examples(rng, t=t * scale / 2, scale=scale)
     fitted = fit_temperature(logits, labels)
@@ -74,6 +75,7 @@ def test_fit_equals_a_bounded_search(t, scale, rng):
     np.testing.assert_allclose(fitted, best, rtol=1e-4)
 
 
+@pytest.mark.asks_for_x64
 def test_fit_has_no_slope_left(rng):
     logits, labels = examples(rng)
     fitted = fit_temperature(logits, labels)
@@ -345,6 +347,7 @@ def test_vector_scaling_with_classes_ruled_out(rng):
 
 
 @pytest.mark.parametrize("penalties", [(0.1, 0.5), (100.0, 0.0)])
+@pytest.mark.asks_for_x64
 def test_matrix_scaling_equals_scipy(penalties, rng):
     logits, labels = biased_examples(rng)
     off_diagonal, intercept = penalties

@@ -327,6 +327,7 @@ def test_without_rows(fun):
     "fun",
     [smooth_calibration_error, expected_calibration_error, brier_score, negative_log_likelihood],
 )
+@pytest.mark.asks_for_x64
 def test_gradients(fun, rng):
     """As regularizers they are used too; the width of the smooth error has its share."""
     logits, labels = rng.normal(size=(30, 3)), rng.integers(3, size=30)
@@ -395,10 +396,10 @@ MEASURE_ERRORS = {
         r"labels must have shape \(3,\), one per row of probs, got shape \(2,\)",
     ),
     "labels of floats": (
-        (PROBS, LABELS * 1.0),
+        (PROBS, np.float32(LABELS)),
         {},
         TypeError,
-        "labels must be integer classes, got dtype float64",
+        "labels must be integer classes, got dtype float32",
     ),
     "no bins": ((PROBS, LABELS), {"num_bins": 0}, ValueError, "num_bins must be at least 1, got 0"),
     "binning": (

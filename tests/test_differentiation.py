@@ -404,7 +404,16 @@ def test_symbolic_zeros_tell_which_arguments_are_differentiated():
     assert seen == [(True, False), (False, True)]
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "complex64", "complex128"])
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        "float16",
+        "bfloat16",
+        "float32",
+        "complex64",
+        pytest.param("complex128", marks=pytest.mark.asks_for_x64),
+    ],
+)
 def test_every_inexact_dtype(dtype):
     sine = make_sine(jsm.custom_vjp)
     x = jnp.asarray(X, dtype)

@@ -15,7 +15,7 @@ tempered = pytest.mark.parametrize(
     "case", **named([c for c in FUNCTIONS if c.takes("temperature")])
 )
 
-X = np.ones((2, 3))
+X = np.ones((2, 3), np.float32)
 Y = np.zeros(2, int)
 W = np.ones((3, 5))
 IDS = np.array([0, 0, 1])
@@ -30,7 +30,7 @@ SENTENCES = [
     (TypeError, "x must be an array, got NoneType.", lambda: jsm.softmax(None)),
     (TypeError, "x must be an array, got list.", lambda: jsm.entmax15([1.0, 2.0])),
     (TypeError, "x must be real numbers, got dtype bool.", lambda: jsm.sparsemax(X > 0)),
-    (TypeError, "x must be real numbers, got dtype complex128.", lambda: jsm.log_softmax(X * 1j)),
+    (TypeError, "x must be real numbers, got dtype complex64.", lambda: jsm.log_softmax(X * 1j)),
     (
         ValueError,
         "axis 2 is out of range for an array of 2 dimensions.",
@@ -62,7 +62,7 @@ SENTENCES = [
         lambda: jsm.softmax(X, segment_ids=IDS, num_segments=2.0),
     ),
     (ValueError, "axis -1 is out of range for an array of 0 dimensions.", lambda: jsm.softmax(3.0)),
-    (TypeError, "where must be boolean, got dtype float64.", lambda: jsm.softmax(X, where=X)),
+    (TypeError, "where must be boolean, got dtype float32.", lambda: jsm.softmax(X, where=X)),
     (
         ValueError,
         "where must broadcast to shape (2, 3), got shape (4,).",
@@ -130,13 +130,13 @@ SENTENCES = [
     ),
     (
         TypeError,
-        "budget must be real numbers, got dtype complex128.",
-        lambda: jsm.budget_sparsemax(X, 1j),
+        "budget must be real numbers, got dtype complex64.",
+        lambda: jsm.budget_sparsemax(X, np.complex64(1j)),
     ),
     (
         TypeError,
-        "segment_ids must be integers, got dtype float64.",
-        lambda: jsm.softmax(X, segment_ids=IDS * 1.0),
+        "segment_ids must be integers, got dtype float32.",
+        lambda: jsm.softmax(X, segment_ids=np.float32(IDS)),
     ),
     (
         ValueError,
@@ -258,8 +258,8 @@ SENTENCES = [
     ),
     (
         TypeError,
-        "mask must be boolean, got dtype float64.",
-        lambda: jsm.dot_product_attention(Q, Q, Q, mask=np.ones((4, 4))),
+        "mask must be boolean, got dtype float32.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, mask=np.ones((4, 4), np.float32)),
     ),
     (
         TypeError,
@@ -288,8 +288,8 @@ SENTENCES = [
     (ValueError, "axis must be one array axis, got None.", lambda: jsm.top_k_mask(X, 1, axis=None)),
     (
         TypeError,
-        "key must be a key of jax.random.key, got dtype float64.",
-        lambda: jsm.sample(1.0, X),
+        "key must be a key of jax.random.key, got dtype float32.",
+        lambda: jsm.sample(np.float32(1), X),
     ),
     (
         ValueError,
@@ -314,7 +314,7 @@ SENTENCES = [
     ),
     (
         TypeError,
-        "p must be real numbers, got dtype complex128.",
+        "p must be real numbers, got dtype complex64.",
         lambda: jsm.shannon_entropy(X * 1j),
     ),
     # Calibration.
@@ -355,8 +355,8 @@ SENTENCES = [
     ),
     (
         TypeError,
-        "labels must be integer classes, got dtype float64.",
-        lambda: cal.brier_score(X, Y * 1.0),
+        "labels must be integer classes, got dtype float32.",
+        lambda: cal.brier_score(X, np.float32(Y)),
     ),
     (
         ValueError,
@@ -394,7 +394,7 @@ WRONG_CALLS = {
     "axis a boolean": ({"axis": True}, TypeError, "axis must be an int.* or None, got True"),
     "axis of floats": ({"axis": (0.5,)}, TypeError, r"axis must be an int.*, got \(0\.5,\)"),
     "axis nested": ({"axis": ((0,),)}, TypeError, "axis must be an int"),
-    "where of floats": ({"where": X}, TypeError, "where must be boolean, got dtype float64"),
+    "where of floats": ({"where": X}, TypeError, "where must be boolean, got dtype float32"),
     "where of integers": (
         {"where": np.ones(3, "int32")},
         TypeError,
@@ -410,12 +410,12 @@ WRONG_CALLS = {
         ValueError,
         r"where must broadcast to shape \(2, 3\), got shape \(1, 2, 3\)",
     ),
-    "x complex": ({"x": X * 1j}, TypeError, "x must be real numbers, got dtype complex128"),
+    "x complex": ({"x": X * 1j}, TypeError, "x must be real numbers, got dtype complex64"),
     "x boolean": ({"x": X > 0}, TypeError, "x must be real numbers, got dtype bool"),
 }
 WRONG_TEMPERATURES = {
-    "complex": (np.array(1j), TypeError, "temperature must be real numbers, got dtype complex128"),
-    "a Python complex": (1j, TypeError, "temperature must be real numbers, got dtype complex128"),
+    "complex": (X * 1j, TypeError, "temperature must be real numbers, got dtype complex64"),
+    "a Python complex": (1j, TypeError, "temperature must be real numbers, got dtype complex"),
     "boolean": (np.array(True), TypeError, "temperature must be real numbers, got dtype bool"),
     "one per score": (
         np.ones((2, 3)),

@@ -443,7 +443,7 @@ def test_operands_of_different_dtypes(rng):
             r"hidden must have shape \(\.\.\., 3\), to go with",
         ),
         ({"labels": LABELS[:3]}, ValueError, r"labels must have the shape of hidden without its"),
-        ({"labels": LABELS * 1.0}, TypeError, "labels must be integers, got dtype float64"),
+        ({"labels": np.float32(LABELS)}, TypeError, "labels must be integers, got dtype float32"),
         ({"bias": BIAS[:2]}, ValueError, r"bias must have shape \(5,\), got shape \(2,\)"),
         ({"where": LABELS}, TypeError, "where must be boolean, got dtype int"),
         ({"where": KEEP[:2]}, ValueError, r"where must broadcast to shape \(7,\)"),

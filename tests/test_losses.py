@@ -125,6 +125,7 @@ def test_is_never_negative(case, rng):
 
 
 @every_loss
+@pytest.mark.asks_for_x64
 def test_is_zero_from_its_margin_on(case):
     """For distributions as targets: at the scores that the mapping turns into them."""
     margin = min(case.margin, 800.0)
@@ -200,6 +201,7 @@ def test_derivatives_for_classes(case):
 
 
 @every_loss
+@pytest.mark.asks_for_x64
 def test_convex_in_the_scores(case):
     hessian = jax.jit(jax.vmap(jax.hessian(case.fun)))(SCORES, LABELS)
     assert np.min(np.linalg.eigvalsh(hessian)) >= -1e-14
@@ -232,6 +234,7 @@ def test_half_precision_is_rounded_once(case, dtype, rng):
 
 
 @every_loss
+@pytest.mark.asks_for_x64
 def test_large_scores_keep_their_digits(case):
     scores = np.array([[1e8, 1e8 - 0.5], [-1e8, -1e8 - 0.5]])
     close(case.fun(scores, np.zeros(2, int)), np.full(2, case.of_margin(0.5)), rtol=1e-7)
@@ -239,9 +242,11 @@ def test_large_scores_keep_their_digits(case):
 
 # Edges.
 
+TOO_LONG = pytest.param(2**32 + 1, marks=pytest.mark.asks_for_x64)
+
 
 @every_loss
-@pytest.mark.parametrize("bad", [-1, 4, 100, -4, 2**32 + 1])
+@pytest.mark.parametrize("bad", [-1, 4, 100, -4, TOO_LONG])
 @pytest.mark.asks_for_nan
 def test_class_out_of_range_is_nan_without_gradient(case, bad):
     scores = np.array([[1.0, 2.0, 0.5, -1.0]] * 2)
@@ -593,6 +598,7 @@ def test_fenchel_young_loss_with_a_learned_alpha():
     )
 
 
+@pytest.mark.asks_for_x64
 def test_fenchel_young_loss_keeps_the_digits_of_large_scores():
     loss = jsm.fenchel_young_loss(jsm.softmax, shannon)
     scores = np.array([1e8, 1e8 - 0.5])

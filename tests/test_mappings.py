@@ -80,6 +80,7 @@ def test_two_classes_of_sparsemax_are_the_hard_sigmoid():
     close(p[:, 0], np.clip((s + 1) / 2, 0, 1))
 
 
+@pytest.mark.asks_for_x64
 def test_sparsemax_is_the_nearest_point_of_the_simplex(rng):
     z = 2 * rng.normal(size=30)
     p = np.asarray(jsm.sparsemax(z))
@@ -205,6 +206,7 @@ def test_lengths_around_those_where_the_sums_change(case, length, rng):
     close(case.fun(x), case.reference(x))
 
 
+@pytest.mark.asks_for_x64
 def test_sparse_mappings_reach_zero_and_dense_ones_do_not(rng):
     x = 5 * rng.normal(size=(10, 30))
     for case in MAPPINGS:

@@ -176,7 +176,11 @@ def test_wrong_segments(case):
     x = np.ones((2, 3))
     ids = np.array([0, 0, 1])
     for kwargs, error, message in [
-        ({"segment_ids": ids * 1.0}, TypeError, "segment_ids must be integers, got dtype float64"),
+        (
+            {"segment_ids": np.float32(ids)},
+            TypeError,
+            "segment_ids must be integers, got dtype float",
+        ),
         ({"segment_ids": ids[:2]}, ValueError, r"segment_ids must have shape \(3,\).* got shape"),
         ({"num_segments": 2}, ValueError, "num_segments goes with segment_ids, got None"),
         ({"segment_ids": ids, "axis": None}, ValueError, "axis must be one array axis"),

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import scipy.optimize
 import sklearn.datasets
 import sklearn.linear_model
@@ -10,6 +11,7 @@ import sklearn.linear_model
 import jaxsoftmax as jsm
 
 
+@pytest.mark.asks_for_x64
 def test_logistic_regression_on_digits():
     features, labels = sklearn.datasets.load_digits(return_X_y=True)
     features = features / 16

@@ -174,6 +174,7 @@ def test_hessian_of_a_scan(case):
 
 
 @every_rule
+@pytest.mark.asks_for_x64
 def test_vmap_of_jacfwd_of_a_recurrence(case, rng):
     """The carry of a scan runs through the mapping again and again."""
 

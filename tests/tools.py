@@ -7,7 +7,12 @@ import jax.extend
 import jax.numpy as jnp
 import mpmath
 import numpy as np
+import pytest
 from jax.sharding import AxisType, PartitionSpec
+
+IN_FLOAT64 = pytest.param("float64", marks=pytest.mark.asks_for_x64)
+# What scores are in where a test does not say: float32 with `--jax-mode=float32`.
+FLOAT = np.float64
 
 
 def ulp_error(actual, exact):
