@@ -179,17 +179,19 @@ def _bind(fun: Callable, args: Sequence[Any], batch: Callable | None = None) -> 
         return _call.bind(*args, jaxpr=jaxpr, batch=batch)
 
     # What `fun` closes over becomes an argument: a parameter must not hold a tracer.
+    consts, opened = jaxpr.consts, jaxpr.jaxpr
+    count = len(consts)
+
     def of_consts(consts: Sequence[Any], *args: Any) -> list[Any]:
-        return jaxpr_as_fun(ClosedJaxpr(jaxpr.jaxpr, consts))(*args)
+        return jaxpr_as_fun(ClosedJaxpr(opened, consts))(*args)
 
     def batch_of_args(axis_size: int, batched: Sequence[bool], args: Sequence[Any]) -> Any:
-        count = len(jaxpr.consts)
         if batch is None or any(batched[:count]):
             return None  # the usual
         return batch(axis_size, batched[count:], args[count:])
 
-    closed = jax.make_jaxpr(of_consts)(jaxpr.consts, *args)
-    return _call.bind(*jaxpr.consts, *args, jaxpr=closed, batch=batch and batch_of_args)
+    closed = jax.make_jaxpr(of_consts)(consts, *args)
+    return _call.bind(*consts, *args, jaxpr=closed, batch=batch and batch_of_args)
 
 
 def _evaluate(*args: Any, jaxpr: ClosedJaxpr, batch: Callable | None) -> list[Any]:

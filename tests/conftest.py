@@ -54,8 +54,12 @@ MODES = {
     "check_tracer_leaks": jax.check_tracer_leaks,
     "float32": float32,
 }
-# Tests that a mode leaves alone are marked by what they ask for.
-LEFT_ALONE = {"debug_nans": "asks_for_nan", "float32": "asks_for_x64"}
+# The mark of the tests that a mode leaves alone.
+LEFT_ALONE = {
+    "debug_nans": "asks_for_nan",
+    "check_tracer_leaks": "leaks_in_jax",
+    "float32": "asks_for_x64",
+}
 
 
 @pytest.fixture(autouse=True)

@@ -166,6 +166,7 @@ def test_while_loop_has_forward_mode():
     close(jax.jvp(settle, (0.3,), (1.0,))[1], 9 * np.cos(0.3) * np.cos(np.sin(0.3)))
 
 
+@pytest.mark.leaks_in_jax
 def test_shard_map_with_a_rule_that_communicates():
     """Softmax over a mesh axis: maxima and sums cross devices in `fwd` and in `bwd`."""
 

@@ -24,7 +24,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-12, atol=1e-14)
 equal = np.testing.assert_array_equal
 
 # All rows of three such scores, under all masks: 5,832 rows.
-HUGE = {np.float64: 1e300, np.float32: 1e36}[tools.FLOAT]
+HUGE = tools.huge()
 EXTREMES = [-INF, -HUGE, -1.0, 0.0, 0.5, 10 / HUGE, HUGE, INF, NAN]
 ROWS = np.array(list(itertools.product(EXTREMES, repeat=3)), tools.FLOAT)
 MASKS = np.array(list(itertools.product([False, True], repeat=3)))

@@ -15,6 +15,11 @@ IN_FLOAT64 = pytest.param("float64", marks=pytest.mark.asks_for_x64)
 FLOAT = np.float64
 
 
+def huge():
+    """So large that a sum of a few, or a product with a small number, is still finite."""
+    return {np.float64: 1e300, np.float32: 1e36}[FLOAT]
+
+
 def ulp_error(actual, exact):
     """The largest error in units of the last place of `exact`, itself of any precision.
 

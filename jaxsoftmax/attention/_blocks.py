@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
+from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
@@ -67,7 +67,7 @@ def attend_in_blocks(
     pool = {id(const): const for closed in traced.values() for const in closed.consts}
     places = {key: len(arrays) + i for i, key in enumerate(pool)}
     blocks = {
-        band: _opened(closed, len(arrays), [places[id(const)] for const in closed.consts])
+        band: _opened(closed.jaxpr, len(arrays), [places[id(const)] for const in closed.consts])
         for band, closed in traced.items()
     }
     plan = Plan(
@@ -78,11 +78,11 @@ def attend_in_blocks(
     return _attend(plan, *arrays, *(jnp.asarray(const) for const in pool.values()))
 
 
-def _opened(closed: ClosedJaxpr, count: int, places: Sequence[int]) -> Block:
+def _opened(jaxpr: Jaxpr, count: int, places: Sequence[int]) -> Block:
     """The same block, whose constants are among its arguments, at `places`."""
 
     def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
-        opened = ClosedJaxpr(closed.jaxpr, [parts[i] for i in places])
+        opened = ClosedJaxpr(jaxpr, [parts[i] for i in places])
         return tuple(jaxpr_as_fun(opened)(first_row, *parts[:count]))
 
     return block
