@@ -338,6 +338,7 @@ def test_vmap_of_single_rows(reduction, rng):
     all_close(derivatives(mapped), derivatives(theirs))
 
 
+@pytest.mark.leaks_in_jax
 def test_sharded_classes_and_rows(rng):
     mesh = jax.make_mesh((2, 2), ("rows", "classes"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     hidden, labels = rng.normal(size=(8, WIDTH)), np.array([0, 5, 3, 4, 1, 2, 0, 3])
@@ -371,6 +372,7 @@ def test_sharded_classes_and_rows(rng):
     all_close(derivatives(sharded), derivatives(full))
 
 
+@pytest.mark.leaks_in_jax
 def test_only_row_sized_values_cross_devices():
     mesh = jax.make_mesh((4,), ("classes",), axis_types=(jax.sharding.AxisType.Auto,))
 

@@ -1,5 +1,6 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -234,14 +235,17 @@ def as_finite(score: Array) -> Array:
 
 
 def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    def without(scores: Entries) -> tuple[Entries, Array]:
-        shift = pivot(rows, scores)
-        return _shares(rows, rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift]))
+    without = functools.partial(_shares_of_exp, rows)
+    return _unless_infinite(rows, without, functools.partial(_with_infinities, rows), scores)
 
-    def with_infinities(scores: Entries) -> Entries:
-        return without(rows.map(as_finite, [scores]))[0]
 
-    return _unless_infinite(rows, without, with_infinities, scores)
+def _shares_of_exp(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
+    shift = pivot(rows, scores)
+    return _shares(rows, rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift]))
+
+
+def _with_infinities(rows: Rows, scores: Entries) -> Entries:
+    return _shares_of_exp(rows, rows.map(as_finite, [scores]))[0]
 
 
 def _shares(rows: Rows, weights: Entries) -> tuple[Entries, Array]:
@@ -317,7 +321,7 @@ def _softmax_in_half_precision(rows: Rows, scores: Entries) -> Entries:
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), total
 
     def with_infinities(scores: Entries) -> Entries:
-        p = _softmax_of_widened(rows, scores)
+        p = _with_infinities(rows, rows.map(_widened, [scores]))
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores])
 
     return _unless_infinite(rows, without, with_infinities, scores)
