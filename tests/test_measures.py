@@ -88,6 +88,7 @@ def test_support_size():
     assert jsm.support_size(jnp.zeros((2, 0))).tolist() == [0, 0]
 
 
+@pytest.mark.leaks_in_jax
 def test_measures_on_meshes():
     p = np.float64(jsm.entmax(RNG.normal(size=(4, 8)) * 3))
     for f in (jsm.shannon_entropy, jsm.support_size, lambda p, a: jsm.tsallis_entropy(p, 1.5, a)):

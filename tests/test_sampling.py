@@ -150,6 +150,7 @@ def test_rows_without_anything_to_draw():
     assert jsm.gumbel_softmax(KEY, np.zeros((2, 0)), hard=True).shape == (2, 0)
 
 
+@pytest.mark.leaks_in_jax
 def test_draws_across_devices():
     """Each device draws noise of its own; positions count over all of them."""
     mesh = jax.make_mesh((2,), ("vocab",), axis_types=(jax.sharding.AxisType.Auto,))

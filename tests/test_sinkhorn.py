@@ -223,6 +223,7 @@ def test_sinkhorn_gradient_keeps_no_matrices():
         (jsm.sinkhorn, lambda x: jsm.sinkhorn(x, ((0, "i"), -1)), ("i",)),
     ],
 )
+@pytest.mark.leaks_in_jax
 def test_mesh_axes(f, sharded, spec):
     x = RNG.normal(size=(4, 8))
 

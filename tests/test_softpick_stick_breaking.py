@@ -76,6 +76,7 @@ def test_stick_breaking_wants_one_axis():
 
 
 @pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.leaks_in_jax
 def test_stick_over_the_devices_of_a_mesh(reverse, rng):
     x = rng.normal(size=(2, 8))
     x[1, 5] = -np.inf

@@ -241,24 +241,27 @@ def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
 
 def _shares_of_exp(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     shift = pivot(rows, scores)
-    return _shares(rows, rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift]))
+    weights = rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift])
+    return _shares(rows, weights, _total(rows, weights))
 
 
 def _with_infinities(rows: Rows, scores: Entries) -> Entries:
     return _shares_of_exp(rows, rows.map(as_finite, [scores]))[0]
 
 
-def _shares(rows: Rows, weights: Entries) -> tuple[Entries, Array]:
+def _total(rows: Rows, weights: Entries) -> Array:
+    if jnp.finfo(weights[0].dtype).bits == 32:
+        return rows.sum_in_parts(weights)
+    # XLA for CPU adds float64 one by one, with an error that grows with the row.
+    total, lost = rows.sums(lambda w: (w,), [weights], adding=EXACT)
+    return total + lost
+
+
+def _shares(rows: Rows, weights: Entries, total: Array) -> tuple[Entries, Array]:
     """The weights over their sum, and the sum."""
-    finfo = jnp.finfo(weights[0].dtype)
-    if finfo.bits == 32:
-        total = rows.sum(weights)
-    else:
-        # XLA for CPU adds float64 one by one, with an error that grows with the row.
-        sum_, lost = rows.sums(lambda w: (w,), [weights], adding=EXACT)
-        total = sum_ + lost
     # A row in which nothing takes part has no weight; to all others this adds nothing.
-    return rows.map(jnp.multiply, [weights], [1 / (total + finfo.tiny)]), total
+    tiny = jnp.finfo(total.dtype).tiny
+    return rows.map(jnp.multiply, [weights], [1 / (total + tiny)]), total
 
 
 def _unless_infinite(
@@ -317,7 +320,7 @@ def _softmax_in_half_precision(rows: Rows, scores: Entries) -> Entries:
     def without(scores: Entries) -> tuple[Entries, Array]:
         top = jnp.maximum(rows.max(scores), jnp.finfo(scores[0].dtype).min)
         weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
-        p, total = _shares(rows, weights)
+        p, total = _shares(rows, weights, rows.sum(weights))
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), total
 
     def with_infinities(scores: Entries) -> Entries:
