@@ -144,6 +144,11 @@ class Rows:
             sums = adding.add(sums, terms(*sink, *row_values))
         return tuple(sums)
 
+    def exact_sum(self, entries: Entries) -> Array:
+        """The sum of each row, added in two parts; not for reverse rules."""
+        total, lost = self.sums(lambda x: (x,), [entries], adding=EXACT)
+        return total + lost
+
     def sum_in_parts(self, entries: Entries) -> Array:
         """The sum of each row, of which long ones lose fewer digits; not for reverse rules.
 
@@ -153,9 +158,8 @@ class Rows:
         few = self._few_neighbors(first)
 
         def by_parts(first: Array, sink: list[Array]) -> Array:
-            parts = jnp.sum(first.reshape(*first.shape[:-1], -1, few), -1)
-            total, lost = self.sums(lambda x: (x,), [(parts, *sink)], adding=EXACT)
-            return total + lost
+            parts = jnp.sum(first.reshape(*first.shape[:-1], first.shape[-1] // few, few), -1)
+            return self.exact_sum((parts, *sink))
 
         if few == 1:
             return self.sum(entries)
@@ -173,11 +177,7 @@ class Rows:
 
     def has_many(self, entries: Entries) -> bool:
         """Whether it pays to look at some of the largest entries first."""
-        first = entries[0]
-        if self.axes != (first.ndim - 1,) or self.segment_ids is not None:
-            return False
-        length = first.shape[-1]
-        return is_known(length) and length >= _MANY and not self.are_shared(first)
+        return self._length_in_memory(entries[0]) >= _MANY
 
     def some_of_the_largest(self, entries: Entries) -> Entries:
         """The largest entry of each of some parts of a row that has many."""
@@ -205,8 +205,7 @@ class Rows:
         a second, which may write over what it reads unless that is looked at, too.
         """
         first = entries[0]
-        are_many = is_known(sums.size) and sums.size >= _MANY_ROWS
-        if self.segment_ids is not None or first.size == 0 or not are_many:
+        if self.segment_ids is not None or first.size == 0 or not _are_many_rows(sums.size):
             return sums
         return first[tuple(slice(1) if i in self.axes else slice(None) for i in range(first.ndim))]
 
@@ -232,12 +231,17 @@ class Rows:
 
     def _few_neighbors(self, x: Array) -> int:
         """How many to add first, such that a row is cut evenly; 1 where it does not pay."""
-        if self.axes != (x.ndim - 1,) or self.segment_ids is not None or self.are_shared(x):
-            return 1
-        *others, length = x.shape
-        if not all(map(is_known, x.shape)) or length < _LONG or math.prod(others) >= _MANY_ROWS:
+        length = self._length_in_memory(x)
+        if length < _LONG or _are_many_rows(math.prod(x.shape[:-1])):
             return 1
         return next((few for few in range(64, 7, -1) if length % few == 0), 1)
+
+    def _length_in_memory(self, x: Array) -> int:
+        """How many entries of a row are side by side, if all of them are; 0 if not, or unknown."""
+        is_whole = self.axes == (x.ndim - 1,) and self.segment_ids is None
+        if not is_whole or not is_known(x.shape[-1]) or self.are_shared(x):
+            return 0
+        return x.shape[-1]
 
     def _spread(self, values: Array, like: Array) -> Array:
         """Row values in a shape that broadcasts against entries such as `like`."""
@@ -313,10 +317,13 @@ def is_known(size: Any) -> bool:
 _MOST = 2**31 - 1
 # As measured: fewer are gone through before it pays to choose among them.
 _MANY, _PARTS = 1024, 64
-# As seen in what XLA makes of `jax.nn.softmax`.
-_MANY_ROWS = 4096
 # As measured: the sum of fewer loses no digit that counts.
 _LONG = 256
+
+
+def _are_many_rows(count: Any) -> bool:
+    """Whether XLA for CPU takes a softmax of as many in one pass, as seen in its programs."""
+    return is_known(count) and count >= 4096
 
 
 def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:

@@ -97,6 +97,11 @@ def gap(score: Array, top: Array) -> Array:
     return jnp.where(score == jnp.inf, 0, score - top)
 
 
+def gap_above(score: Array, top: Array, tau: Array | float, scale: Array | float) -> Array:
+    """`scale * gap - tau`, from the score: of gaps, XLA for CPU would keep one array more."""
+    return jnp.where(score == jnp.inf, -tau, (score - top) * scale - tau)
+
+
 def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     """The scores less their row's maximum, and that maximum."""
     top = top_of(rows, scores)
@@ -139,9 +144,7 @@ def solve_norm(rows: Rows, scores: Entries, q: int, scale: float = 1.0) -> Entri
         return (jnp.where(moved, grown, tau), total), moved
 
     def weight(score: Array, top: Array, tau: Array) -> Array:
-        # From the scores, not the gaps: XLA for CPU would keep one array more.
-        u = jnp.where(score == jnp.inf, -tau, (score - top) * scale - tau)
-        return jnp.maximum(u, 0) ** q
+        return jnp.maximum(gap_above(score, top, tau, scale), 0) ** q
 
     gaps, top = below_top(rows, scores)
     gaps = rows.map(lambda gap: gap * scale, [gaps])

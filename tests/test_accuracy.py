@@ -52,7 +52,7 @@ def test_accuracy_in_ulp(dtype, scale, length):
         theirs = [error(jax.nn.softmax, shares), error(jax.nn.log_softmax, exact)]
     print(f"{dtype}, scale {scale}, length {length}: ", {k: round(v, 2) for k, v in errors.items()})
     print("jax.nn.softmax and log_softmax:", [round(v, 2) for v in theirs])
-    assert errors.pop("softmax") <= 5
+    assert errors.pop("softmax") <= (5 if dtype == "float32" else 4.5)
     assert max(errors.values()) <= 2
 
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from tests.calls import CALLS, value_and_gradients
+from tests.calls import CALLS, NAMES, value_and_gradients
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -30,7 +30,7 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_run_after_run_and_jit_after_jit(name):
     fun, args = CALLS[name]
     compiled = [jax.jit(lambda *args: value_and_gradients(fun)(*args)) for _ in range(2)]

@@ -25,7 +25,7 @@ equal = np.testing.assert_array_equal
 
 # All rows of three such scores, under all masks: 5,832 rows.
 HUGE = tools.huge()
-EXTREMES = [-INF, -HUGE, -1.0, 0.0, 0.5, 10 / HUGE, HUGE, INF, NAN]
+EXTREMES = [-INF, -HUGE, -1.0, 0.0, 0.5, 1 / HUGE, HUGE, INF, NAN]
 ROWS = np.array(list(itertools.product(EXTREMES, repeat=3)), tools.FLOAT)
 MASKS = np.array(list(itertools.product([False, True], repeat=3)))
 ROWS, MASKS = np.repeat(ROWS, len(MASKS), 0), np.tile(MASKS, (len(ROWS), 1))

@@ -7,6 +7,7 @@ import pytest
 
 import jaxsoftmax as jsm
 from jaxsoftmax import calibration as cal
+from tests import tools
 from tests.cases import FUNCTIONS, LOSSES, named
 
 every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
@@ -415,7 +416,11 @@ WRONG_CALLS = {
 }
 WRONG_TEMPERATURES = {
     "complex": (X * 1j, TypeError, "temperature must be real numbers, got dtype complex64"),
-    "a Python complex": (1j, TypeError, "temperature must be real numbers, got dtype complex"),
+    "a Python complex": (
+        1j,
+        TypeError,
+        f"temperature must be real numbers, got dtype {np.result_type(tools.FLOAT, 1j)}",
+    ),
     "boolean": (np.array(True), TypeError, "temperature must be real numbers, got dtype bool"),
     "one per score": (
         np.ones((2, 3)),

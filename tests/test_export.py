@@ -10,7 +10,7 @@ import pytest
 from jax import export
 
 from jaxsoftmax import calibration
-from tests.calls import CALLS, public_functions, value_and_gradients
+from tests.calls import CALLS, NAMES, public_functions, value_and_gradients
 from tests.cases import FUNCTIONS, named
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -46,7 +46,7 @@ def same(actual, expected):
     )
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_forward(name):
     """All that JAX can write to a file is; checks of classes it cannot.
 
@@ -64,7 +64,7 @@ def test_forward(name):
     same(exported.call(*args), jax.jit(fun)(*args))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", NAMES)
 def test_gradient(name):
     fun, args = CALLS[name]
     exported = export.export(jax.jit(value_and_gradients(fun)), platforms=PLATFORMS)(*args)

@@ -179,7 +179,7 @@ def test_wrong_segments(case):
         (
             {"segment_ids": np.float32(ids)},
             TypeError,
-            "segment_ids must be integers, got dtype float",
+            "segment_ids must be integers, got dtype float32",
         ),
         ({"segment_ids": ids[:2]}, ValueError, r"segment_ids must have shape \(3,\).* got shape"),
         ({"num_segments": 2}, ValueError, "num_segments goes with segment_ids, got None"),

@@ -151,7 +151,7 @@ def brier_decomposition(
     def of_class(p: Array, y: Array) -> BrierDecomposition:
         binned = into_bins(p, y, num_bins, binning)
         overall = jnp.where(jnp.any(jnp.isnan(p)), jnp.nan, jnp.mean(y))
-        away = jnp.where(binned.count > 0, binned.share - overall, 0)
+        away = binned.share - overall
         beside = p - binned.value[binned.bins]
         return BrierDecomposition(
             reliability=jnp.sum(binned.weight * binned.gap**2),

@@ -243,8 +243,7 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
         return w, jnp.where(w > 0, w / (1 + beta * u), 0)
 
     def weight_of(score: Array, top: Array, scale: Array, beta: Array) -> Array:
-        # From the scores, not the gaps: XLA for CPU would keep one array more.
-        return weight(jnp.where(score == jnp.inf, 0, (score - top) * scale), beta)
+        return weight(_threshold.gap_above(score, top, 0, scale), beta)
 
     def scale(peak: Array) -> Array:
         return 1 / jnp.maximum(jnp.exp(beta * peak), jnp.finfo(peak.dtype).tiny)

@@ -253,8 +253,7 @@ def _total(rows: Rows, weights: Entries) -> Array:
     if jnp.finfo(weights[0].dtype).bits == 32:
         return rows.sum_in_parts(weights)
     # XLA for CPU adds float64 one by one, with an error that grows with the row.
-    total, lost = rows.sums(lambda w: (w,), [weights], adding=EXACT)
-    return total + lost
+    return rows.exact_sum(weights)
 
 
 def _shares(rows: Rows, weights: Entries, total: Array) -> tuple[Entries, Array]:
