@@ -18,7 +18,8 @@ from benchmarks.transforms import forward, value_and_pullback
 Function = Callable[..., Any]
 
 SOFTMAX = "jax.nn.softmax"
-CALL, TRACE, COMPILE = "one call", "trace and lower", "trace, lower and compile"
+DISPATCH, CALL = "dispatch", "one call"
+TRACE, COMPILE = "trace and lower", "trace, lower and compile"
 IMPORT = "import"
 FORWARD, PULLBACK = "forward", "value and vjp"
 MAPPINGS: dict[str, Function] = {
@@ -84,7 +85,12 @@ def compiled(function: Function) -> Function:
 
 
 # How each is measured, and whether JAX compiles it before.
-MEASURED: dict[str, Function] = {CALL: jax.jit, TRACE: traced, COMPILE: compiled}
+MEASURED: dict[str, Function] = {
+    DISPATCH: jax.jit,
+    CALL: jax.jit,
+    TRACE: traced,
+    COMPILE: compiled,
+}
 
 
 def of_mappings(measured: str, name: str, what: Function, sizes: Sizes) -> Comparison:
@@ -97,7 +103,15 @@ def of_mappings(measured: str, name: str, what: Function, sizes: Sizes) -> Compa
     }
     size = f"{sizes.shape[0]} × {sizes.shape[1]}"
     args = functools.partial(arguments, sizes.shape)
-    return Comparison(f"{measured}, {name}", size, sizes.shape[1], entries, args, seconds=0.5)
+    return Comparison(
+        f"{measured}, {name}",
+        size,
+        sizes.shape[1],
+        entries,
+        args,
+        seconds=0.5,
+        waits=measured != DISPATCH,
+    )
 
 
 def of_imports(programs: Sequence[str]) -> Comparison:
@@ -128,6 +142,8 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
+- One call: on CPUs its time goes into starting kernels. XLA starts up to 8 in the thread that
+  calls, more are handed to others; a solver starts some in each of its passes.
 - Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
   has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
   shape.
@@ -139,7 +155,8 @@ TOPIC = Topic(
     "compile",
     "Before the first number, and at every call",
     """
-What a call of a compiled mapping costs when there is little to compute; how long it takes to trace
+What a call of a compiled mapping costs when there is little to compute: until it returns, which is
+its dispatch, and until the result is there; how long it takes to trace
 and lower one, and to compile it, with JAX's caches cleared before; and how long a new Python takes
 to import the package. The first of each group, which `relative` refers to, is `jax.nn.softmax`.
 """,

@@ -105,6 +105,7 @@ class Comparison:
       seconds: how long it goes on beyond these.
       compile_only: whether nothing is run: memory is known before, for sizes that would not fit.
       beyond: whether differences to the first are of interest.
+      waits: whether a call lasts until its result is there, and not only until it returns.
     """
 
     operation: str
@@ -116,6 +117,7 @@ class Comparison:
     seconds: float = 0.2
     compile_only: bool = False
     beyond: bool = False
+    waits: bool = True
 
     def measure(self, quick: bool) -> list[Result]:
         """One result per function, in their order."""
@@ -128,7 +130,7 @@ class Comparison:
             function = entry.function
             if entry.jit:
                 function = _compiled(function, mine, found[name])
-            calls[name] = _Call(function, mine)
+            calls[name] = _Call(function, mine, self.waits)
         if not self.compile_only:
             self._run(entries, calls, found, quick)
         for name, entry in entries.items():
@@ -171,8 +173,8 @@ class Comparison:
 class _Call:
     """A function with its arguments, called as often as makes a sample long enough."""
 
-    def __init__(self, function: Callable[..., Any], args: Sequence[Any]):
-        self._function, self._args, self._calls = function, args, 1
+    def __init__(self, function: Callable[..., Any], args: Sequence[Any], waits: bool):
+        self._function, self._args, self._waits, self._calls = function, args, waits, 1
 
     def warm_up(self) -> Any:
         start = time.perf_counter()
@@ -182,10 +184,14 @@ class _Call:
         return value
 
     def seconds(self) -> float:
+        return sum(self._once() for _ in range(self._calls)) / self._calls
+
+    def _once(self) -> float:
         start = time.perf_counter()
-        for _ in range(self._calls):
-            jax.block_until_ready(self._function(*self._args))
-        return (time.perf_counter() - start) / self._calls
+        value = self._function(*self._args)
+        returned = time.perf_counter()
+        jax.block_until_ready(value)
+        return (time.perf_counter() if self._waits else returned) - start
 
 
 def _compiled(function: Callable[..., Any], args: Sequence[Any], found: dict[str, Any]) -> Any:

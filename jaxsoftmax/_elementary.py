@@ -51,7 +51,7 @@ def _power_of_2(exponent: Array) -> Array:
 def log1p(x: Array) -> Array:
     """`log(1 + x)` for `x > -1`, within 1.5 ulp: in float64, XLA for CPU is off by up to 120."""
     total, rest = two_sum(x, jnp.ones_like(x))
-    return jnp.log(total) + rest / total
+    return jnp.log(total) + rest * (1 / total)
 
 
 def log(x: Array, rest: Array) -> Array:
@@ -76,4 +76,4 @@ def log(x: Array, rest: Array) -> Array:
     total = long + f
     error = (long - total) + f
     result = total + (error + ((rest / x + short) - (half - s * (half + tail))))
-    return jnp.where(jnp.isfinite(x) & (x > 0), result, jnp.log(x))
+    return jnp.where(x == 0, -jnp.inf, jnp.where(x < jnp.inf, result, x))

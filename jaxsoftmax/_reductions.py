@@ -61,12 +61,14 @@ class Adding:
       few: adds a few terms, before all else.
       prepare: makes sums of what `few` gives, or of single terms.
       depth: how many terms are few.
+      shortest: the row that it pays to fold.
     """
 
     add: Add = _add
     few: Add = _add
     prepare: Callable[..., Sequence[Array]] = _as_they_are
     depth: int = 8
+    shortest: int = 32
 
 
 PLAIN = Adding()
@@ -290,7 +292,7 @@ class Rows:
         # a minor axis again.
         minor = entries[0].ndim - 1
         length = entries[0].shape[minor] if minor in self.axes else 1
-        lanes, depth = _folding(length, adding.depth)
+        lanes, depth = _folding(length, adding)
         if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
             terms = adding.prepare(*function(*entries, *row_values))
             return _reduce(terms, adding.add, self.axes)
@@ -300,7 +302,7 @@ class Rows:
         spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
         partial = _reduce(function(*folded, *spread), adding.few, (minor + 1,))
         partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
-        later = Adding(adding.add, adding.add, depth=adding.depth)
+        later = Adding(adding.add, adding.add, depth=adding.depth, shortest=64)
         sums = self._sums_on_cpu(adding.prepare, later, partial, ())
         if whole == length:
             return sums
@@ -401,16 +403,16 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.sum(x, axes, keepdims=True)
 
 
-def _folding(length: int, deepest: int) -> tuple[int, int]:
+def _folding(length: int, adding: Adding) -> tuple[int, int]:
     """Lanes and depth, as measured on rows of 10 to 100,000.
 
     LLVM vectorizes no depth that it does not unroll, which it does up to 8, and up to 4 where there
     is much to be done to an entry.
     """
-    if not is_known(length) or length < 32:
+    if not is_known(length) or length < adding.shortest:
         return 1, 1
     lanes = 32 if length >= 256 else 16
-    return lanes, min(length // lanes, deepest)
+    return lanes, min(length // lanes, adding.depth)
 
 
 def _reduce(terms: Sequence[Array], add: Add, axes: tuple[int, ...]) -> tuple[Array, ...]:

@@ -21,7 +21,14 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator, on_local_cpu_or_else, sum_to
+from jaxsoftmax._reductions import (
+    Entries,
+    Rows,
+    indicator,
+    on_local_cpu_or_else,
+    sum_to,
+    vary_like,
+)
 
 
 def _nothing(*_: Array) -> tuple[Array, ...]:
@@ -193,16 +200,13 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
     The state, or what comes first in it, is a row value.
     """
 
-    def go_on(carry: tuple[Any, Array, Array]) -> Array:
-        _, moved, passes = carry
-        return jnp.any(moved) & (passes < _MAX_PASSES)
+    def body(carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        state, passes = carry
+        state, moved = step(state)
+        return state, jnp.where(jnp.any(moved), passes + 1, _MAX_PASSES)
 
-    def body(carry: tuple[Any, Array, Array]) -> tuple[Any, Array, Array]:
-        state, _, passes = carry
-        return *step(state), passes + 1
-
-    moved = jnp.ones_like(jax.tree.leaves(start)[0], bool)
-    return lax.while_loop(go_on, body, (start, moved, jnp.zeros((), jnp.int32)))[0]
+    passes = vary_like(jnp.zeros((), jnp.int32), jax.tree.leaves(start)[0])
+    return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
 
 
 # More than bisection needs to pin down a float64.

@@ -51,6 +51,19 @@ def test_the_limit_counts_as_often_as_its_work_fits(taking):
     assert ours.quantities["share"] == limit.quantities["time"].median == 0.25
 
 
+def test_a_call_lasts_until_its_result_or_only_until_it_returns(taking, monkeypatch):
+    entry = taking(0.25)
+
+    def wait(x):
+        return entry.function(x)
+
+    monkeypatch.setattr(measuring.jax, "block_until_ready", wait)
+    for waits, seconds in ((True, 0.5), (False, 0.25)):
+        comparison = Comparison("take", "", 1, {"a": entry}, arguments, waits=waits)
+        (result,) = comparison.measure(quick=True)
+        assert result.quantities["time"].median == seconds
+
+
 def test_compiled_functions_tell_their_memory_and_are_not_run_if_not_asked():
     def sorted_twice(x):
         return jnp.sort(x) + jnp.sort(-x)

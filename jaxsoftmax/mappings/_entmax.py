@@ -218,7 +218,7 @@ def _entmax15_probabilities(rows: Rows, scores: Entries) -> Entries:
 
 
 def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
-    """Newton's method on the q-norm, as `solve_norm` does it, written so that it has a limit.
+    """Halley's method on the q-norm of `solve_norm`, written so that it has a limit.
 
     With `beta = alpha - 1 = 1/q` the norm of the unnormalized entries is `S ** beta`, where `S` is
     the sum of `p = (1 + beta (gap - theta)) ** (1 / beta)`. Taken as `(S ** beta - 1) / beta`, it
@@ -228,8 +228,9 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     `1 - beta theta` is `m = exp(beta peak)` and loses its digits where that is small. All others
     are `p = exp(peak) w` with `w = (1 + beta gap / m) ** (1 / beta)`.
 
-    For `alpha > 2` the norm is not convex, and its slope is infinite where an entry enters the
-    support: there a bracket is kept, and halved where a step leaves it or is not half of the last.
+    For `alpha > 1.5` the second derivative is infinite where an entry enters the support: there the
+    step is Newton's. For `alpha > 2` so is the slope, and the norm is not convex: the bracket that
+    is kept is halved where a step is not half of the last, or leaves it.
     """
     gaps, top = _threshold.below_top(rows, scores)
     beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
@@ -237,10 +238,11 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     def weight(u: Array, beta: Array) -> Array:
         return jnp.where(beta * u <= -1, 0, jnp.exp(_log1p_over(beta, u)))
 
-    def weight_and_slope(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array]:
+    def terms(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array, Array]:
         u = gap * scale
         w = weight(u, beta)
-        return w, jnp.where(w > 0, w / (1 + beta * u), 0)
+        inverse = jnp.where(w > 0, 1 / (beta * u + 1), 0)
+        return w, w * inverse, w * inverse * inverse
 
     def weight_of(score: Array, top: Array, scale: Array, beta: Array) -> Array:
         return weight(_threshold.gap_above(score, top, 0, scale), beta)
@@ -250,25 +252,29 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
 
     def step(gaps: Entries, state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         peak, low, high, last, _ = state
-        total, slope = rows.sums(weight_and_slope, [gaps], [scale(peak), beta])
+        total, slope, curve = rows.sums(terms, [gaps], [scale(peak), beta])
         log_total = peak + jnp.log(total)
-        excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total)
-        newton = peak + _log1p_over(beta, -excess / (jnp.exp(peak) * slope))
+        excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total - peak)
+        # The norm less 1, times its second derivative, over the square of the first.
+        bend = (1 - beta) * excess * (curve / (slope * slope) - 1 / total)
+        bend = jnp.where(beta <= 0.5, jnp.clip(bend, -1, 1), 0)
+        new = peak + _log1p_over(beta, -excess / (slope * (1 - bend / 2)))
         low = jnp.where(log_total < 0, peak, low)
         high = jnp.where(log_total >= 0, peak, high)
-        middle = low + (high - low) / 2
-        slow = (beta > 1) & (jnp.abs(newton - peak) > last / 2)
-        new = jnp.where((newton >= low) & (newton <= high) & ~slow, newton, middle)
-        # In the convex case only rounding leads below 1, and then there is nothing left to gain.
-        off = jnp.where(beta > 1, jnp.abs(log_total), log_total) > _threshold.tolerance(peak)
+        # To both ends of the bracket in turn, rounding could lead for ever.
+        inside = (new >= low) & ((new < high) | (new == peak))
+        slow = (beta > 1) & (jnp.abs(new - peak) > last / 2)
+        new = jnp.where(inside & ~slow, new, low + (high - low) / 2)
+        # A rounding of the peak is one of the total, too.
+        off = jnp.abs(log_total) > _threshold.tolerance(peak) * jnp.maximum(2, -peak)
         moved = off & (new != peak) & (total > 0)  # no weight, no way to a sum of 1
         new = jnp.where(jnp.isnan(log_total), log_total, jnp.where(moved, new, peak))
         return (new, low, high, jnp.abs(new - peak), total), moved
 
-    # At least, all entries equal the maximum and share evenly; at most, it has all.
+    # At least, all entries share evenly, but for rounding; at most, the maximum has all.
     peak = jnp.zeros_like(rows.max(gaps) + beta)
-    low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype))
-    start = peak, low, peak, -low, jnp.zeros_like(peak)
+    low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype)) - 1
+    start = peak, low, peak, -2 * low, jnp.zeros_like(peak)
     peak, *_, total = _threshold.solve(rows, gaps, step, start)
     weights = rows.map(weight_of, [scores], [top, scale(peak), beta])
     return _threshold.normalized(rows, weights, total)
