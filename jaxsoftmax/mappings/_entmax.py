@@ -254,7 +254,8 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
         peak, low, high, last, _ = state
         total, slope, curve = rows.sums(terms, [gaps], [scale(peak), beta])
         log_total = peak + jnp.log(total)
-        excess = _expm1_over(beta, log_total) * jnp.exp((1 - beta) * log_total - peak)
+        excess = _expm1_over(beta, log_total)
+        excess *= total / (1 + beta * excess)
         # The norm less 1, times its second derivative, over the square of the first.
         bend = (1 - beta) * excess * (curve / (slope * slope) - 1 / total)
         bend = jnp.where(beta <= 0.5, jnp.clip(bend, -1, 1), 0)
