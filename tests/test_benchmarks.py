@@ -40,7 +40,7 @@ def test_every_function_has_its_row_in_order(taking):
 
 def test_slow_functions_take_part_in_fewer_rounds(taking):
     entries = {"fast": taking(2**-7), "slow": taking(2.0)}
-    comparison = Comparison("take", "", 1, entries, arguments, seconds=2**-3)
+    comparison = Comparison("take", "", 1, entries, arguments, seconds=2**-2)
     fast, slow = (len(r.quantities["samples"]) for r in comparison.measure(quick=False))
     assert (fast, slow) == (16, 3)
 
