@@ -27,8 +27,11 @@ def two_sum(x: Array, y: Array) -> tuple[Array, Array]:
     return total, (x - (total - virtual)) + (y - virtual)
 
 
-def exp(x: Array, rest: Array) -> Array:
-    """`exp(x + rest)` for `x <= 0`, where `rest` is small; 0 below the smallest normal number."""
+def exp(x: Array, rest: Array, lift: int = 0) -> Array:
+    """The exponential of `x + rest`, times `2 ** lift`; 0 if that is not a normal number.
+
+    `x` is at most 0, and `rest` small.
+    """
     high, low = _LOG_2[x.dtype.itemsize]
     exponent = lax.round(x * (1 / math.log(2)), lax.RoundingMethod.TO_NEAREST_EVEN)
     # exp(x + rest) = 2 ** exponent exp(r), and |r| < 0.35.
@@ -37,7 +40,8 @@ def exp(x: Array, rest: Array) -> Array:
     for n in range(_EXP_TERMS[x.dtype.itemsize], 1, -1):
         tail = tail * r + 1 / math.factorial(n)
     p = 1 + (r + tail * (r * r))
-    return jnp.where(x < math.log(jnp.finfo(x.dtype).tiny), 0, p * _power_of_2(exponent))
+    least = math.log(jnp.finfo(x.dtype).tiny) - lift * math.log(2)
+    return jnp.where(x < least, 0, p * _power_of_2(exponent + lift))
 
 
 def _power_of_2(exponent: Array) -> Array:

@@ -62,6 +62,7 @@ class Adding:
       prepare: makes sums of what `few` gives, or of single terms.
       depth: how many terms are few.
       shortest: the row that it pays to fold.
+      later: how sums are added, if not like terms.
     """
 
     add: Add = _add
@@ -69,12 +70,18 @@ class Adding:
     prepare: Callable[..., Sequence[Array]] = _as_they_are
     depth: int = 8
     shortest: int = 32
+    later: "Adding | None" = None
 
 
 PLAIN = Adding()
 # The first sum is followed by what rounding took from it. Of additions of a few terms nothing is
 # gathered: their errors are many, and cancel.
-EXACT = Adding(add_exactly, prepare=_in_two_parts, depth=4)
+EXACT = Adding(
+    add_exactly,
+    prepare=_in_two_parts,
+    depth=4,
+    later=Adding(add_exactly, add_exactly, depth=4, shortest=64),
+)
 
 
 @functools.partial(
@@ -302,8 +309,7 @@ class Rows:
         spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
         partial = _reduce(function(*folded, *spread), adding.few, (minor + 1,))
         partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
-        later = Adding(adding.add, adding.add, depth=adding.depth, shortest=64)
-        sums = self._sums_on_cpu(adding.prepare, later, partial, ())
+        sums = self._sums_on_cpu(adding.prepare, adding.later or adding, partial, ())
         if whole == length:
             return sums
         rest = [x[..., whole:] for x in entries]

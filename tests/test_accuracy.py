@@ -72,6 +72,17 @@ def test_accuracy_where_one_class_dominates(dtype, shift, gap, rng):
         assert ulp_error(jsm.softmax(x), [mpmath.exp(z) for z in exact]) <= 5
 
 
+@pytest.mark.parametrize(("length", "gap"), [(31, 87), (255, 80), (1000, 78)])
+def test_sums_of_what_is_nearly_too_small(length, gap):
+    """What rounding takes from such terms is below the smallest normal number."""
+    x = np.zeros(length, np.float32)
+    x[5] = gap
+    with mpmath.workdps(60):
+        exact = [-mpmath.log1p((length - 1) * mpmath.exp(-gap))]
+        assert ulp_error(jsm.log_softmax(x)[5:6], exact) <= 2
+        assert ulp_error(-jsm.cross_entropy(x, 5)[None], exact) <= 2
+
+
 @pytest.mark.parametrize("scale", [1, 30, 300])
 @pytest.mark.asks_for_x64
 def test_cross_entropy_within_2_ulp(scale, rng):

@@ -132,6 +132,17 @@ def test_hard_rows_sum_to_one(mapping, dtype):
     assert np.all(np.diff(np.take_along_axis(p, order, -1), axis=-1) >= 0)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_sums_where_many_are_at_the_edge_of_the_support(dtype, rng):
+    """Where the slope is infinite, a rounding of the threshold may be much of the sum."""
+    alpha = np.array([2.01, 2.5, 4.0, 20.0, 200.0], dtype)[:, None, None]
+    distance = np.repeat([1e-3, 1e-8, 1e-10, 1e-12], 10)[:, None]
+    x = -(1 + distance * rng.normal(size=(5, 40, 100))) / (alpha - 1)
+    x[..., 0] = 0
+    p = np.asarray(jsm.entmax(jnp.asarray(x, dtype), alpha), np.float64)
+    np.testing.assert_allclose(p.sum(-1), 1, rtol=0, atol=8 * float(jnp.finfo(dtype).eps))
+
+
 @solved
 def test_long_ties_and_spacings(mapping):
     rows = np.stack([np.full(100_000, 0.3), 1e-7 * np.arange(100_000)]).astype(np.float32)

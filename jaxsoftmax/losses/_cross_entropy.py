@@ -8,8 +8,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import exp, log
-from jaxsoftmax._reductions import EXACT, Entries, Rows, add_exactly, indicator
+from jaxsoftmax._elementary import exp
+from jaxsoftmax._reductions import EXACT, Entries, Rows, indicator
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -178,12 +178,13 @@ def _top_and_log_sum(rows: Rows, scores: Entries, hits: Entries, own: Array) -> 
         return _softmax.top_and_log_sum(rows, scores)
 
     def terms(score: Array, hit: Array, top: Array) -> tuple[Array]:
-        return (jnp.where(hit, 0, exp(*_softmax.exact_gap(score, top))),)
+        weight = exp(*_softmax.exact_gap(score, top), lift=_softmax.LIFT)
+        return (jnp.where(hit, 0, weight),)
 
     top = _threshold.top_of(rows, scores)
     others, lost = rows.sums(terms, [scores, hits], [top], EXACT)
     own_weight = exp(*_softmax.exact_gap(own, top))
-    return top, log(*add_exactly((own_weight, lost), (others, jnp.zeros_like(others))))
+    return top, _softmax.log_of_lifted(own_weight, others, lost)
 
 
 def _surprise_and_excess_fwd(

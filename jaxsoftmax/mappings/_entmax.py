@@ -234,6 +234,7 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     """
     gaps, top = _threshold.below_top(rows, scores)
     beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
+    eps = float(jnp.finfo(beta.dtype).eps)
 
     def weight(u: Array, beta: Array) -> Array:
         return jnp.where(beta * u <= -1, 0, jnp.exp(_log1p_over(beta, u)))
@@ -262,13 +263,15 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
         new = peak + _log1p_over(beta, -excess / (slope * (1 - bend / 2)))
         low = jnp.where(log_total < 0, peak, low)
         high = jnp.where(log_total >= 0, peak, high)
-        # To both ends of the bracket in turn, rounding could lead for ever.
-        inside = (new >= low) & ((new < high) | (new == peak))
+        # A shorter step would be lost in the rounding of the peak or of the scale.
+        least = eps * jnp.maximum(-peak, 1 / jnp.maximum(beta, 1))
+        shortest = peak + jnp.where(log_total < 0, least, -least)
+        new = jnp.where(jnp.abs(new - peak) < least, shortest, new)
         slow = (beta > 1) & (jnp.abs(new - peak) > last / 2)
-        new = jnp.where(inside & ~slow, new, low + (high - low) / 2)
-        # A rounding of the peak is one of the total, too.
+        new = jnp.where((new > low) & (new < high) & ~slow, new, low + (high - low) / 2)
         off = jnp.abs(log_total) > _threshold.tolerance(peak) * jnp.maximum(2, -peak)
-        moved = off & (new != peak) & (total > 0)  # no weight, no way to a sum of 1
+        between = (new > low) & (new < high) & (high - low > least / 2)
+        moved = off & between & (total > 0)  # no weight, no way to a sum of 1
         new = jnp.where(jnp.isnan(log_total), log_total, jnp.where(moved, new, peak))
         return (new, low, high, jnp.abs(new - peak), total), moved
 

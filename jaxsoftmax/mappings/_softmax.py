@@ -415,9 +415,19 @@ def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
     # Gaps are computed where they are used, thrice: to hold them in memory would take longer.
     def terms(score: Array, top: Array) -> tuple[Array, Array]:
         at_top = score == top
-        below = jnp.where(at_top, 0, exp(*two_sum(score, -top)))
+        below = jnp.where(at_top, 0, exp(*two_sum(score, -top), lift=LIFT))
         return below, indicator(at_top, below.dtype)
 
     top = _threshold.top_of(rows, scores)
     below, lost, tops = rows.sums(terms, [scores], [top], EXACT)
-    return top, log(*add_exactly((tops, lost), (below, jnp.zeros_like(below))))
+    return top, log_of_lifted(tops, below, lost)
+
+
+def log_of_lifted(first: Array, others: Array, lost: Array) -> Array:
+    """The logarithm of `first` and a sum that was lifted, with what rounding took from that."""
+    others, lost = (x * 2.0**-LIFT for x in (others, lost))
+    return log(*add_exactly((first, lost), (others, jnp.zeros_like(others))))
+
+
+# Of exponentials that are added exactly: what rounding takes from e^-80 is too small for float32.
+LIFT = 64
