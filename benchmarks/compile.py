@@ -145,8 +145,8 @@ NOTES = """
 - One call: on CPUs its time goes into starting kernels. XLA starts up to 8 in the thread that
   calls, more are handed to others; a solver starts some in each of its passes. Here the threads
   that one function has woken disturb the next: in turn with three others, `softmax` took 0.9 to 1.1
-  times as long as that of `jax.nn`, `hardmax` 1.0 to 1.4, `log_softmax` 1.2 to 1.7 and `sparsemax` 2
-  to 3 times.
+  times as long as that of `jax.nn`, `hardmax` 1.0 to 1.4, `log_softmax` 1.2 to 1.7 and `sparsemax`
+  2 to 3 times.
 - Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
   has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
   shape.
