@@ -191,6 +191,7 @@ def test_wrong_segments(case):
         jax.jit(lambda ids: case.fun(x, segment_ids=ids))(ids)
 
 
+@pytest.mark.leaks_in_jax
 @pytest.mark.parametrize("case", **named([c for c in CASES if not c.in_order]))
 def test_rows_over_the_devices_of_a_mesh(case, rng):
     mesh = jax.make_mesh((2, 2), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
