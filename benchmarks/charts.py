@@ -119,13 +119,15 @@ class Ratios:
         points = self._points(results)
         rows = list(dict.fromkeys(row for row, *_ in points))
         series = list(dict.fromkeys(name for _, name, _ in points))
+        ending = shared_ending(series)
         for i, name in enumerate(series):
             mine = [(rows.index(row), value) for row, of, value in points if of == name]
             at = np.array([row for row, _ in mine])
             low, middle, high = np.transpose([value for _, value in mine])
             color = _COLORS[i % len(_COLORS)]
             ax.hlines(at, low, high, color=color, lw=1.2, alpha=0.6)
-            ax.plot(middle, at, _MARKERS[i % len(_MARKERS)], color=color, ms=5, label=name)
+            marker, label = _MARKERS[i % len(_MARKERS)], name.removesuffix(ending)
+            ax.plot(middle, at, marker, color=color, ms=5, label=label)
         ax.axvline(1, color=_INK, lw=1)
         ax.set(xscale="log", xlabel=self.x_label, ylim=(len(rows) - 0.4, -0.6))
         ax.set_yticks(range(len(rows)), rows, color=_INK)
@@ -195,6 +197,12 @@ def save(path: Path, panels: Sequence[Panel], results: Sequence[Result]) -> None
         figure.savefig(image, facecolor="white")
     # Few colors make a file a third as large.
     Image.open(image).convert("RGB").quantize(_PALETTE).save(path, optimize=True)
+
+
+def shared_ending(names: Sequence[str]) -> str:
+    """What all names have behind their last comma; the title says it already."""
+    endings = {name[len(name.rpartition(", ")[0]) :] for name in names if ", " in name}
+    return endings.pop() if len(endings) == 1 and all(", " in name for name in names) else ""
 
 
 def _spread(value: Spread | float) -> Spread:

@@ -107,6 +107,18 @@ def test_times_have_their_unit(seconds, cell):
     assert f"| {cell} |" in tables.table([Result("run", "", 1, "f", quantities=quantities)])
 
 
+@pytest.mark.parametrize(
+    ("names", "ending"),
+    [
+        (["trace, forward", "trace, lower, forward"], ", forward"),
+        (["forward", "trace, forward"], ""),
+        (["call, forward", "call, value and vjp"], ""),
+    ],
+)
+def test_legends_leave_out_what_all_share(names, ending):
+    assert charts.shared_ending(names) == ending
+
+
 def test_charts_show_what_was_found(tmp_path):
     results = [
         Result("run", str(x), x, name, ours, quantities={"time": Spread(t, t, t), "ours_time": 0.5})
