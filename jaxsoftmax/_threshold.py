@@ -218,10 +218,12 @@ def normalized(rows: Rows, weights: Entries, total: Array | None = None) -> Entr
 
     Args:
       rows: the rows of `weights`.
-      weights: not negative.
+      weights: not negative, of a sum that is 0 or far from the smallest number.
       total: their sum, where it is known. NaN where a weight should be: maxima, as XLA for CPU
         takes them of large arrays, may lose a NaN.
     """
     if total is None:
         total = rows.sum(weights)
-    return rows.map(jnp.multiply, [weights], [1 / jnp.where(total == 0, 1, total)])
+    # To any other total this adds nothing; a select XLA for CPU could not fuse with all the rest.
+    tiny = jnp.finfo(total.dtype).tiny
+    return rows.map(jnp.multiply, [weights], [1 / (total + tiny)])

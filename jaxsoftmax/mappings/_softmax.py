@@ -240,9 +240,11 @@ def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
 
 
 def _shares_of_exp(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
+    """The exponentials over their sum, and the sum."""
     shift = pivot(rows, scores)
     weights = rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift])
-    return _shares(rows, weights, _total(rows, weights))
+    total = _total(rows, weights)
+    return _threshold.normalized(rows, weights, total), total
 
 
 def _with_infinities(rows: Rows, scores: Entries) -> Entries:
@@ -254,13 +256,6 @@ def _total(rows: Rows, weights: Entries) -> Array:
         return rows.sum_in_parts(weights)
     # XLA for CPU adds float64 one by one, with an error that grows with the row.
     return rows.exact_sum(weights)
-
-
-def _shares(rows: Rows, weights: Entries, total: Array) -> tuple[Entries, Array]:
-    """The weights over their sum, and the sum."""
-    # A row in which nothing takes part has no weight; to all others this adds nothing.
-    tiny = jnp.finfo(total.dtype).tiny
-    return rows.map(jnp.multiply, [weights], [1 / (total + tiny)]), total
 
 
 def _unless_infinite(
@@ -319,7 +314,8 @@ def _softmax_in_half_precision(rows: Rows, scores: Entries) -> Entries:
     def without(scores: Entries) -> tuple[Entries, Array]:
         top = jnp.maximum(rows.max(scores), jnp.finfo(scores[0].dtype).min)
         weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
-        p, total = _shares(rows, weights, rows.sum(weights))
+        total = rows.sum(weights)
+        p = _threshold.normalized(rows, weights, total)
         return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), total
 
     def with_infinities(scores: Entries) -> Entries:
