@@ -201,8 +201,9 @@ def save(path: Path, panels: Sequence[Panel], results: Sequence[Result]) -> None
 
 def shared_ending(names: Sequence[str]) -> str:
     """What all names have behind their last comma; the title says it already."""
-    endings = {name[len(name.rpartition(", ")[0]) :] for name in names if ", " in name}
-    return endings.pop() if len(endings) == 1 and all(", " in name for name in names) else ""
+    _, comma, last = next(iter(names), "").rpartition(", ")
+    ending = comma + last
+    return ending if comma and all(name.endswith(ending) for name in names) else ""
 
 
 def _spread(value: Spread | float) -> Spread:

@@ -159,9 +159,9 @@ TOPIC = Topic(
     "Before the first number, and at every call",
     """
 What a call of a compiled mapping costs when there is little to compute: until it returns, which is
-its dispatch, and until the result is there; how long it takes to trace
-and lower one, and to compile it, with JAX's caches cleared before; and how long a new Python takes
-to import the package. The first of each group, which `relative` refers to, is `jax.nn.softmax`.
+its dispatch, and until the result is there; how long it takes to trace and lower one, and to
+compile it, with JAX's caches cleared before; and how long a new Python takes to import the package.
+The first of each group, which `relative` refers to, is `jax.nn.softmax`.
 """,
     steps,
     (
