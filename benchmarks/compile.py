@@ -12,7 +12,7 @@ import jax
 import jaxsoftmax as jsm
 from benchmarks.charts import Ratios
 from benchmarks.command import Topic, main
-from benchmarks.measuring import Comparison, Entry, Missing
+from benchmarks.measuring import Apart, Comparison, Entry
 from benchmarks.transforms import forward, value_and_pullback
 
 Function = Callable[..., Any]
@@ -93,25 +93,34 @@ MEASURED: dict[str, Function] = {
 }
 
 
-def of_mappings(measured: str, name: str, what: Function, sizes: Sizes) -> Comparison:
+def of_mappings(measured: str, name: str, what: Function, sizes: Sizes) -> Comparison | Apart:
     """One cost of all mappings."""
-    entries: dict[str, Entry | Missing] = {
+    entries = {
         mapping: Entry(
             MEASURED[measured](what(MAPPINGS[mapping])), PEERS.get(mapping, ""), jit=False
         )
         for mapping in sizes.mappings
     }
-    size = f"{sizes.shape[0]} × {sizes.shape[1]}"
-    args = functools.partial(arguments, sizes.shape)
-    return Comparison(
-        f"{measured}, {name}",
+    operation, size = f"{measured}, {name}", f"{sizes.shape[0]} × {sizes.shape[1]}"
+    compare = functools.partial(
+        Comparison,
+        operation,
         size,
         sizes.shape[1],
-        entries,
-        args,
+        arguments=functools.partial(arguments, sizes.shape),
         seconds=0.5,
         waits=measured != DISPATCH,
     )
+    if measured not in (DISPATCH, CALL):
+        return compare(entries)
+    peers = {ours: peer for peer, ours in PEERS.items()}
+    groups = [
+        dict.fromkeys((SOFTMAX, peers.get(ours, SOFTMAX), ours))
+        for ours in sizes.mappings
+        if ours not in PEERS
+    ]
+    comparisons = [compare({name: entries[name] for name in group}) for group in groups]
+    return Apart(operation, size, comparisons)
 
 
 def of_imports(programs: Sequence[str]) -> Comparison:
@@ -127,7 +136,7 @@ def of_imports(programs: Sequence[str]) -> Comparison:
     return Comparison(IMPORT, "", 1, entries, rounds=7, beyond=True)
 
 
-def steps(quick: bool) -> list[Comparison]:
+def steps(quick: bool) -> list[Comparison | Apart]:
     """All comparisons."""
     sizes = TINY if quick else Sizes()
     whats = {FORWARD: forward, PULLBACK: value_and_pullback}
@@ -143,10 +152,7 @@ def steps(quick: bool) -> list[Comparison]:
 
 NOTES = """
 - One call: on CPUs its time goes into starting kernels. XLA starts up to 8 in the thread that
-  calls, more are handed to others; a solver starts some in each of its passes. Here the threads
-  that one function has woken disturb the next: in turn with three others, `softmax` took 0.9 to 1.1
-  times as long as that of `jax.nn`, `hardmax` 1.0 to 1.4, `log_softmax` 1.2 to 1.7 and `sparsemax`
-  2 to 3 times.
+  calls, more are handed to others; a solver starts some in each of its passes.
 - Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
   has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
   shape.
@@ -158,10 +164,11 @@ TOPIC = Topic(
     "compile",
     "Before the first number, and at every call",
     """
-What a call of a compiled mapping costs when there is little to compute: until it returns, which is
-its dispatch, and until the result is there; how long it takes to trace and lower one, and to
-compile it, with JAX's caches cleared before; and how long a new Python takes to import the package.
-The first of each group, which `relative` refers to, is `jax.nn.softmax`.
+What a call of a compiled mapping costs when there is little to compute, in turn with its peers
+alone: until it returns, which is its dispatch, and until the result is there; how long it takes to
+trace and lower one, and to compile it, with JAX's caches cleared before; and how long a new Python
+takes to import the package. The first of each group, which `relative` refers to, is
+`jax.nn.softmax`.
 """,
     steps,
     (

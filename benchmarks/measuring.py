@@ -170,6 +170,24 @@ class Comparison:
         )
 
 
+@dataclasses.dataclass(frozen=True)
+class Apart:
+    """Comparisons that begin with the same function, and are told as one.
+
+    For functions that take so little time that those in turn with them are felt: programs of many
+    kernels leave threads awake, which are in the way of the next.
+    """
+
+    operation: str
+    size: str
+    comparisons: Sequence[Comparison]
+
+    def measure(self, quick: bool) -> list[Result]:
+        """One result per function; of the first, the one beside the second."""
+        first, *others = (comparison.measure(quick) for comparison in self.comparisons)
+        return [*first, *(result for results in others for result in results[1:])]
+
+
 class _Call:
     """A function with its arguments, called as often as makes a sample long enough."""
 

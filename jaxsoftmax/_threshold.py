@@ -147,8 +147,8 @@ def solve_norm(rows: Rows, scores: Entries, q: int, scale: float = 1.0) -> Entri
         total, slope = rows.sums(terms, [gaps], [tau])
         norm, slope = norm_and_slope(total, slope)
         grown = tau + (norm - 1) / jnp.where(slope == 0, 1, slope)
-        moved = (norm > 1 + tolerance(tau)) & (grown > tau)
-        return (jnp.where(moved, grown, tau), total), moved
+        grown = jnp.where((norm > 1 + tolerance(tau)) & (grown > tau), grown, tau)
+        return (grown, total), grown > tau
 
     def weight(score: Array, top: Array, tau: Array) -> Array:
         return jnp.maximum(gap_above(score, top, tau, scale), 0) ** q

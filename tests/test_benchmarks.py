@@ -45,6 +45,17 @@ def test_slow_functions_take_part_in_fewer_rounds(taking):
     assert (fast, slow) == (16, 3)
 
 
+def test_functions_that_are_measured_apart_are_told_as_one(taking):
+    entries = {"first": taking(1.0), "one": taking(2.0), "two": taking(4.0)}
+    pairs = [
+        Comparison("take", "", 1, {"first": entries["first"], name: entries[name]}, arguments)
+        for name in ("one", "two")
+    ]
+    results = measuring.Apart("take", "", pairs).measure(quick=True)
+    assert [r.name for r in results] == ["first", "one", "two"]
+    assert [r.quantities["relative"].median for r in results] == [1, 2, 4]
+
+
 def test_the_limit_counts_as_often_as_its_work_fits(taking):
     entries = {"ours": taking(1.0), "limit": taking(0.125, times=2.0, is_limit=True)}
     ours, limit = Comparison("take", "", 1, entries, arguments).measure(quick=True)
