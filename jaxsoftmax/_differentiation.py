@@ -19,8 +19,8 @@ R = TypeVar("R")
 class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
     """A function with its own reverse rule that can be differentiated in every mode.
 
-    The interface is that of `jax.custom_vjp`. JAX refuses forward mode for such functions; here it
-    comes from the rule that you have already written:
+    The interface is that of `jax.custom_vjp`, without `optimize_remat`. JAX refuses forward mode
+    for such functions; here it comes from the rule that you have already written:
 
     1. The pullback `ct -> bwd(res, ct)` at a point is the transpose `J^T` of the Jacobian there.
     2. It is linear in `ct`, so `jax.linear_transpose` can turn it round: its transpose is `J`.
@@ -46,9 +46,11 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
       fun: the function, of any pytrees.
       nondiff_argnums: positions of arguments that are not arrays (functions, strings, ...). As
         with `jax.custom_vjp`, they come first in the arguments of `bwd`.
+      nondiff_argnames: names of more of them.
 
     Raises:
       AttributeError: when it is called before it was given its rule by `defvjp`.
+      TypeError: when it is given an argument that can be passed by keyword only.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -70,14 +72,20 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
       The request for forward mode of `jax.custom_vjp` functions: jax-ml/jax#3996.
     """
 
-    def __init__(self, fun: Callable[P, R], nondiff_argnums: int | Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        fun: Callable[P, R],
+        nondiff_argnums: int | Sequence[int] = (),
+        nondiff_argnames: str | Sequence[str] = (),
+    ) -> None:
         functools.update_wrapper(self, fun)
-        if isinstance(nondiff_argnums, int):
-            nondiff_argnums = (nondiff_argnums,)
-        # Ascending, so that they can be put back one after the other.
-        self._nondiff_argnums = tuple(sorted(nondiff_argnums))
-        self._reverse = jax.custom_vjp(fun, nondiff_argnums=self._nondiff_argnums)
         self._signature = inspect.signature(fun)
+        numbers = [nondiff_argnums] if isinstance(nondiff_argnums, int) else nondiff_argnums
+        names = [nondiff_argnames] if isinstance(nondiff_argnames, str) else nondiff_argnames
+        named = map(list(self._signature.parameters).index, names)
+        # Ascending, so that they can be put back one after the other.
+        self._nondiff_argnums = tuple(sorted({*numbers, *named}))
+        self._reverse = jax.custom_vjp(fun, nondiff_argnums=self._nondiff_argnums)
         self._has_rule = False
         self._batch: Callable | None = None
 
@@ -104,10 +112,13 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         self._batch = batch
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        name = getattr(self, "__name__", "the function")
         if not self._has_rule:
-            name = getattr(self, "__name__", "the function")
             raise AttributeError(f"no rule defined for custom_vjp function {name}: call defvjp.")
         bound = self._signature.bind(*args, **kwargs)
+        if bound.kwargs:
+            given = ", ".join(bound.kwargs)
+            raise TypeError(f"{name} must be given arguments that have a position, got {given}.")
         bound.apply_defaults()
         static = {i: bound.args[i] for i in self._nondiff_argnums}
         dynamic = [arg for i, arg in enumerate(bound.args) if i not in static]

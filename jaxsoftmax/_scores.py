@@ -7,8 +7,9 @@ what was wanted.
 import dataclasses
 import functools
 import inspect
+import math
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -65,7 +66,7 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
         try:
             return jitted(*args, **kwargs)
         except TypeError:
-            _refuse_what_is_no_array({**dict(zip(positions, args, strict=False)), **kwargs})
+            refuse_what_is_no_array({**dict(zip(positions, args, strict=False)), **kwargs})
             raise
 
     vars(checked)["is_public"] = True
@@ -77,7 +78,7 @@ def is_public(fun: Callable[..., Any]) -> bool:
     return getattr(fun, "is_public", False)
 
 
-def _refuse_what_is_no_array(arguments: dict[str, Any]) -> None:
+def refuse_what_is_no_array(arguments: Mapping[str, Any]) -> None:
     """Strings and the like get no further than jit, which says so in its own words."""
     for name, value in arguments.items():
         if name not in _STATIC:
@@ -107,6 +108,15 @@ def _look_at_number(value: Any) -> Any:
     return Fixed(float(value)) if isinstance(value, numbers.Real) else value
 
 
+def _look_at_alpha(value: Any) -> Any:
+    if not isinstance(value, numbers.Real):
+        return value
+    value = float(value)
+    # Some have a form of their own, others are refused while tracing; the rest is traced, lest each
+    # be compiled for.
+    return value if 1 < value < math.inf and value not in (1.5, 2) else Fixed(value)
+
+
 def _look_at_axis(name: str, value: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     try:
@@ -119,21 +129,41 @@ def _look_at_axis(name: str, value: Any) -> Any:
     return value
 
 
+def _look_at_integer(name: str, value: Any) -> int:
+    if not is_int(value):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
+    return int(value)
+
+
 def _look_at_hard(value: Any) -> Any:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"hard must be True or False, got {type(value).__name__}.")
     return bool(value)
 
 
-_STATIC = (
-    *("axis", "axes", "num_segments", "num_iterations", "reverse", "k", "hard"),
-    *("loss", "reduction", "chunk_size", "vocab_axis_name"),
+def _look_at_static(name: str, value: Any) -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be known while tracing, got {type(value).__name__}."
+        ) from None
+    return value
+
+
+_AXES = ("axis", "axes")
+_INTEGERS = ("k", "num_iterations", "num_bins", "num_resamples")
+_OTHERS = (
+    *("num_segments", "reverse", "hard", "reduction", "chunk_size", "vocab_axis_name"),
+    *("binning", "norm", "debiased"),
 )
+_STATIC = (*_AXES, *_INTEGERS, *_OTHERS)
 _LOOKS = {
-    "axis": functools.partial(_look_at_axis, "axis"),
-    "axes": functools.partial(_look_at_axis, "axes"),
+    **{name: functools.partial(_look_at_static, name) for name in _OTHERS},
+    **{name: functools.partial(_look_at_axis, name) for name in _AXES},
+    **{name: functools.partial(_look_at_integer, name) for name in _INTEGERS},
     "temperature": _look_at_temperature,
-    "alpha": _look_at_number,
+    "alpha": _look_at_alpha,
     "budget": _look_at_number,
     "hard": _look_at_hard,
     "label_smoothing": _look_at_number,

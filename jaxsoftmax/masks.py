@@ -1,7 +1,6 @@
 """Choosing some of the scores: masks to be given to a mapping as `where`."""
 
 import numbers
-import operator
 
 import jax.numpy as jnp
 from jax import lax
@@ -53,7 +52,6 @@ def top_k_mask(x: Float[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[A
     scores = jnp.asarray(x)
     check_real("x", scores)
     axis = one_axis(axis, scores.ndim)
-    k = operator.index(k)
     if k < 0:
         raise ValueError(f"k must not be negative, got {k}.")
     if k == 0 or k >= scores.shape[axis]:

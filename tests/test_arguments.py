@@ -126,6 +126,26 @@ def test_logsumexp_at_temperature_zero():
         close(jsm.logsumexp(x, temperature=zero), [INF, -INF, -INF, 0, np.log(2)])
 
 
+SWEPT = {
+    "temperature": lambda x, number: jsm.softmax(x, temperature=number),
+    "alpha of entmax": jsm.entmax,
+    "alpha of normmax": jsm.normmax,
+    "alpha of a loss": lambda x, number: jsm.entmax_loss(x, np.zeros_like(x), number),
+    "alpha of an entropy": jsm.tsallis_entropy,
+}
+
+
+@pytest.mark.parametrize("function", SWEPT.values(), ids=SWEPT)
+def test_nothing_is_compiled_for_one_number_alone(function, caplog):
+    x, longer = np.ones((2, 23)), np.ones((3, 23))
+    function(x, 1.25)
+    with jax.log_compiles():
+        function(x, 1.75)
+        assert "Compiling" not in caplog.text
+        function(longer, 1.75)
+        assert "Compiling" in caplog.text
+
+
 @of_sets
 def test_axis_may_be_a_list_or_a_numpy_integer(case):
     x = np.arange(6.0).reshape(2, 3)

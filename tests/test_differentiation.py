@@ -324,8 +324,11 @@ def test_nondiff_argnums(as_decorator, argnums):
     close(jax.grad(jax.jit(fun, static_argnums=(1, 3)))(0.3, jnp.sin, 2.0, "name"), 4 * np.cos(0.3))
 
 
-def test_one_nondiff_argnum_as_a_number():
-    fun = jsm.custom_vjp(lambda f, x: f(x), nondiff_argnums=0)
+@pytest.mark.parametrize(
+    "static", [{"nondiff_argnums": 0}, {"nondiff_argnames": "f"}, {"nondiff_argnames": ["f"]}]
+)
+def test_one_static_argument_by_number_and_by_name(static):
+    fun = jsm.custom_vjp(lambda f, x: f(x), **static)
     fun.defvjp(lambda f, x: (fun(f, x), x), lambda f, x, ct: (7 * ct,))
     close(jax.jvp(functools.partial(fun, jnp.exp), (0.0,), (1.0,))[1], 7.0)
     close(jax.grad(functools.partial(fun, jnp.exp))(0.0), 7.0)
@@ -370,6 +373,19 @@ def test_keeps_name_and_documentation():
 
     wrapped = jsm.custom_vjp(fun)
     assert (wrapped.__name__, wrapped.__doc__, wrapped.__wrapped__) == ("fun", fun.__doc__, fun)
+
+
+def test_arguments_by_keyword_only_are_refused():
+    """What has no position has no place in `bwd`."""
+
+    @jsm.custom_vjp
+    def scaled(x, *, by=2.0):
+        return by * x
+
+    scaled.defvjp(lambda x: (scaled(x), None), lambda _, ct: (2 * ct,))
+    close(jax.grad(scaled)(1.0), 2)
+    with pytest.raises(TypeError, match="scaled must be given arguments that have a position, got"):
+        scaled(1.0, by=5.0)
 
 
 def test_call_without_a_rule_says_what_is_missing():

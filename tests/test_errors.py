@@ -80,6 +80,26 @@ SENTENCES = [
         "num_iterations must be at least 1, got 0.",
         lambda: jsm.sinkhorn(X, num_iterations=0),
     ),
+    (
+        TypeError,
+        "num_iterations must be an integer, got float.",
+        lambda: jsm.sinkhorn(X, num_iterations=2.0),
+    ),
+    (TypeError, "k must be an integer, got float.", lambda: jsm.top_k_mask(X, 1.5)),
+    (
+        TypeError,
+        "num_bins must be an integer, got str.",
+        lambda: cal.expected_calibration_error(X, Y, num_bins="ten"),
+    ),
+    (
+        TypeError,
+        "reduction must be known while tracing, got list.",
+        lambda: jsm.linear_cross_entropy(X, W, Y, reduction=["mean"]),
+    ),
+    (TypeError, "probs must be an array, got str.", lambda: cal.brier_score("probs", Y)),
+    (TypeError, "loss must be a function, got int.", lambda: cal.fit_temperature(X, Y, loss=3)),
+    (TypeError, "key must be an array, got str.", lambda: jsm.dot_product_attention(Q, "k", Q)),
+    (TypeError, "query must be an array, got list.", lambda: jsm.attention_fn([1.0], Q, Q)),
     # Options.
     (
         ValueError,

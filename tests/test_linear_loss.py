@@ -168,6 +168,21 @@ def test_what_the_loss_closes_over_has_gradients(reduction):
     all_close(derivatives(chunked), derivatives(whole))
 
 
+def test_losses_are_looked_at_anew_in_each_call():
+    """They may use other numbers, whatever kind of callable they are."""
+
+    class Mutable:
+        alpha = 1.3
+
+        def __call__(self, scores, labels):
+            return jsm.entmax_loss(scores, labels, self.alpha)
+
+    loss = Mutable()
+    for loss.alpha in (1.3, 1.7):
+        expected = whole(*OPERANDS, loss=functools.partial(jsm.entmax_loss, alpha=loss.alpha))
+        close(chunked(*OPERANDS, loss=loss), expected)
+
+
 def test_losses_of_any_kind_leak_nothing():
     """Those that hold traced values, or have no hash, are not kept with what is compiled."""
 

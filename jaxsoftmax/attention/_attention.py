@@ -10,10 +10,18 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from jaxsoftmax._configured import Configured, configured
 from jaxsoftmax._reductions import vary_like
-from jaxsoftmax._scores import check_size, check_soft_cap, known_number, mesh_names, wide
+from jaxsoftmax._scores import (
+    check_size,
+    check_soft_cap,
+    known_number,
+    mesh_names,
+    refuse_what_is_no_array,
+    wide,
+)
 from jaxsoftmax._sharding import parts_in_all, parts_of
-from jaxsoftmax.attention import _arguments, _pure, _shared
+from jaxsoftmax.attention import _arguments, _shared
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._bands import (
     BACKWARD_SCORES,
@@ -28,7 +36,6 @@ from jaxsoftmax.attention._block import Block, Rules, attend
 from jaxsoftmax.attention._blocks import attend_in_blocks
 from jaxsoftmax.attention._groups import in_groups
 from jaxsoftmax.attention._operands import ROW_AXIS
-from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.mappings import logsumexp, softmax
@@ -207,11 +214,16 @@ def dot_product_attention(
         "scale": None if static.scale is not None else scale,
         "soft_cap": None if static.soft_cap is not None else logits_soft_cap,
     }
-    ours = _pure.configured(normalizer)
+    ours = configured(normalizer)
     if ours is not None and score_mod is None and mask_mod is None:
-        return _compiled(static, ours, arrays)
-    # Compiled for this call alone: what the functions close over may be other arrays at the next.
-    return jax.jit(functools.partial(_attention, static, ours or normalizer))(arrays)
+        compiled = functools.partial(_compiled, static, ours)
+    else:  # for this call alone: what the functions close over may be other arrays at the next
+        compiled = jax.jit(functools.partial(_attention, static, ours or normalizer))
+    try:
+        return compiled(arrays)
+    except TypeError:
+        refuse_what_is_no_array(arrays)
+        raise
 
 
 @dataclasses.dataclass(frozen=True)

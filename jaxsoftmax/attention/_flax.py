@@ -74,6 +74,9 @@ def attention_fn(
         )
     if module is not None:
         raise ValueError("module must be None, since there are no weights to sow, got a module.")
+    for name, x in {"query": query, "key": key, "value": value}.items():
+        if not hasattr(x, "dtype"):
+            raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
     batch = query.shape[:-3]

@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoftmax._configured import Configured
 from jaxsoftmax._scores import with_ndim
 from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._bands import GROUP_SCORES, group_sizes
 from jaxsoftmax.attention._block import Rules
-from jaxsoftmax.attention._pure import Configured
 
 # Of rules, operands, sizes and, if it is to differ from the usual, how many scores a block should
 # have. The outputs begin with the axes batch and head.

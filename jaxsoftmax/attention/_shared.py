@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoftmax import _sharding
+from jaxsoftmax._configured import Configured
 from jaxsoftmax._scores import known_number
 from jaxsoftmax._sharding import Names, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
-from jaxsoftmax.attention._pure import Configured
 from jaxsoftmax.mappings import softmax
 
 

@@ -1,6 +1,5 @@
 """Predictions in bins, and what becomes of them there: the reliability curve."""
 
-import functools
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 
@@ -8,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
 
-from jaxsoftmax._scores import check_key
+from jaxsoftmax._scores import check_key, public
 from jaxsoftmax.calibration._predictions import confidences
 
 Binning = Literal["width", "mass"]
@@ -32,7 +31,7 @@ class ReliabilityCurve(NamedTuple):
     upper: Float[Array, " bins"]
 
 
-@functools.partial(jax.jit, static_argnames=("num_bins", "binning", "num_resamples"))
+@public
 def reliability_curve(
     probs: Float[ArrayLike, "n classes"],
     labels: Int[ArrayLike, " n"],

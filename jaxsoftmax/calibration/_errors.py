@@ -1,18 +1,17 @@
 """Calibration errors over bins."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._bins import Binned, Binning, into_bins
 from jaxsoftmax.calibration._predictions import confidences, of_each_class
 
 
-@functools.partial(jax.jit, static_argnames=("num_bins", "binning", "norm", "debiased"))
+@public
 def expected_calibration_error(
     probs: Float[ArrayLike, "n classes"],
     labels: Int[ArrayLike, " n"],
@@ -117,7 +116,7 @@ def maximum_calibration_error(
     )
 
 
-@functools.partial(jax.jit, static_argnames=("num_bins", "binning", "norm", "debiased"))
+@public
 def classwise_calibration_error(
     probs: Float[ArrayLike, "n classes"],
     labels: Int[ArrayLike, " n"],

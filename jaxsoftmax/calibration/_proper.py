@@ -1,17 +1,16 @@
 """Proper scores: what is best on average is to say what one believes."""
 
-import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._bins import Binning, into_bins
 from jaxsoftmax.calibration._predictions import as_predictions, came_true, of_each_class
 
 
-@jax.jit
+@public
 def negative_log_likelihood(
     probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
 ) -> Float[Array, ""]:
@@ -46,7 +45,7 @@ def negative_log_likelihood(
     return jnp.mean(-jnp.log(jnp.where(true < 0, 0, true)))
 
 
-@jax.jit
+@public
 def brier_score(
     probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
 ) -> Float[Array, ""]:
@@ -97,7 +96,7 @@ class BrierDecomposition(NamedTuple):
     within_bins: Float[Array, ""]
 
 
-@functools.partial(jax.jit, static_argnames=("num_bins", "binning"))
+@public
 def brier_decomposition(
     probs: Float[ArrayLike, "n classes"],
     labels: Int[ArrayLike, " n"],

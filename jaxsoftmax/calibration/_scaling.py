@@ -1,6 +1,5 @@
 """Vector and matrix scaling: affine functions of the logits."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
+from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._scores import check_real
 from jaxsoftmax.calibration._examples import Examples, as_examples, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
@@ -21,7 +21,7 @@ _MEMORY = 10
 Params = tuple[Array, Array]
 
 
-@functools.partial(jax.jit, static_argnames="loss")
+@public_with_loss
 def fit_vector_scaling(
     logits: Float[ArrayLike, "*rows classes"],
     labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
@@ -102,7 +102,7 @@ def fit_vector_scaling(
     return scale / unit, bias
 
 
-@functools.partial(jax.jit, static_argnames="loss")
+@public_with_loss
 def fit_matrix_scaling(
     logits: Float[ArrayLike, "*rows classes"],
     labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],

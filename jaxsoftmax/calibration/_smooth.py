@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Int
 
+from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._predictions import confidences
 
 # The steps of the grid on [0, 1], far finer than the errors of any sample.
@@ -13,7 +14,7 @@ _STEPS = 2**12
 _HALVINGS = 26
 
 
-@jax.jit
+@public
 def smooth_calibration_error(
     probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
 ) -> Float[Array, ""]:

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Num
 
+from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax.calibration._examples import Examples, Loss, as_examples, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.losses import cross_entropy
@@ -16,7 +17,7 @@ from jaxsoftmax.losses import cross_entropy
 _MAX_RATIO = 1000.0
 
 
-@functools.partial(jax.jit, static_argnames="loss")
+@public_with_loss
 def fit_temperature(
     logits: Float[ArrayLike, "*rows classes"],
     labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],

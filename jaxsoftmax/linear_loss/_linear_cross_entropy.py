@@ -1,23 +1,20 @@
 """The loss of a linear layer: what is asked for, and what it may be asked of."""
 
-import contextlib
-import functools
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
-import jax
 import jax.numpy as jnp
-from jax import core, lax
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
+from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._scores import (
     check_integers,
     check_mask,
     check_size,
     check_soft_cap,
     mesh_names,
-    public,
 )
 from jaxsoftmax.linear_loss._layer import as_layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
@@ -26,6 +23,7 @@ from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.losses._targets import check_known
 
 
+@public_with_loss
 def linear_cross_entropy(
     hidden: Float[ArrayLike, "*rows D"],
     weight: Float[ArrayLike, "D V"],
@@ -56,7 +54,8 @@ def linear_cross_entropy(
       loss: any function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that gives
         one value per row, such as `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
         options by `functools.partial`. Numbers that it closes over, such as a learned `alpha`,
-        have gradients. It is compiled once for each function object: make it once.
+        have gradients. Outside of `jax.jit`, a call with a loss that is not of this package is
+        compiled anew each time, since it may use other numbers.
       reduction: "mean" and "sum" are over the rows that count; "none" gives each row its loss.
       where: the rows that count; a boolean mask that broadcasts to `labels`. The loss of others is
         0, and so is their gradient, whatever they hold.
@@ -66,13 +65,13 @@ def linear_cross_entropy(
       vocab_axis_name: inside `shard_map`, the mesh axis over which the classes are sharded, or a
         tuple of several. Then `weight` and `bias` are this device's, `labels` count across the
         devices, and the loss is called with `axis=(-1, vocab_axis_name)`. Nothing larger than a
-        number per row crosses devices, but the gradient of `hidden`. Outside of `shard_map` there
-        is nothing to name: rows and classes of arrays on a mesh stay where they are.
+        few numbers per row crosses devices, except the gradient of `hidden`. Outside of `shard_map`
+        there is nothing to name: rows and classes of arrays on a mesh stay where they are.
 
     Returns:
       A scalar, or for "none" losses of the shape of `labels`; 0 where no row counts. The dtype is
-      that of the operands, or float32 if they are of half precision: so are then the scores, and
-      all sums over rows. A label out of range gives NaN and no gradient, and an error under
+      that of the operands, or float32 if they are of half precision; the scores and all sums over
+      rows are then float32, too. A label out of range gives NaN and no gradient, and an error under
       `jax.experimental.checkify`.
 
     Raises:
@@ -98,53 +97,9 @@ def linear_cross_entropy(
       Hsu et al., 2024: Liger Kernel (arXiv:2410.10989); Wijmans et al., 2024: Cut your losses in
       large-vocabulary language models (arXiv:2411.09009).
     """
-    options = {
-        "bias": bias,
-        "reduction": reduction,
-        "where": where,
-        "logits_soft_cap": logits_soft_cap,
-        "chunk_size": chunk_size,
-        "vocab_axis_name": vocab_axis_name,
-    }
-    if _is_constant(loss):
-        return _compiled(hidden, weight, labels, loss=loss, **options)
-    return public(functools.partial(_linear_loss, loss=loss))(hidden, weight, labels, **options)
-
-
-def _is_constant(loss: Any) -> bool:
-    """Whether what is compiled may be kept for this loss: not if that holds what is traced."""
-    try:
-        hash(loss)
-    except TypeError:
-        return False
-    held: list[Any] = []
-    if isinstance(loss, functools.partial):
-        held += [loss.args, loss.keywords]
-        loss = loss.func
-    for cell in getattr(loss, "__closure__", None) or ():
-        with contextlib.suppress(ValueError):  # not filled yet
-            held.append(cell.cell_contents)
-    return not any(isinstance(x, core.Tracer) for x in jax.tree.leaves(held))
-
-
-def _linear_loss(
-    hidden: ArrayLike,
-    weight: ArrayLike,
-    labels: ArrayLike,
-    *,
-    bias: ArrayLike | None,
-    loss: Callable[..., Array],
-    reduction: str,
-    where: ArrayLike | None,
-    logits_soft_cap: Any,
-    chunk_size: int | None,
-    vocab_axis_name: str | tuple[str, ...] | None,
-) -> Array:
     layer = as_layer(hidden, weight, bias)
     shape, num_classes = layer.hidden.shape[:-1], layer.weight.shape[1]
     labels = _as_labels(labels, shape)
-    if not callable(loss):
-        raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     known_cap = check_soft_cap(logits_soft_cap)
@@ -165,9 +120,6 @@ def _linear_loss(
     if reduction == "mean":
         return losses / jnp.maximum(jnp.sum(keep.astype(losses.dtype)), 1)
     return losses
-
-
-_compiled = public(_linear_loss)
 
 
 def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:

@@ -1,7 +1,5 @@
 """Sinkhorn's scaling of a matrix of scores."""
 
-import operator
-
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -12,7 +10,6 @@ from jaxsoftmax._reductions import Rows, vary_like
 from jaxsoftmax._scores import (
     Axis,
     Options,
-    Temperature,
     known_number,
     output_dtype,
     prepare,
@@ -79,8 +76,10 @@ def sinkhorn(
       Sinkhorn, 1964; Cuturi, 2013: Sinkhorn distances (arXiv:1306.0895).
       Mena, Belanger, Linderman & Snoek, 2018 (arXiv:1802.08665).
     """
-    num_iterations = _check_iterations(num_iterations)
-    _check_temperature(temperature)
+    if num_iterations < 1:
+        raise ValueError(f"num_iterations must be at least 1, got {num_iterations}.")
+    if known_number(temperature) == 0:
+        raise ValueError("temperature must be positive, got 0, which has no limit in sinkhorn.")
     both, rows, columns = _rows_and_columns(axes, jnp.ndim(x))
     options = Options(where, temperature)
     _, (scores,) = prepare(x, both, options, at_zero=lambda top: jnp.full_like(top, jnp.nan))
@@ -95,18 +94,6 @@ def sinkhorn(
     g = share_like(vary_like(g, scores, but=columns.names), scores)
     g, _ = lax.scan(jax.checkpoint(normalize), g, length=num_iterations)
     return _threshold.apply(SOFTMAX, rows, (scores + g,))[0].astype(output_dtype(x))
-
-
-def _check_iterations(num_iterations: int) -> int:
-    number = operator.index(num_iterations)
-    if number < 1:
-        raise ValueError(f"num_iterations must be at least 1, got {number}.")
-    return number
-
-
-def _check_temperature(temperature: Temperature) -> None:
-    if known_number(temperature) == 0:
-        raise ValueError("temperature must be positive, got 0, which has no limit in sinkhorn.")
 
 
 def _rows_and_columns(axes: tuple[_OneOrMore, _OneOrMore], ndim: int) -> tuple[Axis, Rows, Rows]:

@@ -3,13 +3,17 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxsoftmax._scores import is_public
+from jaxsoftmax._scores import is_public, public
+from jaxsoftmax.losses import cross_entropy
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 @functools.partial(
@@ -38,7 +42,7 @@ class Configured:
         return dataclasses.replace(self, function=function)
 
 
-def configured(function: Callable[..., Array]) -> Configured | None:
+def configured(function: Callable[..., Any]) -> Configured | None:
     """The function as a pytree, if it is one of ours or a partial of one; None otherwise.
 
     Of other functions nothing is known: what they close over may be another thing at each call.
@@ -57,3 +61,20 @@ def configured(function: Callable[..., Array]) -> Configured | None:
 
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
+
+
+def public_with_loss(fun: Callable[P, R]) -> Callable[P, R]:
+    """Does what `public` does for a function that takes a loss, by keyword."""
+    of_ours = public(fun)
+
+    @functools.wraps(fun)
+    def checked(*args: Any, loss: Any = cross_entropy, **kwargs: Any) -> Any:
+        if not callable(loss):
+            raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
+        ours = configured(loss)
+        if ours is not None:
+            return of_ours(*args, loss=ours, **kwargs)  # pyright: ignore[reportCallIssue]
+        # Compiled for this call alone: what the loss uses may be something else at the next.
+        return public(functools.partial(fun, loss=loss))(*args, **kwargs)
+
+    return cast(Callable[P, R], checked)
