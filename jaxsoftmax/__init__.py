@@ -3,7 +3,6 @@
 import importlib as _importlib
 import typing as _typing
 
-from jaxsoftmax import attention as attention
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
 from jaxsoftmax.attention import attention_fn as attention_fn
 from jaxsoftmax.attention import dot_product_attention as dot_product_attention
@@ -33,6 +32,8 @@ from jaxsoftmax.measures import tsallis_entropy as tsallis_entropy
 from jaxsoftmax.sampling import gumbel_softmax as gumbel_softmax
 from jaxsoftmax.sampling import sample as sample
 from jaxsoftmax.sampling import straight_through as straight_through
+
+__version__ = "0.1.0"
 
 if _typing.TYPE_CHECKING:
     from jaxsoftmax import calibration as calibration

@@ -372,7 +372,7 @@ def _lower_is_local_cpu(ctx: Any, on_cpu: bool) -> Any:
     if hasattr(context, "manual_axes"):
         is_local = context.manual_axes == frozenset(context.mesh.axis_names)
     else:
-        is_local = getattr(context, "num_devices", 1) == 1
+        is_local = getattr(context, "num_devices", None) == 1
     constant = mlir.lower_fun(lambda: jnp.asarray(on_cpu and is_local), multiple_results=False)
     return constant(ctx)
 

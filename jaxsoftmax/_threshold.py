@@ -92,8 +92,8 @@ def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
 
 def top_of(rows: Rows, scores: Entries) -> Array:
     """The maximum of each row, finite in a row in which nothing takes part."""
-    # JAX has no derivative of a maximum over devices. Only differences of scores matter, so it is
-    # not missed but by the targets of losses, where they are more or less than distributions.
+    # JAX has no derivative of a maximum over devices. Only differences of scores matter: it would
+    # change nothing but losses whose targets do not sum to 1.
     top = rows.max(lax.stop_gradient(scores) if rows.names else scores)
     return jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
 

@@ -4,7 +4,7 @@ import numbers
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Rows
@@ -20,7 +20,7 @@ from jaxsoftmax._scores import (
 
 
 @public
-def top_k_mask(x: Float[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[Array, "*shape"]:
+def top_k_mask(x: Real[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[Array, "*shape"]:
     r"""The `k` largest scores: exactly `k`, whatever the ties.
 
     .. math:: \#\{ j : x_j > x_i \} + \#\{ j < i : x_j = x_i \} < k
@@ -62,7 +62,7 @@ def top_k_mask(x: Float[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[A
 
 
 def top_p_mask(
-    x: Float[ArrayLike, "*shape"], p: ArrayLike, axis: Axis = -1
+    x: Real[ArrayLike, "*shape"], p: ArrayLike, axis: Axis = -1
 ) -> Bool[Array, "*shape"]:
     r"""The nucleus: the smallest set of most probable entries that has probability `p` or more.
 
@@ -126,7 +126,7 @@ def _top_p_mask(x: ArrayLike, p: ArrayLike, axis: Axis) -> Array:
 
 
 def min_p_mask(
-    x: Float[ArrayLike, "*shape"], p: ArrayLike, axis: Axis = -1
+    x: Real[ArrayLike, "*shape"], p: ArrayLike, axis: Axis = -1
 ) -> Bool[Array, "*shape"]:
     r"""The entries at least `p` times as probable as the most probable one.
 

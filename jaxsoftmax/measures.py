@@ -1,7 +1,7 @@
 """How spread out probabilities are: one number per row."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from jaxsoftmax._reductions import Rows, indicator
 from jaxsoftmax._scores import (
@@ -18,7 +18,7 @@ from jaxsoftmax.mappings._entmax import negentropy
 
 
 @public
-def shannon_entropy(p: Float[ArrayLike, "*shape"], axis: Axis = -1) -> Float[Array, "*rows"]:
+def shannon_entropy(p: Real[ArrayLike, "*shape"], axis: Axis = -1) -> Float[Array, "*rows"]:
     r"""The entropy that `softmax` trades against the scores, in nats.
 
     .. math:: H(p) = -\sum_i p_i \log p_i, \quad 0 \log 0 = 0
@@ -54,7 +54,7 @@ def shannon_entropy(p: Float[ArrayLike, "*shape"], axis: Axis = -1) -> Float[Arr
 
 @public
 def tsallis_entropy(
-    p: Float[ArrayLike, "*shape"], alpha: ArrayLike, axis: Axis = -1
+    p: Real[ArrayLike, "*shape"], alpha: ArrayLike, axis: Axis = -1
 ) -> Float[Array, "*rows"]:
     r"""The entropy that `entmax` trades against the scores: Shannon's at `alpha` 1, Gini's at 2.
 
@@ -108,7 +108,7 @@ def tsallis_entropy(
 
 
 @public
-def support_size(p: Float[ArrayLike, "*shape"], axis: Axis = -1) -> Int[Array, "*rows"]:
+def support_size(p: Real[ArrayLike, "*shape"], axis: Axis = -1) -> Int[Array, "*rows"]:
     r"""How many entries have any probability.
 
     .. math:: \#\{i : p_i > 0\}

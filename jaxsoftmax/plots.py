@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, ArrayLike, Float
+from jaxtyping import Array, ArrayLike, Real
 
 from jaxsoftmax.calibration import ReliabilityCurve
 from jaxsoftmax.measures import support_size
@@ -201,10 +201,10 @@ def _over_the_triangle(resolution: int) -> tuple[np.ndarray, np.ndarray, np.ndar
 
 def support_plot(
     mappings: Callable[..., Array] | Sequence[Callable[..., Array]] | Mapping[str, Callable],
-    scores: Float[ArrayLike, "rows classes"],
+    scores: Real[ArrayLike, "rows classes"],
     ax: Axes | None = None,
     *,
-    temperatures: Float[ArrayLike, " steps"] | None = None,
+    temperatures: Real[ArrayLike, " steps"] | None = None,
 ) -> Axes:
     """How many classes have a probability above 0, as the temperature grows.
 

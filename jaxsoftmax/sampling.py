@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -35,7 +35,7 @@ from jaxsoftmax.mappings import _softmax, hardmax
 @public
 def sample(
     key: PRNGKeyArray,
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
@@ -93,7 +93,7 @@ def sample(
 @public
 def gumbel_softmax(
     key: PRNGKeyArray,
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
@@ -161,8 +161,8 @@ def straight_through(
     soft one; the derivatives are those of `mapping` in both modes and to any order.
 
     Args:
-      mapping: what gives the derivatives; any function of this package with an `axis` and a
-        `where`, or your own.
+      mapping: what gives the derivatives: a mapping of this package, or your own. Its first
+        argument is the scores, and it has an `axis`.
       hard: what gives the value, of the same shape. It is called with what says which rows there
         are (`axis`, `where`, `sink`, `segment_ids`, `num_segments`), and not with the temperature.
 

@@ -154,3 +154,14 @@ def test_adversarial_rows(name, dtype, row):
     # The threshold is as exact as the differences of scores, some ulp of the largest.
     np.testing.assert_allclose(p, exact, atol=8 * float(jnp.finfo(dtype).eps), rtol=1e-3)
     np.testing.assert_allclose(p.sum(), 1, rtol=20 * float(jnp.finfo(dtype).eps))
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (1000, 509)], ids=str)
+@pytest.mark.parametrize("scale", [1, 10, 100])
+def test_accuracy_where_sums_are_plain(shape, scale, rng):
+    """Of rows that are too many, or whose length is cut badly, as the documentation says."""
+    x = (scale * rng.normal(size=shape)).astype(np.float32)
+    gaps = x.astype(np.float64) - x.max(-1, keepdims=True)
+    exact = np.exp(gaps) / np.exp(gaps).sum(-1, keepdims=True)
+    unit = np.maximum(np.spacing(exact.astype(np.float32)), np.finfo(np.float32).tiny)
+    assert np.max(np.abs(np.asarray(jax.jit(jsm.softmax)(x)) - exact) / unit) <= 6

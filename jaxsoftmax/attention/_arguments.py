@@ -14,7 +14,6 @@ from jaxsoftmax._scores import (
     broadcasts,
     check_integers,
     check_key,
-    check_mask,
     check_real,
     has_parameter,
     is_int,
@@ -111,11 +110,6 @@ def check_bias(bias: ArrayLike, sizes: Sizes) -> Array:
             f"shape {bias.shape}."
         )
     return with_ndim(bias, 4)
-
-
-def check_attention_mask(mask: ArrayLike, sizes: Sizes) -> Array:
-    """A mask for the scores."""
-    return check_mask(mask, sizes.scores, "mask")
 
 
 def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:

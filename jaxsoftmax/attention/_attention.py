@@ -8,11 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import Configured, configured
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import (
+    check_mask,
     check_size,
     check_soft_cap,
     known_number,
@@ -49,19 +50,19 @@ def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
     value: Float[ArrayLike, "*B S K V"],
-    bias: Float[ArrayLike, "*#B #N #T #S"] | None = None,
+    bias: Real[ArrayLike, "*#B #N #T #S"] | None = None,
     mask: Bool[ArrayLike, "*#B #N #T #S"] | None = None,
     *,
     normalizer: Normalizer = softmax,
     scale: ArrayLike | None = None,
     is_causal: bool = False,
-    query_seq_lengths: Int[ArrayLike, " B"] | None = None,
-    key_value_seq_lengths: Int[ArrayLike, " B"] | None = None,
+    query_seq_lengths: Integer[ArrayLike, " B"] | None = None,
+    key_value_seq_lengths: Integer[ArrayLike, " B"] | None = None,
     local_window_size: int | tuple[int, int] | None = None,
-    query_segment_ids: Int[ArrayLike, "*B T"] | None = None,
-    key_value_segment_ids: Int[ArrayLike, "*B S"] | None = None,
+    query_segment_ids: Integer[ArrayLike, "*B T"] | None = None,
+    key_value_segment_ids: Integer[ArrayLike, "*B S"] | None = None,
     logits_soft_cap: ArrayLike | None = None,
-    sink: Float[ArrayLike, "#N"] | None = None,
+    sink: Real[ArrayLike, "#N"] | None = None,
     score_mod: ScoreMod | None = None,
     mask_mod: MaskMod | None = None,
     dropout_rate: float = 0.0,
@@ -335,7 +336,7 @@ def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array],
     if "bias" in given:
         operands["bias"] = _arguments.check_bias(given["bias"], of_scores)
     if "mask" in given:
-        operands["mask"] = _arguments.check_attention_mask(given["mask"], of_scores)
+        operands["mask"] = check_mask(given["mask"], of_scores.scores, "mask")
     operands["query"] = jnp.transpose(query, (0, 2, 1, 3))
     operands["key"] = jnp.transpose(key, (0, 2, 3, 1))
     operands["value"] = jnp.transpose(value, (0, 2, 3, 1))

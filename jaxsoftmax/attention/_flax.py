@@ -4,7 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Shaped
+from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from jaxsoftmax.attention._attention import dot_product_attention
 
@@ -13,7 +13,7 @@ def attention_fn(
     query: Float[Array, "*B T N H"],
     key: Float[Array, "*B S K H"],
     value: Float[Array, "*B S K V"],
-    bias: Float[ArrayLike, "*#B #N #T #S"] | None = None,
+    bias: Real[ArrayLike, "*#B #N #T #S"] | None = None,
     mask: Shaped[ArrayLike, "*#B #N #T #S"] | None = None,
     broadcast_dropout: bool = True,
     dropout_rng: Array | None = None,

@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int, PRNGKeyArray
+from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Real
 
 from jaxsoftmax._scores import check_key, public
 from jaxsoftmax.calibration._predictions import confidences
@@ -33,8 +33,8 @@ class ReliabilityCurve(NamedTuple):
 
 @public
 def reliability_curve(
-    probs: Float[ArrayLike, "n classes"],
-    labels: Int[ArrayLike, " n"],
+    probs: Real[ArrayLike, "n classes"],
+    labels: Integer[ArrayLike, " n"],
     *,
     num_bins: int = 15,
     binning: Binning = "width",
@@ -59,12 +59,12 @@ def reliability_curve(
       num_resamples: how often the bootstrap draws.
 
     Returns:
-      A `ReliabilityCurve` of arrays to plot, all NaN but for the count if a row holds NaN or no
-      probabilities, or has a class out of range.
+      A `ReliabilityCurve` of arrays to plot, all NaN but for the count if a row holds NaN or a
+      number outside of [0, 1] (but for rounding), or has a class out of range.
 
     Raises:
       TypeError: if `probs` is not real, `labels` holds no integers or `key` is no key.
-      ValueError: if shapes do not fit, for another `binning`, or fewer than one bin or resample.
+      ValueError: if shapes do not fit, for an unknown `binning`, or fewer than one bin or resample.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer, Real
 
 from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._bins import Binned, Binning, into_bins
@@ -13,8 +13,8 @@ from jaxsoftmax.calibration._predictions import confidences, of_each_class
 
 @public
 def expected_calibration_error(
-    probs: Float[ArrayLike, "n classes"],
-    labels: Int[ArrayLike, " n"],
+    probs: Real[ArrayLike, "n classes"],
+    labels: Integer[ArrayLike, " n"],
     *,
     num_bins: int = 15,
     binning: Binning = "width",
@@ -45,13 +45,13 @@ def expected_calibration_error(
       debiased: whether to use the debiased estimator, which is for `norm` 2.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or no probabilities, or has a class out of
-      range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
+      rounding), or has a class out of range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit, or for another `binning` or `norm` or fewer than one bin, or
-        `debiased` with another `norm` than 2.
+      ValueError: if shapes do not fit, or for an unknown `binning` or `norm` or fewer than one bin,
+        or `debiased` with another `norm` than 2.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -72,8 +72,8 @@ def expected_calibration_error(
 
 
 def maximum_calibration_error(
-    probs: Float[ArrayLike, "n classes"],
-    labels: Int[ArrayLike, " n"],
+    probs: Real[ArrayLike, "n classes"],
+    labels: Integer[ArrayLike, " n"],
     *,
     num_bins: int = 15,
     binning: Binning = "width",
@@ -93,12 +93,12 @@ def maximum_calibration_error(
         predictions into each bin, which keeps a bin of few from deciding.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or no probabilities, or has a class out of
-      range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
+      rounding), or has a class out of range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit, or for another `binning` or fewer than one bin.
+      ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -118,8 +118,8 @@ def maximum_calibration_error(
 
 @public
 def classwise_calibration_error(
-    probs: Float[ArrayLike, "n classes"],
-    labels: Int[ArrayLike, " n"],
+    probs: Real[ArrayLike, "n classes"],
+    labels: Integer[ArrayLike, " n"],
     *,
     num_bins: int = 15,
     binning: Binning = "width",
@@ -144,13 +144,13 @@ def classwise_calibration_error(
         `expected_calibration_error`.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or no probabilities, or has a class out of
-      range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
+      rounding), or has a class out of range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit, or for another `binning` or `norm` or fewer than one bin, or
-        `debiased` with another `norm` than 2.
+      ValueError: if shapes do not fit, or for an unknown `binning` or `norm` or fewer than one bin,
+        or `debiased` with another `norm` than 2.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

@@ -19,8 +19,8 @@ _SLACK = 1e-2
 def as_predictions(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
     """The probabilities and labels, checked.
 
-    If a row holds no probabilities or has a class out of range, all are NaN, and so is what is
-    computed of them: numbers are not known while tracing, so there can be no error.
+    If a row holds a number outside of [0, 1] or has a class out of range, all are NaN, and so is
+    what is computed of them: numbers are not known while tracing, so there can be no error.
     """
     probs, labels = as_scores(probs, "probs"), jnp.asarray(labels)
     if probs.ndim != 2 or probs.shape[1] == 0:

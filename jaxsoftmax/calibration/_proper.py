@@ -3,7 +3,7 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer, Real
 
 from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._bins import Binning, into_bins
@@ -12,7 +12,7 @@ from jaxsoftmax.calibration._predictions import as_predictions, came_true, of_ea
 
 @public
 def negative_log_likelihood(
-    probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
+    probs: Real[ArrayLike, "n classes"], labels: Integer[ArrayLike, " n"]
 ) -> Float[Array, ""]:
     r"""The mean surprise at what came true, in nats.
 
@@ -24,7 +24,8 @@ def negative_log_likelihood(
 
     Returns:
       A scalar, not negative; infinite if a class came true that had probability 0. NaN if a row
-      holds NaN or no probabilities, or has a class out of range, or there are no rows.
+      holds NaN or a number outside of [0, 1] (but for rounding), or has a class out of range, or
+      there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
@@ -47,7 +48,7 @@ def negative_log_likelihood(
 
 @public
 def brier_score(
-    probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
+    probs: Real[ArrayLike, "n classes"], labels: Integer[ArrayLike, " n"]
 ) -> Float[Array, ""]:
     r"""The mean squared distance of the probabilities from what came true.
 
@@ -59,8 +60,8 @@ def brier_score(
 
     Returns:
       A scalar between 0 and 2 (twice what is usual for two classes, both of which are counted
-      here). NaN if a row holds NaN or no probabilities, or has a class out of range, or there are
-      no rows.
+      here). NaN if a row holds NaN or a number outside of [0, 1] (but for rounding), or has a
+      class out of range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
@@ -98,8 +99,8 @@ class BrierDecomposition(NamedTuple):
 
 @public
 def brier_decomposition(
-    probs: Float[ArrayLike, "n classes"],
-    labels: Int[ArrayLike, " n"],
+    probs: Real[ArrayLike, "n classes"],
+    labels: Integer[ArrayLike, " n"],
     *,
     num_bins: int = 15,
     binning: Binning = "width",
@@ -124,12 +125,12 @@ def brier_decomposition(
 
     Returns:
       A `BrierDecomposition`; `reliability - resolution + uncertainty + within_bins` is
-      `brier_score`. NaN if a row holds NaN or no probabilities, or has a class out of range, or
-      there are no rows.
+      `brier_score`. NaN if a row holds NaN or a number outside of [0, 1] (but for rounding),
+      or has a class out of range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit, or for another `binning` or fewer than one bin.
+      ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

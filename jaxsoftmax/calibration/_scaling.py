@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._scores import check_real
@@ -23,12 +23,12 @@ Params = tuple[Array, Array]
 
 @public_with_loss
 def fit_vector_scaling(
-    logits: Float[ArrayLike, "*rows classes"],
-    labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
+    logits: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
     penalty: ArrayLike = 0.0,
-    class_weights: Float[ArrayLike, " classes"] | None = None,
+    class_weights: Real[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> tuple[Float[Array, " classes"], Float[Array, " classes"]]:
     r"""A scale and a bias per class that make held-out labels most likely.
@@ -50,8 +50,8 @@ def fit_vector_scaling(
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
       penalty: the strength `lambda`; a negative one gives NaN.
-      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
-        1. For distributions as labels their mean.
+      class_weights: how much a row of each class counts; default 1, negative ones give NaN. A row
+        whose label is a distribution counts their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
@@ -104,13 +104,13 @@ def fit_vector_scaling(
 
 @public_with_loss
 def fit_matrix_scaling(
-    logits: Float[ArrayLike, "*rows classes"],
-    labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
+    logits: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
     off_diagonal_penalty: ArrayLike = 1.0,
     intercept_penalty: ArrayLike = 1.0,
-    class_weights: Float[ArrayLike, " classes"] | None = None,
+    class_weights: Real[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> tuple[Float[Array, "classes classes"], Float[Array, " classes"]]:
     r"""A matrix and a bias that make held-out labels most likely, kept close to vector scaling.
@@ -131,8 +131,8 @@ def fit_matrix_scaling(
       where: the rows that count, for instance to leave out padding; default all.
       off_diagonal_penalty: the strength `lambda`; a negative one gives NaN.
       intercept_penalty: the strength `mu`; a negative one gives NaN.
-      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
-        1. For distributions as labels their mean.
+      class_weights: how much a row of each class counts; default 1, negative ones give NaN. A row
+        whose label is a distribution counts their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:

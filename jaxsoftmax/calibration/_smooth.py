@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Int
+from jaxtyping import Array, ArrayLike, Float, Integer, Real
 
 from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._predictions import confidences
@@ -16,7 +16,7 @@ _HALVINGS = 26
 
 @public
 def smooth_calibration_error(
-    probs: Float[ArrayLike, "n classes"], labels: Int[ArrayLike, " n"]
+    probs: Real[ArrayLike, "n classes"], labels: Integer[ArrayLike, " n"]
 ) -> Float[Array, ""]:
     r"""The distance between confidence and accuracy, smoothed instead of binned.
 
@@ -32,8 +32,8 @@ def smooth_calibration_error(
       labels: integer classes.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or no probabilities, or has a class out of
-      range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
+      rounding), or has a class out of range, or there are no rows.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax.calibration._examples import Examples, Loss, as_examples, mean_loss, spread
@@ -19,11 +19,11 @@ _MAX_RATIO = 1000.0
 
 @public_with_loss
 def fit_temperature(
-    logits: Float[ArrayLike, "*rows classes"],
-    labels: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
+    logits: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
-    class_weights: Float[ArrayLike, " classes"] | None = None,
+    class_weights: Real[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> Float[Array, ""]:
     r"""The temperature that makes held-out labels most likely.
@@ -42,8 +42,8 @@ def fit_temperature(
       logits: scores of held-out examples, as they go into the mapping.
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
-      class_weights: how much a row of each class counts, not negative (NaN comes of that); default
-        1. For distributions as labels their mean.
+      class_weights: how much a row of each class counts; default 1, negative ones give NaN. A row
+        whose label is a distribution counts their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:

@@ -6,7 +6,7 @@ from typing import Literal
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._scores import (
@@ -25,11 +25,11 @@ from jaxsoftmax.losses._targets import check_known
 
 @public_with_loss
 def linear_cross_entropy(
-    hidden: Float[ArrayLike, "*rows D"],
-    weight: Float[ArrayLike, "D V"],
-    labels: Int[ArrayLike, "*rows"],
+    hidden: Real[ArrayLike, "*rows D"],
+    weight: Real[ArrayLike, "D V"],
+    labels: Integer[ArrayLike, "*rows"],
     *,
-    bias: Float[ArrayLike, " V"] | None = None,
+    bias: Real[ArrayLike, " V"] | None = None,
     loss: Callable[..., Array] = cross_entropy,
     reduction: Literal["mean", "sum", "none"] = "mean",
     where: Bool[ArrayLike, "*#rows"] | None = None,

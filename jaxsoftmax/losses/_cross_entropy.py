@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -24,8 +24,8 @@ from jaxsoftmax.mappings import _softmax
 
 @public
 def cross_entropy(
-    scores: Float[ArrayLike, "*shape"],
-    targets: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
+    scores: Real[ArrayLike, "*shape"],
+    targets: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,

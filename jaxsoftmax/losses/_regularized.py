@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Num
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -20,8 +20,8 @@ from jaxsoftmax.mappings import _entmax, _softmax
 
 @public
 def sparsemax_loss(
-    scores: Float[ArrayLike, "*shape"],
-    targets: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
+    scores: Real[ArrayLike, "*shape"],
+    targets: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
@@ -65,8 +65,8 @@ def sparsemax_loss(
 
 @public
 def entmax_loss(
-    scores: Float[ArrayLike, "*shape"],
-    targets: Num[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
+    scores: Real[ArrayLike, "*shape"],
+    targets: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
     alpha: ArrayLike = 1.5,
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,

@@ -2,7 +2,7 @@
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
@@ -22,7 +22,7 @@ from jaxsoftmax._threshold import Form
 
 @public
 def budget_sparsemax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     budget: ArrayLike,
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,

@@ -3,7 +3,7 @@
 import math
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -25,14 +25,14 @@ from jaxsoftmax.mappings._softmax import SOFTMAX
 
 @public
 def entmax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     alpha: ArrayLike = 1.5,
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
-    segment_ids: Int[ArrayLike, " length"] | None = None,
+    segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
     r"""Softmax at `alpha` 1, sparsemax at 2, and everything between and beyond.
@@ -89,13 +89,13 @@ def entmax(
 
 @public
 def entmax15(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
-    segment_ids: Int[ArrayLike, " length"] | None = None,
+    segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
     r"""Half-way between softmax and sparsemax: sparse, with smooth edges.
@@ -142,13 +142,13 @@ def entmax15(
 
 @public
 def sparsemax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
-    segment_ids: Int[ArrayLike, " length"] | None = None,
+    segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The point of the simplex nearest to the scores: few, exact non-zero probabilities.

@@ -1,7 +1,7 @@
-"""The limit of mappings onto the simplex at temperature 0."""
+"""What mappings are at temperature 0, most of them as a limit."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Entries, Rows, indicator
@@ -11,7 +11,7 @@ from jaxsoftmax._threshold import Form
 
 @public
 def hardmax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
 ) -> Float[Array, "*shape"]:

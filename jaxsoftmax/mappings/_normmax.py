@@ -4,7 +4,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -23,7 +23,7 @@ from jaxsoftmax.mappings._entmax import ENTMAX
 
 @public
 def normmax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     alpha: ArrayLike = 2.0,
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,

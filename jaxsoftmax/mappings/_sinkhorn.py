@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Rows, vary_like
@@ -24,14 +24,14 @@ _OneOrMore = int | str | tuple[int | str, ...]
 
 @public
 def sinkhorn(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axes: tuple[_OneOrMore, _OneOrMore] = (-2, -1),
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     num_iterations: int = 20,
 ) -> Float[Array, "*shape"]:
-    r"""Softmax over rows and columns at once: a matrix whose rows and columns have the same sums.
+    r"""Softmax over rows and columns at once: rows sum to 1, and columns share that evenly.
 
     .. math:: p_{ij} = e^{x_{ij} / t + f_i + g_j}, \quad \sum_j p_{ij} = 1,
               \quad \sum_i p_{ij} = \text{rows} / \text{columns}

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float, Int
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -36,13 +36,13 @@ from jaxsoftmax._threshold import Form
 
 @public
 def softmax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
-    segment_ids: Int[ArrayLike, " length"] | None = None,
+    segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The exponentials of the scores, normalized: positive, dense probabilities.
@@ -100,13 +100,13 @@ def softmax(
 
 @public
 def log_softmax(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
-    segment_ids: Int[ArrayLike, " length"] | None = None,
+    segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The logarithm of `softmax`, exact also where one score dominates.
@@ -153,13 +153,13 @@ def log_softmax(
 
 @public
 def logsumexp(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     sink: ArrayLike | None = None,
-    segment_ids: Int[ArrayLike, " length"] | None = None,
+    segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*rows"]:
     r"""The logarithm of the sum of exponentials, the smooth maximum behind `softmax`.

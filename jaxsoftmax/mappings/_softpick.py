@@ -3,7 +3,7 @@
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._reductions import Entries, Rows
@@ -13,7 +13,7 @@ from jaxsoftmax.mappings import _softmax
 
 @public
 def softpick(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
@@ -35,7 +35,8 @@ def softpick(
       where: what takes part; a boolean mask that broadcasts to `x`. What it excludes is not in the
         denominator either, and so it is with scores of -inf.
       temperature: divides the scores; a number or one value per row, not negative. 0 makes it
-        `hardmax`, also where no score is positive.
+        `hardmax`, also where no score is positive, which is not the limit: small ones give nothing
+        there.
 
     Returns:
       Non-negative numbers of the shape and dtype of `x`, at most 1 in sum.

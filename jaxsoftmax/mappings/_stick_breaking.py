@@ -5,7 +5,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Float
+from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
@@ -28,7 +28,7 @@ from jaxsoftmax.mappings._hardmax import HARDMAX
 
 @public
 def stick_breaking(
-    x: Float[ArrayLike, "*shape"],
+    x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
@@ -51,7 +51,7 @@ def stick_breaking(
       where: what takes part; a boolean mask that broadcasts to `x`. The rest breaks nothing, and so
         it is with scores of -inf. A score of +inf takes all that is left.
       temperature: divides the scores; a number or one value per row, not negative. 0 makes it
-        `hardmax`.
+        `hardmax`, which is not the limit: small ones give all to the first positive score.
       reverse: whether the last breaks first, which in causal attention is the nearest key.
 
     Returns:
