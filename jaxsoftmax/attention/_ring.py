@@ -324,6 +324,7 @@ def _hoisted(
     ]
     of_going, of_staying = _split(going), _split(staying)
     smooth, rest = [*of_staying[0].values()], [*of_staying[1].values()]
+    names = [list(arrays) for arrays in (*of_going, *of_staying)]
     opened, can_skip = [], True
     for pure, own_smooth, own_rest in parts:
         # Where what is common to all devices has a gradient, it is summed at every step by all.
@@ -332,7 +333,7 @@ def _hoisted(
             slice(len(x), len(x) + len(y)) for x, y in ((smooth, own_smooth), (rest, own_rest))
         ]
         smooth, rest = smooth + own_smooth, rest + own_rest
-        opened.append(functools.partial(_opened, pure, places, [*of_going, *of_staying]))
+        opened.append(functools.partial(_opened, pure, places, names))
     moving = Moving([*of_going[0].values()], [*of_going[1].values()])
     return opened, moving, Staying(smooth, rest, None), can_skip
 
@@ -346,7 +347,7 @@ def _split(arrays: dict[str, Array]) -> tuple[dict[str, Array], dict[str, Array]
 def _opened(
     pure: Callable[..., Any],
     places: list[slice],
-    names: list[dict[str, Any]],
+    names: list[list[str]],
     first_key: Array,
     moving: Moving,
     fixed: Staying,
