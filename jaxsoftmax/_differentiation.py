@@ -12,6 +12,8 @@ from jax import core
 from jax.extend.core import ClosedJaxpr, Jaxpr, Literal, Primitive, jaxpr_as_fun
 from jax.interpreters import ad, batching, mlir
 
+from jaxsoftmax import _checks
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -207,6 +209,19 @@ def _bind(fun: Callable, args: Sequence[Any], batch: Callable | None = None) -> 
 
 def _evaluate(*args: Any, jaxpr: ClosedJaxpr, batch: Callable | None) -> list[Any]:
     return jaxpr_as_fun(jaxpr)(*args)
+
+
+def _under_checkify(
+    interpret: Callable,
+    error: Any,
+    enabled: Any,
+    *args: Any,
+    jaxpr: ClosedJaxpr,
+    batch: Callable | None,
+) -> Any:
+    if jaxpr.effects:  # of which checks are some
+        return interpret(jaxpr, enabled, error, *args)
+    return error, _call.bind(*args, jaxpr=jaxpr, batch=batch)
 
 
 def _batch(
@@ -430,7 +445,8 @@ batching.fancy_primitive_batchers[_linear] = _linear_batch
 ad.primitive_jvps[_linear] = _linear_jvp
 ad.primitive_transposes[_linear] = _linear_transpose
 _call.def_impl(_evaluate)
-_call.def_abstract_eval(lambda *_, jaxpr, batch: jaxpr.out_avals)
+_call.def_effectful_abstract_eval(lambda *_, jaxpr, batch: (jaxpr.out_avals, jaxpr.effects))
 mlir.register_lowering(_call, mlir.lower_fun(_evaluate, multiple_results=True))
 batching.fancy_primitive_batchers[_call] = _batch
 ad.primitive_jvps[_call] = _jvp
+_checks.register(_call, _under_checkify)

@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax
@@ -49,7 +49,9 @@ Temperature = ArrayLike | Positive | Fixed
 
 def public(fun: Callable[P, R]) -> Callable[P, R]:
     """Jits a public function, after a look at what only the caller's Python values can tell."""
-    positions = {name: i for i, name in enumerate(inspect.signature(fun).parameters)}
+    parameters = inspect.signature(fun).parameters
+    positions = {name: i for i, name in enumerate(parameters)}
+    required = [name for name, p in parameters.items() if p.default is p.empty]
     jitted = jax.jit(fun, static_argnames=[name for name in _STATIC if name in positions])
     looks = {name: look for name, look in _LOOKS.items() if name in positions}
 
@@ -65,8 +67,9 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
             kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
         try:
             return jitted(*args, **kwargs)
-        except TypeError:
-            refuse_what_is_no_array({**dict(zip(positions, args, strict=False)), **kwargs})
+        except (TypeError, ValueError):
+            given = {**dict(zip(positions, args, strict=False)), **kwargs}
+            refuse_what_is_no_array(given, required)
             raise
 
     vars(checked)["is_public"] = True
@@ -78,14 +81,17 @@ def is_public(fun: Callable[..., Any]) -> bool:
     return getattr(fun, "is_public", False)
 
 
-def refuse_what_is_no_array(arguments: Mapping[str, Any]) -> None:
+def refuse_what_is_no_array(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> None:
     """Strings and the like get no further than jit, which says so in its own words."""
+
+    def is_array(x: Any) -> bool:
+        return hasattr(x, "dtype") or isinstance(x, numbers.Number)
+
     for name, value in arguments.items():
-        if name not in _STATIC:
-            for leaf in jax.tree.leaves(value):
-                if not hasattr(leaf, "dtype") and not isinstance(leaf, numbers.Number):
-                    found = type(value).__name__
-                    raise TypeError(f"{name} must be an array, got {found}.") from None
+        is_missing = value is None and name in required
+        if name not in _STATIC and (is_missing or not all(map(is_array, jax.tree.leaves(value)))):
+            found = type(value).__name__
+            raise TypeError(f"{name} must be an array, got {found}.") from None
 
 
 def _look_at_temperature(value: Any) -> Any:
@@ -414,9 +420,10 @@ def check_soft_cap(cap: Any) -> float | None:
 
 
 def soft_cap(scores: Array, cap: ArrayLike) -> Array:
-    """The scores, bounded smoothly."""
+    """The scores, bounded smoothly; as they are where the bound is infinite."""
     cap = jnp.asarray(cap).astype(scores.dtype)
-    return cap * jnp.tanh(scores / cap)
+    finite = jnp.where(cap == jnp.inf, 1, cap)
+    return jnp.where(cap == jnp.inf, scores, finite * jnp.tanh(scores / finite))
 
 
 def check_key(key: Any, name: str = "key") -> Array:

@@ -242,7 +242,7 @@ def support_plot(
     if steps.ndim != 1 or steps.size == 0 or not np.all(steps > 0):
         raise ValueError(f"temperatures must be positive numbers along one axis, got {steps}.")
     ax = _axes_or_new(ax)
-    for i, (name, mapping) in enumerate(_by_name(mappings).items()):
+    for i, (name, mapping) in enumerate(_named(mappings)):
         sizes = [support_size(mapping(x, temperature=t)) for t in steps.tolist()]
         low, high = np.quantile(sizes, [0.25, 0.75], axis=1)
         color = _COLORS[i % len(_COLORS)]
@@ -255,11 +255,11 @@ def support_plot(
     return ax
 
 
-def _by_name(mappings: Any) -> dict[str, Any]:
+def _named(mappings: Any) -> list[tuple[str, Any]]:
     if isinstance(mappings, Mapping):
-        return dict(mappings)
+        return list(mappings.items())
     several = [mappings] if callable(mappings) else list(mappings)
-    return {_name(mapping): mapping for mapping in several}
+    return [(_name(mapping), mapping) for mapping in several]
 
 
 def _name(mapping: Any) -> str:

@@ -83,6 +83,24 @@ def test_fit_has_no_slope_left(rng):
     assert abs(slope) < 1e-9
 
 
+def test_fit_of_logits_with_a_heavy_tail():
+    """Steps that lead far out, where the loss is flat, lead back."""
+    lead = np.logspace(-1, 2, 80)
+    logits, labels = np.stack([lead, 0 * lead], 1), np.zeros(80, int)
+    labels[0] = 1
+    best = search(functools.partial(negative_log_likelihood, logits, labels))
+    close(fit_temperature(logits, labels), best, rtol=1e-5)
+
+
+@pytest.mark.parametrize("unit", [1e30, 1e-30])
+def test_logits_may_be_of_any_size(unit, rng):
+    """Squares of such would be none in float32."""
+    logits, labels = examples(rng)
+    logits = logits.astype(np.float32)
+    expected = unit * float(fit_temperature(logits, labels))
+    close(float(fit_temperature(np.float32(unit) * logits, labels)), expected, rtol=1e-3)
+
+
 def test_fit_in_half_precision(rng):
     """As good as can be, for logits of so few digits."""
     logits, labels = examples(rng, t=1.7)
@@ -197,6 +215,25 @@ def test_fit_to_degenerate_examples(name, dtype):
 
 def test_fit_without_rows():
     assert fit_temperature(np.zeros((0, 3)), np.zeros(0, int)) == 1
+
+
+def test_excluded_rows_may_have_any_label(rng):
+    logits, labels = examples(rng, n=50)
+    kept, distributions = np.arange(50) < 40, np.eye(5)[labels]
+    spoiled = np.where(kept[:, None], distributions, np.nan)
+    for fit in (fit_temperature, fit_vector_scaling):
+        for weights in (None, np.ones(5)):
+            found = (fit(logits, y, kept, class_weights=weights) for y in (distributions, spoiled))
+            jax.tree.map(close, *found)
+
+
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize("label", [-1, 5])
+def test_no_class_has_no_weight_of_another(label, rng):
+    logits, labels = examples(rng, n=50)
+    labels[0] = label
+    weights = np.array([1.0, 1, 1, 1, 0])
+    assert np.isnan(fit_temperature(logits, labels, class_weights=weights))
 
 
 def test_fit_with_class_weights(rng):

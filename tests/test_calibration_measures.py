@@ -162,6 +162,24 @@ def test_debiased_error(predictions, binning, num_bins):
     close(error, np.sqrt(max(square, 0)))
 
 
+@pytest.mark.parametrize("debiased", [False, True])
+def test_gradient_where_the_error_is_0(debiased):
+    """As of sure predictions that all come true."""
+
+    def error(p):
+        return expected_calibration_error(p, np.arange(3), norm=2, debiased=debiased)
+
+    value, gradient = jax.value_and_grad(error)(jnp.eye(3))
+    np.testing.assert_array_equal(value, 0)
+    np.testing.assert_array_equal(gradient, np.zeros((3, 3)))
+
+
+def test_probabilities_above_1_by_rounding_are_1():
+    p = np.array([[1.005, 0.0]])
+    np.testing.assert_array_equal(negative_log_likelihood(p, np.array([0])), 0)
+    np.testing.assert_array_equal(expected_calibration_error(p, np.array([1])), 1)
+
+
 def test_debiased_square_is_right_on_average(rng):
     """Of calibrated predictions: 0 where the plain square is what chance makes it."""
     probs = np.tile([0.7, 0.3], (400, 20, 1))

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.experimental import checkify
 from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
@@ -493,3 +494,21 @@ def test_residuals_of_softmax_are_no_more_than_its_probabilities():
     x = np.linspace(-3, 3, 6 * 50).reshape(6, 50)
     _, pull_back = jax.vjp(jsm.softmax, x)
     assert sum(np.size(leaf) for leaf in jax.tree.leaves(pull_back)) <= x.size + 2 * len(x)
+
+
+def test_effects_are_kept(capfd):
+    """Printing in order, and checks, as within `jax.custom_vjp`."""
+
+    @jsm.custom_vjp
+    def sine(x):
+        jax.debug.print("at {}", x, ordered=True)
+        checkify.check(x > 0, "not above 0")
+        return jnp.sin(x)
+
+    sine.defvjp(lambda x: (sine(x), x), lambda x, ct: (ct * jnp.cos(x),))
+    for f in (sine, jax.grad(sine)):
+        checked = jax.jit(checkify.checkify(jax.jit(f)))
+        assert checked(1.0)[0].get() is None
+        assert "not above 0" in checked(-1.0)[0].get()
+    jax.effects_barrier()
+    assert capfd.readouterr().out.splitlines() == ["at 1.0", "at -1.0"] * 2

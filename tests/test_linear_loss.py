@@ -168,6 +168,11 @@ def test_what_the_loss_closes_over_has_gradients(reduction):
     all_close(derivatives(chunked), derivatives(whole))
 
 
+def test_layers_of_width_0():
+    loss = jsm.linear_cross_entropy(np.ones((6, 0)), np.ones((0, 7)), np.arange(6))
+    close(loss, np.log(7))
+
+
 def test_losses_are_looked_at_anew_in_each_call():
     """They may use other numbers, whatever kind of callable they are."""
 

@@ -427,6 +427,26 @@ def test_ties_at_the_top():
     close(gradient, [[1 / 3, -2 / 3, 1 / 3], [0.5, -0.5, 0]])
 
 
+@pytest.mark.parametrize("option", ["label_smoothing", "z_loss"])
+@pytest.mark.parametrize("scores", [[np.inf, 2.0, 0.5], [1e200, 0.0, 0.0]], ids=str)
+def test_options_of_0_that_are_arrays(option, scores):
+    """They add nothing, as the number 0 does, also to what is infinite."""
+    plain = jsm.cross_entropy(np.array(scores), 0)
+    np.testing.assert_array_equal(
+        jsm.cross_entropy(np.array(scores), 0, **{option: jnp.array(0.0)}), plain
+    )
+
+
+def test_excluded_targets_have_no_gradient():
+    """Whether alpha is a number or an array."""
+    scores, where = np.array([1.0, 2.0, 0.5]), np.array([True, True, False])
+    for alpha in (1.3, 1.5, jnp.array(1.5)):
+        gradient = jax.grad(
+            lambda y, a=alpha: jsm.entmax_loss(scores, y, a, where=where)  # type: ignore[misc]
+        )(jnp.array([0.5, 0.5, 0.0]))
+        np.testing.assert_array_equal(gradient[2], 0)
+
+
 # Labels out of range, checkified.
 
 
@@ -445,6 +465,12 @@ def test_checkify_finds_classes_out_of_range(case):
         checked = checkify.checkify(transform(case.fun))
         assert checked(scores, good)[0].get() is None
         assert "targets must be classes from 0 to 3" in checked(scores, bad)[0].get()
+
+
+@every_loss
+def test_checks_of_classes_are_no_effects(case):
+    """With effects, calls take longer and nothing can be exported to a file."""
+    assert not jax.make_jaxpr(case.fun)(SCORES, np.array([0, 3])).effects
 
 
 # The classes on several devices.

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import mpmath
 import numpy as np
 import pytest
 from jax.test_util import check_grads
@@ -59,6 +60,17 @@ def test_entropy_gradients():
     np.testing.assert_allclose(
         derivative(P[0], 1.0), np.sum(P[0, :3] * (logs - logs**2 / 2)), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("alpha", [3.0, 40.0, 100.0])
+def test_slope_in_a_large_alpha(alpha):
+    p = np.array([0.5, 0.3, 0.2])
+
+    def entropy(a):
+        return (1 - sum(mpmath.mpf(q) ** a for q in p)) / (a * (a - 1))
+
+    slope = jax.grad(jsm.tsallis_entropy, 1)(jnp.asarray(p), alpha)
+    np.testing.assert_allclose(slope, float(mpmath.diff(entropy, alpha)), rtol=1e-6)
 
 
 @pytest.mark.asks_for_nan

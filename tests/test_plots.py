@@ -150,6 +150,12 @@ def test_support_plot_counts_classes():
     assert ax.get_legend() is not None
 
 
+def test_support_plot_of_mappings_with_one_name():
+    several = [functools.partial(jsm.entmax, alpha=alpha) for alpha in (1.2, 2.0)]
+    labels = [line.get_label() for line in plots.support_plot(several, np.eye(3)).get_lines()]
+    assert labels == ["entmax", "entmax"]
+
+
 def test_support_plot_of_one_or_several():
     names = [line.get_label() for line in plots.support_plot(jsm.entmax15, SCORES).get_lines()]
     assert names == ["entmax15"]

@@ -216,13 +216,18 @@ def _nan_max(x: Array) -> Array:
     return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(x))
 
 
+def _root(x: Array) -> Array:
+    """The square root, 0 of what is negative; with derivative 0 there and at 0."""
+    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
+
+
 def _itself(x: Array) -> Array:
     return x
 
 
 _DISTANCES = {
     1: _Distance(_mean_gap, jnp.mean, _itself),
-    2: _Distance(_mean_square, jnp.mean, jnp.sqrt),
+    2: _Distance(_mean_square, jnp.mean, _root),
     jnp.inf: _Distance(_largest_gap, _nan_max, _itself),
 }
-_DEBIASED = _Distance(_debiased_square, jnp.mean, lambda x: jnp.sqrt(jnp.maximum(x, 0)))
+_DEBIASED = _Distance(_debiased_square, jnp.mean, _root)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -60,8 +61,10 @@ class Examples:
             part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, size), self)
             fresh = start + jnp.arange(size, dtype=jnp.int32) >= begin
             weights = jnp.where(fresh, part.weights, 0)
-            logits = jnp.where(weights[:, None] > 0, part.logits.astype(self.dtype), 0)
-            return Examples(logits, part.labels, weights)
+            counts = weights > 0
+            logits = jnp.where(counts[:, None], part.logits.astype(self.dtype), 0)
+            counts = counts.reshape(-1, *(1,) * (part.labels.ndim - 1))
+            return Examples(logits, jnp.where(counts, part.labels, 0), weights)
 
         def step(total: Any, number: Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, fun(block(number))), None
@@ -100,14 +103,15 @@ def as_examples(
     # A search has no derivatives worth the name.
     scores, labels = lax.stop_gradient((scores, labels))
     weights = jnp.ones(rows, dtype)
+    if class_weights is not None:
+        weights = _label_weights(labels, class_weights, classes, dtype)
     if where is not None:
         weights = jnp.where(check_mask(where, rows), weights, 0)
-    if class_weights is not None:
-        weights = weights * _label_weights(labels, class_weights, classes, dtype)
+    n = math.prod(rows)
     return Examples(
-        scores.reshape(-1, classes),
-        labels.reshape((-1,) if are_classes else (-1, classes)),
-        weights.reshape(-1),
+        scores.reshape(n, classes),
+        labels.reshape((n,) if are_classes else (n, classes)),
+        weights.reshape(n),
     )
 
 
@@ -123,7 +127,9 @@ def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype:
     # A fit to negative weights has no answer.
     class_weights = jnp.where(class_weights >= 0, class_weights, jnp.nan)
     if jnp.issubdtype(labels.dtype, jnp.integer):
-        return jnp.take(class_weights, labels, mode="fill", fill_value=1)
+        # One that is out of range counts: its loss is NaN, and so is to be all.
+        known = (labels >= 0) & (labels < classes)
+        return jnp.where(known, jnp.take(class_weights, labels, mode="clip"), 1)
     return labels.astype(dtype) @ class_weights
 
 
@@ -166,10 +172,14 @@ def spread(examples: Examples) -> Array:
 
     def moments(block: Examples) -> tuple[Array, Array]:
         counted = jnp.isfinite(block.logits) & (block.weights[:, None] > 0)
-        finite = jnp.where(counted, block.logits, 0)
+        finite = jnp.where(counted, block.logits / largest, 0)
         counts = indicator(counted, finite.dtype)
         mean = jnp.sum(finite, 1) / jnp.maximum(jnp.sum(counts, 1), 1)
         return jnp.sum(jnp.where(counted, finite - mean[:, None], 0) ** 2), jnp.sum(counts)
 
+    # Squares of what is measured by the largest do not overflow, nor are all of them too small.
+    finite = jnp.isfinite(examples.logits) & (examples.weights[:, None] > 0)
+    largest = jnp.max(jnp.where(finite, jnp.abs(examples.logits), 0), initial=0)
+    largest = jnp.where(largest == 0, 1, largest).astype(examples.dtype)
     squares, count = examples.sum(moments)
-    return jnp.sqrt(squares / jnp.maximum(count, 1))
+    return largest * jnp.sqrt(squares / jnp.maximum(count, 1))

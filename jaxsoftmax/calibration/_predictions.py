@@ -37,6 +37,8 @@ def as_predictions(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
         labels = labels.astype(jnp.int32)  # there may be more classes than these can count
     known = (labels >= 0) & (labels < probs.shape[1])
     valid = jnp.all(known) & jnp.all((probs >= -_SLACK) & (probs <= 1 + _SLACK))
+    # Not by a minimum, which has no derivative at 1 itself.
+    probs = jnp.where(probs > 1, 1, jnp.where(probs < 0, 0, probs))
     return jnp.where(valid, probs, jnp.nan), labels
 
 

@@ -84,7 +84,7 @@ def fit_vector_scaling(
     def scaled_loss(params: Params, block: Examples) -> Array:
         scale, bias = _bounded(params)
         finite = jnp.isfinite(block.logits)
-        scaled = jnp.where(finite, block.logits, 0) * (scale / unit)[None] + bias[None]
+        scaled = jnp.where(finite, block.logits, 0) / unit * scale[None] + bias[None]
         return loss(jnp.where(finite, scaled, block.logits), block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
@@ -170,7 +170,7 @@ def fit_matrix_scaling(
 
     def scaled_loss(params: Params, block: Examples) -> Array:
         weight, bias = _bounded(params)
-        return loss(block.logits @ (weight / unit) + bias[None], block.labels)
+        return loss((block.logits / unit) @ weight + bias[None], block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
 

@@ -1,6 +1,7 @@
 """Temperature scaling: one number that divides all logits."""
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -79,17 +80,23 @@ def best_temperature(examples: Examples, loss: Loss) -> Array:
     constant = scale == 0
     scale = jnp.where(constant, 1, scale)
     tempered_loss = functools.partial(_tempered_loss, loss, scale)
+
+    def mean_loss_within(examples: Examples) -> Callable[[Array], Array]:
+        mean = mean_loss(examples, tempered_loss)
+        # Beyond the range the loss is flat, and a search that ended up there would stay.
+        return lambda log_ratio: mean(log_ratio) + (log_ratio - _within(log_ratio)) ** 2
+
     start, curvature = jnp.zeros((), examples.dtype), jnp.ones((), examples.dtype)
     # A part of many rows gives away nearly all, and leaves few steps to be made on the whole.
     stride = len(examples.weights) // _FEW_ROWS
     if stride > 1:
-        few = mean_loss(examples.every(stride), tempered_loss)
+        few = mean_loss_within(examples.every(stride))
         best, _ = minimize(few, start, _ROUGH, memory=1)
         # Unless the part is separable, or misleads otherwise.
         inside = jnp.abs(best) < _INSIDE
         start = jnp.where(inside, best, start)
         curvature = jnp.where(inside, _curvature(few, start), curvature)
-    whole = mean_loss(examples, tempered_loss)
+    whole = mean_loss_within(examples)
     unit = 1 / jnp.sqrt(curvature)
     steps, value = minimize(
         lambda steps: whole(start + steps * unit),
@@ -98,18 +105,23 @@ def best_temperature(examples: Examples, loss: Loss) -> Array:
         memory=1,
     )
     best = jnp.where(constant, 1, scale * _ratio(start + steps * unit))
+    best = jnp.minimum(best, jnp.finfo(best.dtype).max)
     return jnp.where(jnp.isnan(value), jnp.nan, best)
 
 
 def _tempered_loss(loss: Loss, scale: Array, log_ratio: Array, block: Examples) -> Array:
     finite = jnp.isfinite(block.logits)
     # Infinite logits stay what they are, and out of the derivative.
-    tempered = jnp.where(finite, block.logits, 0) / (scale * _ratio(log_ratio))
+    tempered = jnp.where(finite, block.logits, 0) / scale / _ratio(log_ratio)
     return loss(jnp.where(finite, tempered, block.logits), block.labels)
 
 
 def _ratio(log_ratio: Array) -> Array:
-    return jnp.exp(jnp.clip(log_ratio, -jnp.log(_MAX_RATIO), jnp.log(_MAX_RATIO)))
+    return jnp.exp(_within(log_ratio))
+
+
+def _within(log_ratio: Array) -> Array:
+    return jnp.clip(log_ratio, -math.log(_MAX_RATIO), math.log(_MAX_RATIO))
 
 
 def _curvature(objective: Callable[[Any], Array], at: Array) -> Array:

@@ -31,7 +31,7 @@ class Chunks:
 
     def split(self, x: Array) -> Array:
         """Rows to chunks of rows, (count, size, ...); what is filled up is 0."""
-        rows = x.reshape(-1, *x.shape[len(self.shape) :])
+        rows = x.reshape(math.prod(self.shape), *x.shape[len(self.shape) :])
         missing = self.count * self.size - rows.shape[0]
         if missing:
             rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))

@@ -105,7 +105,9 @@ def linear_cross_entropy(
     known_cap = check_soft_cap(logits_soft_cap)
     names = mesh_names("vocab_axis_name", vocab_axis_name)
     keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
-    _check_range(labels, keep, num_classes * math.prod(lax.axis_size(name) for name in names))
+    length = num_classes * math.prod(lax.axis_size(name) for name in names)
+    known = check_known("labels", (labels >= 0) & (labels < length) | ~keep, length)
+    labels = jnp.where(keep, jnp.where(known, labels, -1), 0)
     how = How(
         loss=loss,
         soft_cap=logits_soft_cap if known_cap is None else known_cap,
@@ -116,7 +118,7 @@ def linear_cross_entropy(
     # Zeros instead of what does not count, be it NaN.
     hidden = jnp.where(keep[..., None], layer.hidden, 0)
     losses = on_explicit_mesh if sharding_of(layer) is not None else summed_or_each
-    losses = losses(how, layer._replace(hidden=hidden), jnp.where(keep, labels, 0), keep)
+    losses = losses(how, layer._replace(hidden=hidden), labels, keep)
     if reduction == "mean":
         return losses / jnp.maximum(jnp.sum(keep.astype(losses.dtype)), 1)
     return losses
@@ -131,7 +133,3 @@ def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:
             f"{labels.shape}."
         )
     return labels
-
-
-def _check_range(labels: Array, keep: Array, length: int) -> None:
-    check_known("labels", (labels >= 0) & (labels < length) | ~keep, length)

@@ -1,7 +1,6 @@
 """Rows and classes that an explicit mesh spreads over devices."""
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +10,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
+from jaxsoftmax._configured import Configured
 from jaxsoftmax._sharding import explicit_names, first_explicit, on_each_device, spec_of
 from jaxsoftmax.linear_loss._layer import Layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
@@ -43,18 +43,16 @@ def on_explicit_mesh(how: How, layer: Layer, labels: Array, keep: Array) -> Arra
 
 def _parameters(how: How) -> tuple[list[Array], Callable[[list[Array]], How]]:
     """The arrays that a partial of a loss holds, and the soft cap; and how to put them back."""
-    loss = functools.partial(how.loss)
-    leaves, tree = jax.tree.flatten((loss.args, loss.keywords, how.soft_cap))
+    loss = how.loss if isinstance(how.loss, Configured) else jax.tree_util.Partial(how.loss)
+    leaves, tree = jax.tree.flatten((loss, how.soft_cap))
     places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
 
     def how_of(params: list[Array]) -> How:
         merged = leaves.copy()
         for i, x in zip(places, params, strict=True):
             merged[i] = x
-        args, keywords, cap = jax.tree.unflatten(tree, merged)
-        return dataclasses.replace(
-            how, loss=functools.partial(loss.func, *args, **keywords), soft_cap=cap
-        )
+        loss, cap = jax.tree.unflatten(tree, merged)
+        return dataclasses.replace(how, loss=loss, soft_cap=cap)
 
     return [leaves[i] for i in places], how_of
 

@@ -93,10 +93,17 @@ def cross_entropy(
     loss = _surprise(rows, z, target)
     if smoothing != 0:
         share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
-        loss = (1 - share) * loss + share * _surprise(rows, z, _uniform(rows, z))
+        uniform = _surprise(rows, z, _uniform(rows, z))
+        loss = _times(1 - share, loss) + _times(share, uniform)
     if drift != 0:
-        loss += check_per_row("z_loss", z_loss, z[0], rows) * _squared_log_sum(rows, z)
+        strength = check_per_row("z_loss", z_loss, z[0], rows)
+        loss += _times(strength, _squared_log_sum(rows, z))
     return one_per_row(rows, loss, target, scores)
+
+
+def _times(share: Array, loss: Array) -> Array:
+    """The product, 0 where the share is, also of infinite losses."""
+    return share * jnp.where((share == 0) & (loss == jnp.inf), 0, loss)
 
 
 def _surprise(rows: Rows, scores: Entries, target: Classes | Entries) -> Array:

@@ -171,9 +171,12 @@ def _fenchel_young_bwd(regularizer: _Regularizer, residuals: Any, ct: Array) -> 
     # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
     _, pull_back = jax.vjp(change, target, *params)
     ct_target, *ct_params = pull_back(ct)
-    ct_target = rows.map(
-        lambda c, gap, ct: c - ct * jnp.where(gap == -jnp.inf, 0, gap), [ct_target, gaps], [ct]
-    )
+
+    def less_gap(ct_target: Array, gap: Array, ct: Array) -> Array:
+        absent = gap == -jnp.inf
+        return jnp.where(absent, 0, ct_target - ct * jnp.where(absent, 0, gap))
+
+    ct_target = rows.map(less_gap, [ct_target, gaps], [ct])
     ct_scores = rows.map(lambda p, y, ct: ct * (p - y), [p, target], [ct])
     return None, ct_scores, ct_target, *ct_params
 

@@ -6,9 +6,9 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental import checkify
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._checks import checked
 from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
 from jaxsoftmax._scores import check_real, output_dtype
 from jaxsoftmax._sharding import share_like
@@ -112,15 +112,13 @@ def _as_classes(targets: Array, length: int) -> Classes:
     number = targets.astype(jnp.int32)
     # What the conversion changes was out of range, and must not become a neighbour.
     known = (number.astype(targets.dtype) == targets) & (number >= 0) & (number < length)
-    check_known("targets", known, length)
+    known = check_known("targets", known, length)
     return Classes(jnp.where(known, number, 0), known)
 
 
-def check_known(name: str, known: Array, length: int) -> None:
-    """An error under `checkify` if a class is not known; without that, nothing."""
-    checkify.debug_check(
-        jnp.all(known), f"{name} must be classes from 0 to {length - 1}, got one out of range."
-    )
+def check_known(name: str, known: Array, length: int) -> Array:
+    """Which classes are known; under `checkify`, an error if one is not."""
+    return checked(known, f"{name} must be classes from 0 to {length - 1}, got one out of range.")
 
 
 def not_negative(loss: Array) -> Array:

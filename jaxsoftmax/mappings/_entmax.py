@@ -318,8 +318,13 @@ def _expm1_quotient_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Arra
 
 def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     beta, x = residuals
-    ct_x = ct * jnp.exp(beta * x)
-    return sum_to(-ct_x * x * x * _phi(beta * x), beta.shape), ct_x
+    y = beta * x
+    # With `e = exp(y)`, `e phi(y)` is `((1 - y) e - 1) / y ** 2`. Far below 0 the first is 0 times
+    # what is too large, and in the second nothing cancels.
+    far = jnp.where(y < -1, y, -1)
+    low = ((1 - far) * jnp.exp(far) - 1) / (far * far)
+    slope = jnp.where(y < -1, low, jnp.exp(y) * _phi(jnp.where(y < -1, -1, y)))
+    return sum_to(-ct * x * x * slope, beta.shape), ct * jnp.exp(y)
 
 
 _expm1_quotient.defvjp(_expm1_quotient_fwd, _expm1_quotient_bwd)
