@@ -58,7 +58,9 @@ def entmax(
       num_segments: how many segments there are; needed where `segment_ids` is traced.
 
     Returns:
-      Probabilities of the shape and dtype of `x`.
+      Probabilities of the shape and dtype of `x`. Beyond `alpha` 2 they rise steeply at the edge of
+      the support, and one that barely enters it may be off: by 3e-4 at 3 and 4e-3 at 4 in float32,
+      by 1e-11 and 5e-6 in float64.
 
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
