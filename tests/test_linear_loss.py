@@ -168,6 +168,15 @@ def test_what_the_loss_closes_over_has_gradients(reduction):
     all_close(derivatives(chunked), derivatives(whole))
 
 
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int64])
+def test_labels_of_any_integers(dtype):
+    labels = LABELS.astype(dtype)
+    close(chunked(*OPERANDS, labels=labels), whole(*OPERANDS))
+    labels[0] = 100
+    assert np.isnan(chunked(*OPERANDS, labels=labels))
+
+
 def test_layers_of_width_0():
     loss = jsm.linear_cross_entropy(np.ones((6, 0)), np.ones((0, 7)), np.arange(6))
     close(loss, np.log(7))
