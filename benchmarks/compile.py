@@ -152,7 +152,9 @@ def steps(quick: bool) -> list[Comparison | Apart]:
 
 NOTES = """
 - One call: on CPUs its time goes into starting kernels. XLA starts up to 8 in the thread that
-  calls, more are handed to others; a solver starts some in each of its passes.
+  calls, more are handed to others; a solver starts some in each of its passes. A kernel with much
+  to do is shared among threads, which takes 20 µs: so it is with `log_softmax` of this size, while
+  that of 8 × 64 takes 1.2 times as long as that of `jax.nn`.
 - Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
   has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
   shape.
