@@ -17,11 +17,11 @@ Mapping = Callable[[jax.Array], jax.Array]
 
 SCALES = (1, 10, 30, 100)
 LENGTHS = (10, 1000, 1013, 100_000)
-# XLA for CPU takes a softmax of as many rows in one pass.
-MANY, THEIR_LENGTH = 4096, 1024
-LEADS = (20, 45, 80)
 # So many numbers are compared.
 NUMBERS = 1_000_000
+# The last: XLA for CPU takes a softmax of as many rows in one pass.
+SHAPES = (*((NUMBERS // length, length) for length in LENGTHS), (4096, 1024))
+LEADS = (20, 45, 80)
 PAIRS: dict[str, tuple[Mapping, Mapping]] = {
     "softmax": (jsm.softmax, jax.nn.softmax),
     "log_softmax": (jsm.log_softmax, jax.nn.log_softmax),
@@ -112,10 +112,7 @@ LEADING = "log_softmax, float32, two classes"
 
 def steps(quick: bool) -> list[Errors]:
     """All comparisons."""
-    lengths, scales, leads = ((10,), (1,), (20,)) if quick else (LENGTHS, SCALES, LEADS)
-    shapes = [(NUMBERS // length, length) for length in lengths]
-    if not quick:
-        shapes.append((MANY, THEIR_LENGTH))
+    shapes, scales, leads = (SHAPES[:1], (1,), (20,)) if quick else (SHAPES, SCALES, LEADS)
     by_scale = [
         Errors(
             name,

@@ -31,32 +31,35 @@ def register(primitive: Primitive, rule: Callable) -> None:
         internals.error_checks[primitive] = rule
 
 
-def checked(known: Array, message: str) -> Array:
-    """Booleans as they are; under `checkify`, an error if not all of them hold."""
-    return _checked.bind(known, message=message)
+def checked(x: Array, known: Array, message: str) -> Array:
+    """`x` as it is; under `checkify`, an error if not all of `known` hold."""
+    return _checked.bind(x, known, message=message)
 
 
 _checked = Primitive("checked")
 
 
-def _jvp(primals: Any, _: Any, *, message: str) -> Any:
-    known = _checked.bind(*primals, message=message)
-    return known, ad.Zero(jax.typeof(known).to_tangent_aval())
+def _jvp(primals: Any, tangents: Any, *, message: str) -> Any:
+    return _checked.bind(*primals, message=message), tangents[0]
+
+
+def _batch(args: Any, dims: Any, *, message: str) -> Any:
+    return _checked.bind(*args, message=message), dims[0]
 
 
 def _under_checkify(
-    interpret: Callable, error: Any, enabled: Any, known: Array, *, message: str
+    interpret: Callable, error: Any, enabled: Any, x: Array, known: Array, *, message: str
 ) -> Any:
     check = jax.make_jaxpr(lambda known: checkify.check(jnp.all(known), message))(known)
     error, _ = interpret(check, enabled, error, known)
-    return error, known
+    return error, x
 
 
-_checked.def_impl(lambda known, message: known)
-_checked.def_abstract_eval(lambda known, message: known)
+_checked.def_impl(lambda x, known, message: x)
+_checked.def_abstract_eval(lambda x, known, message: x)
 mlir.register_lowering(
-    _checked, mlir.lower_fun(lambda known, message: known, multiple_results=False)
+    _checked, mlir.lower_fun(lambda x, known, message: x, multiple_results=False)
 )
-batching.defvectorized(_checked)
+batching.primitive_batchers[_checked] = _batch
 ad.primitive_jvps[_checked] = _jvp
 register(_checked, _under_checkify)

@@ -81,3 +81,9 @@ def log(x: Array, rest: Array) -> Array:
     error = (long - total) + f
     result = total + (error + ((rest / x + short) - (half - s * (half + tail))))
     return jnp.where(x == 0, -jnp.inf, jnp.where(x < jnp.inf, result, x))
+
+
+def sqrt(x: Array) -> Array:
+    """The square root, 0 of what is not positive, with derivative 0 there."""
+    positive = x > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, x, 1)), 0)

@@ -83,13 +83,9 @@ def is_public(fun: Callable[..., Any]) -> bool:
 
 def refuse_what_is_no_array(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> None:
     """Strings and the like get no further than jit, which says so in its own words."""
-
-    def is_array(x: Any) -> bool:
-        return hasattr(x, "dtype") or isinstance(x, numbers.Number)
-
     for name, value in arguments.items():
         is_missing = value is None and name in required
-        if name not in _STATIC and (is_missing or not all(map(is_array, jax.tree.leaves(value)))):
+        if name not in _STATIC and (is_missing or not all(map(_is_array, jax.tree.leaves(value)))):
             found = type(value).__name__
             raise TypeError(f"{name} must be an array, got {found}.") from None
 
@@ -185,11 +181,20 @@ def _count_segments(segment_ids: ArrayLike) -> int:
     return max(int(ids.max(initial=-1)) + 1, min(ids.size, 1))  # one, if all are out of range
 
 
+def as_array(x: Any, name: str) -> Array:
+    """An array; refuses lists, strings, ..."""
+    if not _is_array(x):
+        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    return jnp.asarray(x)
+
+
+def _is_array(x: Any) -> bool:
+    return hasattr(x, "dtype") or isinstance(x, complex | float | int)
+
+
 def as_scores(x: ArrayLike, name: str = "x") -> Array:
     """The scores in the dtype that they are computed in: float32 for half precision."""
-    if not (hasattr(x, "dtype") or isinstance(x, complex | float | int)):
-        raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
-    x = jnp.asarray(x)
+    x = as_array(x, name)
     check_real(name, x)
     return x.astype(wide(output_dtype(x)))
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
+from jaxsoftmax._scores import as_array
 from jaxsoftmax.attention._attention import dot_product_attention
 
 
@@ -74,9 +75,7 @@ def attention_fn(
         )
     if module is not None:
         raise ValueError("module must be None, since there are no weights to sow, got a module.")
-    for name, x in {"query": query, "key": key, "value": value}.items():
-        if not hasattr(x, "dtype"):
-            raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
+    query, key, value = as_array(query, "query"), as_array(key, "key"), as_array(value, "value")
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
     batch = query.shape[:-3]

@@ -6,6 +6,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Integer, Real
 
+from jaxsoftmax._elementary import sqrt
 from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._bins import Binned, Binning, into_bins
 from jaxsoftmax.calibration._predictions import confidences, of_each_class
@@ -217,8 +218,7 @@ def _nan_max(x: Array) -> Array:
 
 
 def _root(x: Array) -> Array:
-    """The square root, 0 of what is negative; with derivative 0 there and at 0."""
-    return jnp.where(x <= 0, 0, jnp.sqrt(jnp.where(x <= 0, 1, x)))
+    return jnp.where(jnp.isnan(x), x, sqrt(x))
 
 
 def _itself(x: Array) -> Array:

@@ -79,7 +79,8 @@ def fit_vector_scaling(
       (arXiv:1706.04599).
     """
     examples = as_examples(logits, labels, where, class_weights)
-    unit = _unit(examples)
+    width = spread(examples)
+    unit = jnp.where(width == 0, 1, width)
 
     def scaled_loss(params: Params, block: Examples) -> Array:
         scale, bias = _bounded(params)
@@ -89,7 +90,7 @@ def fit_vector_scaling(
 
     data_term = mean_loss(examples, scaled_loss)
     strength = _strength("penalty", penalty, unit)
-    tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss))
+    tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss, width))
 
     def objective(params: Params) -> Array:
         scale, bias = _bounded(params)
@@ -163,7 +164,8 @@ def fit_matrix_scaling(
       (arXiv:1910.12656).
     """
     examples = as_examples(logits, labels, where, class_weights)
-    unit, classes = _unit(examples), examples.logits.shape[1]
+    width, classes = spread(examples), examples.logits.shape[1]
+    unit = jnp.where(width == 0, 1, width)  # what the parameters that multiply are measured in
     identity = jnp.eye(classes, dtype=examples.dtype)
     across = _strength("off_diagonal_penalty", off_diagonal_penalty, unit)
     along = _strength("intercept_penalty", intercept_penalty, unit)
@@ -179,17 +181,11 @@ def fit_matrix_scaling(
         mixing = jnp.sum((weight / unit * (1 - identity)) ** 2) / max(classes * (classes - 1), 1)
         return data_term(params) + across * mixing + along * jnp.mean(bias**2)
 
-    tempered = identity * (unit / best_temperature(examples, loss))
+    tempered = identity * (unit / best_temperature(examples, loss, width))
     start = tempered, jnp.zeros_like(tempered[0])
     params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
     weight, bias = _nan_like(value, _bounded(params))
     return weight / unit, bias
-
-
-def _unit(examples: Examples) -> Array:
-    """What the parameters that multiply logits are measured in: one over the spread."""
-    scale = spread(examples)
-    return jnp.where(scale == 0, 1, scale)
 
 
 def _strength(name: str, value: ArrayLike, like: Array) -> Array:

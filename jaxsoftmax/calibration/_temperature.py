@@ -71,12 +71,11 @@ def fit_temperature(
       (arXiv:1706.04599).
     """
     examples = as_examples(logits, labels, where, class_weights)
-    return best_temperature(examples, loss)
+    return best_temperature(examples, loss, spread(examples))
 
 
-def best_temperature(examples: Examples, loss: Loss) -> Array:
-    """The temperature of `fit_temperature`."""
-    scale = spread(examples)
+def best_temperature(examples: Examples, loss: Loss, scale: Array) -> Array:
+    """The temperature of `fit_temperature`, given the spread of the logits."""
     constant = scale == 0
     scale = jnp.where(constant, 1, scale)
     tempered_loss = functools.partial(_tempered_loss, loss, scale)

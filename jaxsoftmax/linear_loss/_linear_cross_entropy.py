@@ -106,9 +106,8 @@ def linear_cross_entropy(
     names = mesh_names("vocab_axis_name", vocab_axis_name)
     keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
     length = num_classes * math.prod(lax.axis_size(name) for name in names)
-    known = check_known("labels", (labels >= 0) & (labels < length) | ~keep, length)
-    info = jnp.iinfo(labels.dtype)
-    labels = jnp.where(keep, jnp.where(known, labels, info.min or info.max), 0)
+    known = (labels >= 0) & (labels < length) | ~keep
+    labels = check_known("labels", jnp.where(keep, labels, 0), known, length)
     how = How(
         loss=loss,
         soft_cap=logits_soft_cap if known_cap is None else known_cap,

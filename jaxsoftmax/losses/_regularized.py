@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import sqrt
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Fixed, Options, known_number, prepare, public
 from jaxsoftmax._threshold import Form
@@ -132,7 +133,7 @@ class _Regularizer:
 _GINI = _Regularizer(_entmax.SPARSEMAX, lambda p: p * p / 2)
 _TSALLIS = {
     1.0: _Regularizer(_softmax.SOFTMAX, lambda p: p * jnp.log(jnp.where(p > 0, p, 1))),
-    1.5: _Regularizer(_entmax.ENTMAX15, lambda p: p * _entmax.sqrt(p) / 0.75),
+    1.5: _Regularizer(_entmax.ENTMAX15, lambda p: p * sqrt(p) / 0.75),
     2.0: _GINI,
 }
 _ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _entmax.negentropy)

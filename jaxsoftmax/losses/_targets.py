@@ -112,13 +112,14 @@ def _as_classes(targets: Array, length: int) -> Classes:
     number = targets.astype(jnp.int32)
     # What the conversion changes was out of range, and must not become a neighbour.
     known = (number.astype(targets.dtype) == targets) & (number >= 0) & (number < length)
-    known = check_known("targets", known, length)
-    return Classes(jnp.where(known, number, 0), known)
+    number = check_known("targets", jnp.where(known, number, 0), known, length)
+    return Classes(number, known)
 
 
-def check_known(name: str, known: Array, length: int) -> Array:
-    """Which classes are known; under `checkify`, an error if one is not."""
-    return checked(known, f"{name} must be classes from 0 to {length - 1}, got one out of range.")
+def check_known(name: str, classes: Array, known: Array, length: int) -> Array:
+    """The classes as they are; under `checkify`, an error if one is not known."""
+    message = f"{name} must be classes from 0 to {length - 1}, got one out of range."
+    return checked(classes, known, message)
 
 
 def not_negative(loss: Array) -> Array:

@@ -7,7 +7,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import log1p
+from jaxsoftmax._elementary import log1p, sqrt
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -362,12 +362,6 @@ def _phi(y: Array) -> Array:
 
 def _safe_log(p: Array) -> Array:
     return jnp.log(jnp.where(p > 0, p, 1))
-
-
-def sqrt(p: Array) -> Array:
-    """The square root, with derivative 0 at 0."""
-    positive = p > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, p, 1)), 0)
 
 
 ENTMAX = Form(_entmax_probabilities, _entmax_slope, _entmax_partials)
