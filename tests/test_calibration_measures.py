@@ -303,6 +303,16 @@ def test_bootstrap_interval(predictions):
     np.testing.assert_array_equal(np.isnan(empty.lower), empty.count == 0)
 
 
+def test_bootstrap_interval_of_one_bin_is_binomial():
+    """All of one bin: how many of 200 resampled predictions are right has a known distribution."""
+    probs, labels = np.tile([0.75, 0.25], (200, 1)), (np.arange(200) >= 140).astype(int)
+    key = jax.random.key(0)
+    curve = reliability_curve(probs, labels, num_bins=1, key=key, num_resamples=4000)
+    assert curve.lower.shape == curve.upper.shape == (1,)
+    wanted = scipy.stats.binom.ppf([0.025, 0.975], 200, 0.7) / 200
+    np.testing.assert_allclose([curve.lower[0], curve.upper[0]], wanted, atol=0.0051)
+
+
 @pytest.mark.parametrize("fun", MEASURES)
 @pytest.mark.asks_for_nan
 def test_measures_under_transformations(fun, predictions):

@@ -187,9 +187,10 @@ def _bootstrap_interval(key: Array, binned: Binned, num_resamples: int) -> tuple
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     right = binned.share * binned.weight
     cells = jnp.concatenate([right, binned.weight - right])
-    total = jnp.asarray(binned.bins.size, cells.dtype)
-    shape = (num_resamples, cells.size)
-    drawn = jax.random.multinomial(key, total, cells, shape=shape, dtype=cells.dtype)
+    # Not by `shape`: until jax 0.12 that is the shape of all, since then that of the batch.
+    cells = jnp.broadcast_to(cells, (num_resamples, cells.size))
+    total = jnp.full(num_resamples, binned.bins.size, cells.dtype)
+    drawn = jax.random.multinomial(key, total, cells, dtype=cells.dtype)
     rights, wrongs = jnp.split(drawn, 2, axis=1)
     counts = rights + wrongs
     accuracy = jnp.where(counts > 0, rights / counts, jnp.nan)
