@@ -19,13 +19,11 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.extend.core import Primitive
-from jax.interpreters import mlir
 from jaxtyping import Array
 
 from jaxsoftmax._elementary import two_sum
+from jaxsoftmax._jax import is_local_cpu, varying
 from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
@@ -339,7 +337,7 @@ def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], 
 
     Where XLA itself shares arrays among devices, what is cut or folded would have to be gathered.
     """
-    return lax.cond(_is_local_cpu.bind(), on_cpu, otherwise, *args)
+    return lax.cond(is_local_cpu(), on_cpu, otherwise, *args)
 
 
 def of_stored(
@@ -362,40 +360,14 @@ def of_stored(
     return lax.cond(lax.optimization_barrier(True), function, never, entries)
 
 
-_is_local_cpu = Primitive("is_local_cpu")
-_is_local_cpu.def_impl(lambda: jnp.zeros((), bool))
-_is_local_cpu.def_abstract_eval(lambda: jax.typeof(np.False_))
-
-
-def _lower_is_local_cpu(ctx: Any, on_cpu: bool) -> Any:
-    context = ctx.module_context.axis_context
-    if hasattr(context, "manual_axes"):
-        is_local = context.manual_axes == frozenset(context.mesh.axis_names)
-    else:
-        is_local = getattr(context, "num_devices", None) == 1
-    constant = mlir.lower_fun(lambda: jnp.asarray(on_cpu and is_local), multiple_results=False)
-    return constant(ctx)
-
-
-mlir.register_lowering(_is_local_cpu, functools.partial(_lower_is_local_cpu, on_cpu=False))
-mlir.register_lowering(
-    _is_local_cpu, functools.partial(_lower_is_local_cpu, on_cpu=True), platform="cpu"
-)
-
-
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
     """`x`, seen by `shard_map` as varying over the mesh axes that `other` varies over.
 
     What is differentiated, outside of a custom rule, so that the sum over devices that this asks of
     the gradient is taken by JAX and not by the rule.
     """
-    missing = _varying(other) - _varying(x) - frozenset(but)
+    missing = varying(other) - varying(x) - frozenset(but)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-
-def _varying(x: Array) -> frozenset[str]:
-    aval: Any = jax.typeof(x)
-    return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 
 def indicator(condition: Array, dtype: Any) -> Array:

@@ -222,7 +222,7 @@ def test_derivatives_in_lower_precision(case, dtype):
 
 @every_mapping
 def test_jaxpr_holds_a_rule_of_its_own(case):
-    assert "custom_vjp_call" in primitives(jax.make_jaxpr(case.fun)(SCORES))
+    assert "custom_jvp_call" in primitives(jax.make_jaxpr(case.fun)(SCORES))
 
 
 class TestVariants(chex.TestCase):

@@ -71,10 +71,10 @@ def primitives(closed_jaxpr):
 
 def jaxprs(value):
     """The jaxprs in `value`, and all in those."""
-    if isinstance(value, jax.extend.core.ClosedJaxpr):
-        return jaxprs(value.jaxpr)
-    if isinstance(value, jax.extend.core.Jaxpr):
+    if isinstance(value, jax.extend.core.Jaxpr):  # since jax 0.11 closed ones, too
         return [value, *(sub for eqn in value.eqns for sub in jaxprs(eqn.params))]
+    if hasattr(value, "jaxpr"):
+        return jaxprs(value.jaxpr)
     if isinstance(value, dict):
         return jaxprs(tuple(value.values()))
     if isinstance(value, tuple | list):

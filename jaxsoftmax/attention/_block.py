@@ -96,15 +96,33 @@ def pull_back(
     ct: tuple[Array, ...],
 ) -> list[Array]:
     """The cotangents of the parts at `wanted`; the block is computed once more."""
+    of_wanted = _of_wanted(block, wanted, first_row, parts)
+    _, pullback = jax.vjp(of_wanted, *(parts[i] for i in wanted))
+    return list(pullback(ct))
 
+
+def push_forward(
+    block: Block,
+    wanted: Sequence[int],
+    first_row: Array,
+    parts: Sequence[Array],
+    tangents: Sequence[Array],
+) -> tuple[Array, ...]:
+    """The tangents of the outputs, given those of the parts at `wanted`."""
+    of_wanted = _of_wanted(block, wanted, first_row, parts)
+    return jax.jvp(of_wanted, [parts[i] for i in wanted], list(tangents))[1]
+
+
+def _of_wanted(
+    block: Block, wanted: Sequence[int], first_row: Array, parts: Sequence[Array]
+) -> Callable[..., tuple[Array, ...]]:
     def of_wanted(*args: Array) -> tuple[Array, ...]:
         merged = list(parts)
         for i, arg in zip(wanted, args, strict=True):
             merged[i] = arg
         return block(first_row, *merged)
 
-    _, pullback = jax.vjp(of_wanted, *(parts[i] for i in wanted))
-    return list(pullback(ct))
+    return of_wanted
 
 
 def is_smooth(x: Array) -> bool:

@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.extend.core import ClosedJaxpr, Jaxpr, jaxpr_as_fun
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax import _jax
+from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
-from jaxsoftmax.attention._block import Block, is_smooth, pull_back
+from jaxsoftmax.attention._block import Block, is_smooth, pull_back, push_forward
 from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
 
 
@@ -60,15 +60,15 @@ def attend_in_blocks(
         if band not in traced:
             pairs = zip(operands, arrays, strict=True)
             parts = [operand.cut(x, band, band.start) for operand, x in pairs]
-            traced[band] = jax.make_jaxpr(block_of(band))(
-                jnp.asarray(band.start, jnp.int32), *parts
-            )
+            first_row = jnp.asarray(band.start, jnp.int32)
+            pure, consts, _ = _jax.hoist(block_of(band), first_row, *parts)
+            traced[band] = pure, consts
     # What the blocks close over becomes an operand: a reverse rule must not hide any of it.
-    pool = {id(const): const for closed in traced.values() for const in closed.consts}
+    pool = {id(const): const for _, consts in traced.values() for const in consts}
     places = {key: len(arrays) + i for i, key in enumerate(pool)}
     blocks = {
-        band: _opened(closed.jaxpr, len(arrays), [places[id(const)] for const in closed.consts])
-        for band, closed in traced.items()
+        band: _opened(pure, len(arrays), [places[id(const)] for const in consts])
+        for band, (pure, consts) in traced.items()
     }
     plan = Plan(
         tuple((band, blocks[band]) for band in forward),
@@ -78,18 +78,17 @@ def attend_in_blocks(
     return _attend(plan, *arrays, *(jnp.asarray(const) for const in pool.values()))
 
 
-def _opened(jaxpr: Jaxpr, count: int, places: Sequence[int]) -> Block:
+def _opened(pure: Callable[..., Any], count: int, places: Sequence[int]) -> Block:
     """The same block, whose constants are among its arguments, at `places`."""
 
     def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
-        opened = ClosedJaxpr(jaxpr, [parts[i] for i in places])
-        return tuple(jaxpr_as_fun(opened)(first_row, *parts[:count]))
+        return tuple(pure([parts[i] for i in places], first_row, *parts[:count]))
 
     return block
 
 
 def _over_blocks(
-    plan: Plan,
+    operands: Sequence[Operand],
     band: Band,
     function: Callable[..., Any],
     arrays: Sequence[Array],
@@ -102,7 +101,7 @@ def _over_blocks(
 
     What has rows but no keys is handed out by the scan; so derivatives are gathered by it, too.
     """
-    pairs = list(zip(plan.operands, arrays, strict=True))
+    pairs = list(zip(operands, arrays, strict=True))
     handed = [i for i, (op, x) in enumerate(pairs) if op.has_rows(x) and not op.has_keys(x)]
 
     def step(state: Any, xs: Any) -> Any:
@@ -137,7 +136,7 @@ def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
         def output(state: None, first_row: Array, parts: Any, _: Any, block: Block = block) -> Any:
             return state, block(first_row, *parts())
 
-        _, outs = _over_blocks(plan, band, output, arrays)
+        _, outs = _over_blocks(plan.operands, band, output, arrays)
         bands.append([unstack(out, band) for out in outs])
     return tuple(join(outs) for outs in zip(*bands, strict=True))
 
@@ -158,8 +157,28 @@ def _attend_fwd(plan: Plan, *primals: Any) -> tuple[tuple[Array, ...], Any]:
 
 def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array | None, ...]:
     wanted, arrays = residuals
-    smooth = wanted.places
     ct = tuple(_instantiated(x, arrays[0]) for x in ct)
+    found = linear_pair(
+        functools.partial(_pulled, plan, wanted),
+        functools.partial(_pushed, plan, wanted),
+        arrays,
+        ct,
+    )
+    cts: list[Array | None] = [None] * len(arrays)
+    for i, x in zip(wanted.places, found, strict=True):
+        cts[i] = x.astype(arrays[i].dtype)
+    return tuple(cts)
+
+
+# The pullback and its transpose are loops of their own. Were one transposed by JAX, what is summed
+# up over the blocks would be kept for each of them.
+
+
+def _pulled(
+    plan: Plan, wanted: Wanted, arrays: Sequence[Array], ct: tuple[Array, ...]
+) -> list[Array]:
+    """The cotangents of the arrays that are wanted."""
+    smooth = wanted.places
     # Blocks have rows of their own, or else they add to one sum.
     own = [i for i in smooth if plan.operands[i].has_rows(arrays[i])]
     shared = [i for i in smooth if i not in own]
@@ -178,12 +197,36 @@ def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array 
             spread = {i: plan.operands[i].spread(found[i], arrays[i], band, first_row) for i in own}
             return sums, spread
 
-        sums, of_rows = _over_blocks(plan, band, cotangents, arrays, sums, ct)
+        sums, of_rows = _over_blocks(plan.operands, band, cotangents, arrays, sums, ct)
         rows.append({i: unstack(of_rows[i], band) for i in own})
     gathered = sums | {i: join([band[i] for band in rows]) for i in own}
-    return tuple(
-        gathered[i].astype(x.dtype) if i in gathered else None for i, x in enumerate(arrays)
-    )
+    return [gathered[i] for i in smooth]
+
+
+def _pushed(
+    plan: Plan, wanted: Wanted, arrays: Sequence[Array], tangents: Sequence[Array]
+) -> tuple[Array, ...]:
+    """The tangents of the outputs: the transpose of `_pulled`."""
+    smooth = wanted.places
+    like = [t.astype(arrays[i].dtype) for i, t in zip(smooth, tangents, strict=True)]
+    operands = *plan.operands, *(plan.operands[i] for i in smooth)
+    bands = []
+    for band, block in plan.backward:
+
+        def pushed(
+            state: None, first_row: Array, parts: Any, _: Any, block: Block = block
+        ) -> tuple[None, Any]:
+            def along(first_row: Array) -> Any:
+                given = parts()
+                return push_forward(
+                    block, smooth, first_row, given[: len(arrays)], given[-len(like) :]
+                )
+
+            return state, jax.checkpoint(along)(first_row)
+
+        _, outs = _over_blocks(operands, band, pushed, (*arrays, *like))
+        bands.append([unstack(out, band) for out in outs])
+    return tuple(join(outs) for outs in zip(*bands, strict=True))
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._reductions import on_local_cpu_or_else, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
 from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for
@@ -51,11 +51,17 @@ def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) ->
 def _losses(losses: Losses, operands: Operands, rows: Labelled) -> Array:
     def step(_: None, chunk: tuple[Array, Array, Array]) -> tuple[None, Array]:
         hidden, labels, keep = chunk
-        scores = _scores(hidden, operands.weight, operands.bias)
-        values = losses(operands.params, rows.rest, scores, labels)
-        return None, jnp.where(keep, values, 0)
+        here = operands._replace(hidden=hidden)
+        return None, _losses_of_chunk(losses, here, rows.rest, labels, keep)
 
     return lax.scan(jax.checkpoint(step), None, (operands.hidden, rows.labels, rows.keep))[1]
+
+
+def _losses_of_chunk(
+    losses: Losses, operands: Operands, rest: list[Array], labels: Array, keep: Array
+) -> Array:
+    scores = _scores(operands.hidden, operands.weight, operands.bias)
+    return jnp.where(keep, losses(operands.params, rest, scores, labels), 0)
 
 
 def _gradients(
@@ -172,9 +178,32 @@ def _each_fwd(losses: Losses, operands: Operands, rows: Labelled) -> tuple[Array
 
 
 def _each_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[Operands, None]:
-    operands, rows = residuals
-    _, gradients = _gradients(losses, operands, rows, ct)
+    def pulled(point: tuple[Operands, Labelled], ct: Array) -> Operands:
+        return _gradients(losses, *point, ct)[1]
+
+    # A loop of its own for the transpose: JAX's would keep for each chunk what they all add to.
+    gradients = linear_pair(pulled, functools.partial(_pushed, losses), residuals, ct)
+    operands, _ = residuals
     return jax.tree.map(lambda g, x: g.astype(x.dtype), gradients, operands), None
+
+
+def _pushed(losses: Losses, point: tuple[Operands, Labelled], tangents: Operands) -> Array:
+    """The tangents of the losses, given those of the operands."""
+    operands, rows = point
+
+    @jax.checkpoint
+    def step(_: None, chunk: Any) -> tuple[None, Array]:
+        hidden, of_hidden, labels, keep = chunk
+        here, along = operands._replace(hidden=hidden), tangents._replace(hidden=of_hidden)
+        along = jax.tree.map(lambda t, x: t.astype(x.dtype), along, here)
+
+        def of_chunk(operands: Operands) -> Array:
+            return _losses_of_chunk(losses, operands, rows.rest, labels, keep)
+
+        return None, jax.jvp(of_chunk, (here,), (along,))[1]
+
+    chunks = operands.hidden, tangents.hidden, rows.labels, rows.keep
+    return lax.scan(step, None, chunks)[1]
 
 
 each.defvjp(_each_fwd, _each_bwd)
