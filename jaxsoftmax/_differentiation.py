@@ -140,6 +140,8 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
 
         rule = self._rule.with_arguments(merged, tuple(static.values()))
         function = functools.partial(self._call, rule)
+        if self._batch is not None:  # a `jax.custom_jvp` would be mapped before anyone asks
+            return function(*dynamic)
         call = jax.custom_jvp(function)
         call.defjvp(rule.jvp, symbolic_zeros=True)
         return call(*dynamic)
@@ -399,20 +401,27 @@ def linear_pair(fun: Callable, transpose: Callable, point: Any, args: Any) -> An
     pure, consts, out = _jax.hoist(fun, point, args)
     of_out = jax.tree.structure(jax.eval_shape(functools.partial(pure, consts), point, args))
 
-    def flat(function: Callable, tree: Any, types: Sequence[Any]) -> Callable:
-        def of_leaves(points: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-            pairs = zip(args, types, strict=True)
-            args = [_jax.zeros(t) if x is None else x for x, t in pairs]
-            point = jax.tree.unflatten(of_points, points)
-            return jax.tree.leaves(function(point, jax.tree.unflatten(tree, args)))
-
-        return of_leaves
-
-    there = flat(functools.partial(pure, consts), of_args, of_given)
-    back = flat(transpose, of_out, out)
+    there = _OfLeaves(functools.partial(pure, consts), of_points, of_args, of_given)
+    back = _OfLeaves(transpose, of_points, of_out, out)
 
     def turned(points: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
         cts = [_jax.zeros(t) if x is None else x for x, t in zip(cts, out, strict=True)]
         return _jax.linear(back, there, points, cts, of_given)
 
     return jax.tree.unflatten(of_out, _jax.linear(there, turned, points, given, out))
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _OfLeaves:
+    """A function of a point and arguments as one of lists, where None is an argument of 0."""
+
+    function: Callable
+    point: Any
+    args: Any
+    types: Sequence[Any]
+
+    def __call__(self, points: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+        pairs = zip(args, self.types, strict=True)
+        args = [_jax.zeros(t) if x is None else x for x, t in pairs]
+        point = jax.tree.unflatten(self.point, points)
+        return jax.tree.leaves(self.function(point, jax.tree.unflatten(self.args, args)))

@@ -5,6 +5,7 @@ module may import `jax.extend`, `jax.interpreters` or `jax._src`.
 """
 
 import contextlib
+import dataclasses
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,7 +22,7 @@ from jaxtyping import Array
 Linear = Callable[[Sequence[Any], Sequence[Any]], Sequence[Any]]
 
 
-def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
+def hoist(fun: Callable, *args: Any) -> tuple["Opened", list[Any], list[Any]]:
     """`fun` as a function `pure(consts, *args)`, what it closes over, and the types it returns.
 
     Uses the constants of a jaxpr: `ClosedJaxpr.jaxpr` has none in jax 0.10, `Jaxpr.with_consts`
@@ -29,13 +30,20 @@ def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
     """
     closed, out = jax.make_jaxpr(fun, return_shape=True)(*args)
     opened: Any = closed.with_consts([]) if hasattr(closed, "with_consts") else closed.jaxpr
-    tree = jax.tree.structure(out)
-
-    def pure(consts: Sequence[Any], *args: Any) -> Any:
-        leaves = jax.core.eval_jaxpr(opened, consts, *jax.tree.leaves(args))
-        return jax.tree.unflatten(tree, leaves)
-
+    pure = Opened(opened, jax.tree.structure(out))
     return pure, list(closed.consts), list(closed.out_avals)
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A function that was traced, given the constants that it closed over."""
+
+    jaxpr: Any
+    tree: Any
+
+    def __call__(self, consts: Sequence[Any], *args: Any) -> Any:
+        leaves = jax.core.eval_jaxpr(self.jaxpr, consts, *jax.tree.leaves(args))
+        return jax.tree.unflatten(self.tree, leaves)
 
 
 def varying(x: Array) -> frozenset[str]:
@@ -324,8 +332,9 @@ ad.primitive_jvps[_checked] = _checked_jvp
 def _register_for_checkify(primitive: Primitive, checks: Callable) -> None:
     """Tells `checkify` what a primitive checks: `checks(*args, **params) -> (jaxpr, args, out)`.
 
-    The out is what the primitive returns, None for what the jaxpr does. Rules of the registry take
-    an error, what is enabled and the arguments; since jax 0.11.2 a context comes first.
+    The out is what the primitive returns, None for what the jaxpr does. No jaxpr: nothing to check.
+    Rules of the registry take an error, what is enabled and the arguments; since jax 0.11.2 a
+    context comes first.
     """
     with contextlib.suppress(ImportError, AttributeError):
         from jax._src import checkify as internals
@@ -334,6 +343,8 @@ def _register_for_checkify(primitive: Primitive, checks: Callable) -> None:
             at = next(i for i, x in enumerate(given) if isinstance(x, checkify.Error))
             context, (error, enabled, *args) = given[:at], given[at:]
             jaxpr, args, out = checks(*args, **params)
+            if jaxpr is None:
+                return error, out
             error, found = internals.checkify_jaxpr(*context, jaxpr, enabled, error, *args)
             return error, found if out is None else out
 
@@ -345,8 +356,14 @@ def _checks_of_checked(x: Array, known: Array, *, message: str) -> Any:
     return check, [known], x
 
 
+def _checks_of_call(*args: Any, jaxpr: Any, **params: Any) -> Any:
+    if jaxpr.effects:  # of which checks are some
+        return jaxpr, args, None
+    return None, args, _call.bind(*args, jaxpr=jaxpr, **params)
+
+
 _register_for_checkify(_checked, _checks_of_checked)
-_register_for_checkify(_call, lambda *args, jaxpr, **_: (jaxpr, args, None))
+_register_for_checkify(_call, _checks_of_call)
 
 
 def is_local_cpu() -> Array:

@@ -12,7 +12,7 @@ what `tau` gives back; a cotangent `ct` of `p` is worth `v = ct - sum(s ct) / su
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -40,18 +40,38 @@ class Form:
     """What is particular to one mapping.
 
     Attributes:
-      probabilities: `(rows, scores, *params) -> p`; never differentiated.
+      solve: `(rows, scores, *params) -> row values`, the threshold, in one number or more; never
+        differentiated.
+      weight: `(score, *row values, *params) -> p`, entry by entry; never differentiated.
       slope: `(p, *params) -> s`, the slopes as a function of the probabilities.
       partials: `(p, *params) -> (dp/dparam, ...)` at fixed `tau`.
       totals: `(*params) -> (dtotal/dparam, ...)`, if the rows' totals are not just 1.
-      slopes_sum_to_one: whether they do, in each row where there are any but 0.
+      slopes_sum_to_one: whether they do, in each row where there are any but 0: those of softmax,
+        which are its probabilities.
+      is_fixed: whether no threshold is solved for, so that the Jacobian is `diag(s)`.
     """
 
-    probabilities: Callable[..., Entries]
+    solve: Callable[..., tuple[Array, ...]]
+    weight: Callable[..., Array]
     slope: Callable[..., Array]
     partials: Callable[..., tuple[Array, ...]] = _nothing
     totals: Callable[..., tuple[Array, ...]] = _nothing
     slopes_sum_to_one: bool = False
+    is_fixed: bool = False
+
+    def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
+        """The probabilities; never differentiated."""
+        return self.weights(rows, scores, self.solve(rows, scores, *params), params)
+
+    def weights(
+        self, rows: Rows, scores: Entries, threshold: Sequence[Array], params: Sequence[Array]
+    ) -> Entries:
+        """The probabilities, given the threshold."""
+        return rows.map(self.weight, [scores], [*threshold, *params])
+
+
+# What already are weights: each depends on its own score alone, as it is.
+IDENTITY = Form(_nothing, lambda p: p, jnp.ones_like, is_fixed=True)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -68,11 +88,30 @@ def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple
 def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
+    return None, *pull_back(form, rows, p, params, ct)
+
+
+def pull_back(
+    form: Form,
+    rows: Rows,
+    p: Entries,
+    params: Sequence[Array],
+    ct: Entries,
+    mean: Array | None = None,
+) -> tuple[Any, ...]:
+    """The cotangents of scores and parameters, given the probabilities and their cotangents.
+
+    Args:
+      form: the form.
+      rows: the rows of `p`.
+      p: the probabilities.
+      params: the parameters of the form.
+      ct: the cotangents of `p`.
+      mean: the mean of `ct`, weighted by the slopes, where it is known.
+    """
     slope = rows.map(form.slope, [p], params)
-    mean = rows.sum(rows.map(jnp.multiply, [slope, ct]))
-    if not form.slopes_sum_to_one:
-        total = rows.sum(slope)
-        mean /= jnp.where(total == 0, 1, total)
+    if mean is None:
+        mean = _mean(form, rows, slope, ct)
     worth = rows.map(jnp.subtract, [ct], [mean])
     ct_params = [jnp.zeros_like(mean)] * len(params)
     for i, partial in enumerate(_transposed(rows.map(form.partials, [p], params))):
@@ -80,7 +119,17 @@ def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     for i, total in enumerate(form.totals(*params)):
         ct_params[i] += mean * total
     ct_params = (sum_to(x, param.shape) for x, param in zip(ct_params, params, strict=True))
-    return None, rows.map(jnp.multiply, [slope, worth]), *ct_params
+    return rows.map(jnp.multiply, [slope, worth]), *ct_params
+
+
+def _mean(form: Form, rows: Rows, slope: Entries, ct: Entries) -> Array:
+    if form.is_fixed:
+        return jnp.zeros((1,) * ct[0].ndim, ct[0].dtype)
+    mean = rows.sum(rows.map(jnp.multiply, [slope, ct]))
+    if form.slopes_sum_to_one:
+        return mean
+    total = rows.sum(slope)
+    return mean / jnp.where(total == 0, 1, total)
 
 
 apply.defvjp(_apply_fwd, apply_bwd)
@@ -115,8 +164,8 @@ def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     return rows.map(gap, [scores], [top]), top
 
 
-def solve_norm(rows: Rows, scores: Entries, q: int, scale: float = 1.0) -> Entries:
-    """The probabilities `[scale * scores - tau]_+ ** q` that sum to 1.
+def solve_norm(q: int, scale: float, rows: Rows, scores: Entries) -> tuple[Array, Array, Array]:
+    """The threshold of `[scale * scores - tau]_+ ** q` that sum to 1, for `weight_of_norm`.
 
     With `scale = 1 / q` they are entmax of alpha = 1 + 1/q.
 
@@ -126,10 +175,10 @@ def solve_norm(rows: Rows, scores: Entries, q: int, scale: float = 1.0) -> Entri
     bracket.
 
     Args:
-      rows: the rows of `scores`.
-      scores: any, also infinite.
       q: the power, 1 for sparsemax or 2 for entmax15.
       scale: what the scores are multiplied by.
+      rows: the rows of `scores`.
+      scores: any, also infinite.
     """
 
     def terms(gap: Array, tau: Array) -> tuple[Array, Array]:
@@ -150,13 +199,15 @@ def solve_norm(rows: Rows, scores: Entries, q: int, scale: float = 1.0) -> Entri
         grown = jnp.where((norm > 1 + tolerance(tau)) & (grown > tau), grown, tau)
         return (grown, total), grown > tau
 
-    def weight(score: Array, top: Array, tau: Array) -> Array:
-        return jnp.maximum(gap_above(score, top, tau, scale), 0) ** q
-
     gaps, top = below_top(rows, scores)
     gaps = rows.map(lambda gap: gap * scale, [gaps])
     tau, total = solve(rows, gaps, step, (jnp.full_like(top, -1), jnp.zeros_like(top)))
-    return normalized(rows, rows.map(weight, [scores], [top, tau]), total)
+    return top, tau, inverse_of(total)
+
+
+def weight_of_norm(q: int, scale: float, score: Array, top: Array, tau: Array, by: Array) -> Array:
+    """`by [scale * (score - top) - tau]_+ ** q`: the probabilities that `solve_norm` solves for."""
+    return jnp.maximum(gap_above(score, top, tau, scale), 0) ** q * by
 
 
 def tolerance(x: Array) -> float:
@@ -224,6 +275,10 @@ def normalized(rows: Rows, weights: Entries, total: Array | None = None) -> Entr
     """
     if total is None:
         total = rows.sum(weights)
+    return rows.map(jnp.multiply, [weights], [inverse_of(total)])
+
+
+def inverse_of(total: Array) -> Array:
+    """What weights are multiplied by, given their sum; finite where that is 0."""
     # To any other total this adds nothing; a select XLA for CPU could not fuse with all the rest.
-    tiny = jnp.finfo(total.dtype).tiny
-    return rows.map(jnp.multiply, [weights], [1 / (total + tiny)])
+    return 1 / (total + jnp.finfo(total.dtype).tiny)

@@ -73,8 +73,9 @@ def jaxprs(value):
     """The jaxprs in `value`, and all in those."""
     if isinstance(value, jax.extend.core.Jaxpr):  # since jax 0.11 closed ones, too
         return [value, *(sub for eqn in value.eqns for sub in jaxprs(eqn.params))]
-    if hasattr(value, "jaxpr"):
-        return jaxprs(value.jaxpr)
+    for holder in ("jaxpr", "func", "function"):  # what is closed, a partial, one of ours
+        if hasattr(value, holder):
+            return jaxprs(getattr(value, holder))
     if isinstance(value, dict):
         return jaxprs(tuple(value.values()))
     if isinstance(value, tuple | list):

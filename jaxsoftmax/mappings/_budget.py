@@ -120,7 +120,7 @@ def _coldest(rows: Rows, scores: Entries, budget: Array) -> Entries:
     return rows.map(limit, [scores], [_from_ordered(low)])
 
 
-def _probabilities(rows: Rows, scores: Entries, budget: Array) -> Entries:
+def _solve(rows: Rows, scores: Entries, budget: Array) -> tuple[Array, ...]:
     def infinite_and_finite(z: Array) -> tuple[Array, Array]:
         # Sums keep a NaN, which maxima may lose.
         finite = jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype))
@@ -130,19 +130,30 @@ def _probabilities(rows: Rows, scores: Entries, budget: Array) -> Entries:
     share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
     left = budget - firsts
     total = jnp.where((left > 0) & (left < others), left, jnp.nan)
-    spent = _spend(rows, rows.map(lambda z: jnp.where(z == jnp.inf, -jnp.inf, z), [scores]), total)
+    return *_spend(rows, rows.map(_finite, [scores]), total), share, left, others
 
-    def settle(z: Array, p: Array, *row: Array) -> Array:
-        share, left, others, spoiled = row
-        p = jnp.where(left <= 0, 0, jnp.where(left >= others, indicator(z > -jnp.inf, p.dtype), p))
-        return jnp.where(spoiled, jnp.nan, jnp.where(z == jnp.inf, share, p))
 
+def _weight(score: Array, *row: Array) -> Array:
+    tau, rest, missing, clear, share, left, others, _ = row
+    u = (_finite(score) - tau) - rest
+    p = jnp.clip(u - _between(u) * missing, 0, 1)
+    p = jnp.where(clear, jnp.round(p), p)
+    none = left <= 0
+    p = jnp.where(none, 0, jnp.where(left >= others, indicator(score > -jnp.inf, p.dtype), p))
     spoiled = jnp.isnan(left + others)
-    return rows.map(settle, [scores, spent], [share, left, others, spoiled])
+    return jnp.where(spoiled, jnp.nan, jnp.where(score == jnp.inf, share, p))
 
 
-def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
-    """`clip(scores - tau, 0, 1)` that sums to `total`; NaN where that is NaN.
+def _finite(z: Array) -> Array:
+    return jnp.where(z == jnp.inf, -jnp.inf, z)
+
+
+def _between(u: Array) -> Array:
+    return indicator((u > 0) & (u < 1), u.dtype)
+
+
+def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
+    """The threshold of `clip(scores - tau, 0, 1)` that sum to `total`; NaN where that is NaN.
 
     The sum is piecewise linear in `tau`, with as its slope the number of entries between 0 and 1,
     so that Newton's method ends as soon as it knows the piece. A bracket is kept, and halved where
@@ -217,23 +228,24 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> Entries:
     )
     tau, rest, *_ = _threshold.iterate(step, start)
 
-    return _shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
+    return tau, rest, *_shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
 
 
-def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Entries:
-    """The solution, given the scores less their threshold: what is missing is shared."""
+def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> tuple[Array, Array]:
+    """What is missing of the total, for each entry between 0 and 1, and whether there is any.
 
-    def between(u: Array) -> Array:
-        return indicator((u > 0) & (u < 1), u.dtype)
-
-    ones, free = rows.sums(lambda u: (indicator(u >= 1, u.dtype), between(u)), [raw])
+    Args:
+      rows: the rows.
+      scores: the scores.
+      raw: the same, less their threshold.
+      total: what the solution sums to.
+    """
+    ones, free = rows.sums(lambda u: (indicator(u >= 1, u.dtype), _between(u)), [raw])
     free = jnp.maximum(free, 1)
     share = (total - ones) / free
     # The mean of deviations is more exact than the sum of many entries that are nearly equal.
-    off = rows.sum(rows.map(lambda u, s: jnp.where(between(u) > 0, u - s, 0), [raw], [share]))
-    spent = rows.map(lambda u, s: jnp.clip(u - between(u) * s, 0, 1), [raw], [off / free])
-    clear = _is_clear_cut(rows, scores, raw, total)
-    return rows.map(lambda p, c: jnp.where(c, jnp.round(p), p), [spent], [clear])
+    off = rows.sum(rows.map(lambda u, s: jnp.where(_between(u) > 0, u - s, 0), [raw], [share]))
+    return off / free, _is_clear_cut(rows, scores, raw, total)
 
 
 def _is_clear_cut(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Array:
@@ -284,7 +296,8 @@ def _slope(p: Array, budget: Array) -> Array:
 
 
 BUDGET_SPARSEMAX = Form(
-    _probabilities,
+    _solve,
+    _weight,
     _slope,
     totals=lambda budget: (jnp.ones_like(budget),),
 )

@@ -1,6 +1,8 @@
 """Alpha-entmax: the family between softmax and sparsemax, and those two ends of it."""
 
+import functools
 import math
+from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
@@ -211,15 +213,7 @@ def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:
     return check_per_row("alpha", alpha, scores[0], rows)
 
 
-def _sparsemax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    return _threshold.solve_norm(rows, scores, 1)
-
-
-def _entmax15_probabilities(rows: Rows, scores: Entries) -> Entries:
-    return _threshold.solve_norm(rows, scores, 2, scale=0.5)
-
-
-def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
+def _solve(rows: Rows, scores: Entries, alpha: Array) -> tuple[Array, Array, Array]:
     """Halley's method on the q-norm of `solve_norm`, written so that it has a limit.
 
     With `beta = alpha - 1 = 1/q` the norm of the unnormalized entries is `S ** beta`, where `S` is
@@ -238,17 +232,11 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
     eps = float(jnp.finfo(beta.dtype).eps)
 
-    def weight(u: Array, beta: Array) -> Array:
-        return jnp.where(beta * u <= -1, 0, jnp.exp(_log1p_over(beta, u)))
-
     def terms(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array, Array]:
         u = gap * scale
-        w = weight(u, beta)
+        w = _power(u, beta)
         inverse = jnp.where(w > 0, 1 / (beta * u + 1), 0)
         return w, w * inverse, w * inverse * inverse
-
-    def weight_of(score: Array, top: Array, scale: Array, beta: Array) -> Array:
-        return weight(_threshold.gap_above(score, top, 0, scale), beta)
 
     def scale(peak: Array) -> Array:
         return 1 / jnp.maximum(jnp.exp(beta * peak), jnp.finfo(peak.dtype).tiny)
@@ -282,8 +270,18 @@ def _entmax_probabilities(rows: Rows, scores: Entries, alpha: Array) -> Entries:
     low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype)) - 1
     start = peak, low, peak, -2 * low, jnp.zeros_like(peak)
     peak, *_, total = _threshold.solve(rows, gaps, step, start)
-    weights = rows.map(weight_of, [scores], [top, scale(peak), beta])
-    return _threshold.normalized(rows, weights, total)
+    return top, scale(peak), _threshold.inverse_of(total)
+
+
+def _weight(score: Array, top: Array, scale: Array, by: Array, alpha: Array) -> Array:
+    """`by w` of `_solve`, where `scale` is `1 / m`."""
+    u = _threshold.gap_above(score, top, 0, scale)
+    return _power(u, jnp.where(alpha >= 1, alpha - 1, jnp.nan)) * by
+
+
+def _power(u: Array, beta: Array) -> Array:
+    """`[1 + beta u]_+ ** (1 / beta)`."""
+    return jnp.where(beta * u <= -1, 0, jnp.exp(_log1p_over(beta, u)))
 
 
 # Below this, quotients by beta have nothing left to say, and at 0 they would be NaN.
@@ -364,7 +362,12 @@ def _safe_log(p: Array) -> Array:
     return jnp.log(jnp.where(p > 0, p, 1))
 
 
-ENTMAX = Form(_entmax_probabilities, _entmax_slope, _entmax_partials)
-ENTMAX15 = Form(_entmax15_probabilities, slope=sqrt)
-SPARSEMAX = Form(_sparsemax_probabilities, lambda p: indicator(p > 0, p.dtype))
+def _form_of_norm(q: int, scale: float, slope: Callable[..., Array]) -> Form:
+    solve = functools.partial(_threshold.solve_norm, q, scale)
+    return Form(solve, functools.partial(_threshold.weight_of_norm, q, scale), slope)
+
+
+ENTMAX = Form(_solve, _weight, _entmax_slope, _entmax_partials)
+ENTMAX15 = _form_of_norm(2, 0.5, sqrt)
+SPARSEMAX = _form_of_norm(1, 1.0, lambda p: indicator(p > 0, p.dtype))
 _FIXED_FORMS = {1.0: SOFTMAX, 1.5: ENTMAX15, 2.0: SPARSEMAX}

@@ -46,13 +46,18 @@ def hardmax(
     return _threshold.apply(HARDMAX, rows, scores)[0].astype(output_dtype(x))
 
 
-def _hardmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    gaps, _ = _threshold.below_top(rows, scores)
-
-    def at_top(gap: Array) -> Array:
-        return jnp.where(jnp.isnan(gap), gap, indicator(gap == 0, gap.dtype))
-
-    return _threshold.normalized(rows, rows.map(at_top, [gaps]))
+def _solve(rows: Rows, scores: Entries) -> tuple[Array, Array]:
+    top = _threshold.top_of(rows, scores)
+    return top, _threshold.inverse_of(rows.sum(rows.map(_at_top, [scores], [top])))
 
 
-HARDMAX = Form(_hardmax_probabilities, slope=jnp.zeros_like)
+def _at_top(score: Array, top: Array) -> Array:
+    gap = _threshold.gap(score, top)
+    return jnp.where(jnp.isnan(gap), gap, indicator(gap == 0, gap.dtype))
+
+
+def _weight(score: Array, top: Array, by: Array) -> Array:
+    return _at_top(score, top) * by
+
+
+HARDMAX = Form(_solve, _weight, slope=jnp.zeros_like)

@@ -87,8 +87,9 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
     `w = u ** (q - 1)` is `(u ** q) ** (1 / alpha)`.
     """
     if is_two:
-        squares = _threshold.solve_norm(rows, scores, 2)
-        return _threshold.normalized(rows, rows.map(jnp.sqrt, [squares]))
+        top, tau, _ = _threshold.solve_norm(2, 1.0, rows, scores)
+        gaps = rows.map(_threshold.gap_above, [scores], [top, tau, jnp.ones_like(top)])
+        return _threshold.normalized(rows, rows.map(lambda u: jnp.maximum(u, 0), [gaps]))
     gaps, _ = _threshold.below_top(rows, scores)
     alpha = jnp.where(alpha > 1, alpha, jnp.nan)
     q = alpha / (alpha - 1)

@@ -300,7 +300,23 @@ def _unless_infinite(
 _SMALL = 2**16
 
 
-SOFTMAX = Form(_softmax_probabilities, slope=lambda p: p, slopes_sum_to_one=True)
+def _solve(rows: Rows, scores: Entries) -> tuple[Array, Array]:
+    finite = rows.map(as_finite, [scores])
+    shift = pivot(rows, finite)
+    weights = rows.map(lambda z, s: jnp.exp(z - s), [finite], [shift])
+    return shift, _threshold.inverse_of(rows.sum(weights))
+
+
+def _weight(score: Array, shift: Array, by: Array) -> Array:
+    return jnp.exp(as_finite(score) - shift) * by
+
+
+class _Softmax(Form):
+    def probabilities(self, rows: Rows, scores: Entries) -> Entries:
+        return _softmax_probabilities(rows, scores)
+
+
+SOFTMAX = _Softmax(_solve, _weight, slope=lambda p: p, slopes_sum_to_one=True)
 
 
 @custom_vjp
