@@ -387,12 +387,24 @@ def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
     return of_kinds, smooth, rest
 
 
-def linear_pair(fun: Callable, transpose: Callable, point: Any, args: Any) -> Any:
+def linear_pair(
+    fun: Callable,
+    transpose: Callable,
+    point: Any,
+    args: Any,
+    reference: Callable | None = None,
+) -> Any:
     """`fun(point, args)`, linear in `args`, whose transpose is `transpose(point, cotangents)`.
 
     For a loop whose transpose is better written than found: JAX would keep for every step what the
-    loop carries along. Both functions are to be differentiable in `point`, and close over no
-    tracers.
+    loop carries along. The functions close over no tracers.
+
+    Args:
+      fun: a function of a point and arguments.
+      transpose: of the point and cotangents; differentiable in the point.
+      point: what both depend on.
+      args: what `fun` is linear in.
+      reference: returns what `fun` does, and is differentiated in the point instead of it.
     """
     points, of_points = jax.tree.flatten(point)
     given, of_args = jax.tree.flatten(args)
@@ -402,13 +414,15 @@ def linear_pair(fun: Callable, transpose: Callable, point: Any, args: Any) -> An
     of_out = jax.tree.structure(jax.eval_shape(functools.partial(pure, consts), point, args))
 
     there = _OfLeaves(functools.partial(pure, consts), of_points, of_args, of_given)
+    smooth = there if reference is None else dataclasses.replace(there, function=reference)
     back = _OfLeaves(transpose, of_points, of_out, out)
 
     def turned(points: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
         cts = [_jax.zeros(t) if x is None else x for x, t in zip(cts, out, strict=True)]
-        return _jax.linear(back, there, points, cts, of_given)
+        return _jax.linear(back, smooth, points, cts, of_given)
 
-    return jax.tree.unflatten(of_out, _jax.linear(there, turned, points, given, out))
+    found = _jax.linear(there, turned, points, given, out, smooth)
+    return jax.tree.unflatten(of_out, found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -72,7 +72,12 @@ def _is_tangent(tangent: Any) -> bool:
 
 
 def linear(
-    evaluate: Linear, transpose: Linear, points: Sequence[Any], args: Sequence[Any], out: Any
+    evaluate: Linear,
+    transpose: Linear,
+    points: Sequence[Any],
+    args: Sequence[Any],
+    out: Sequence[Any],
+    reference: Linear | None = None,
 ) -> list[Any]:
     """`evaluate(points, args)`, whose transpose is `transpose(points, cotangents)`.
 
@@ -81,15 +86,16 @@ def linear(
     rule for `vmap`, and a transpose that is not traced twice.
 
     Args:
-      evaluate: differentiable in the points. Neither function may close over tracers.
+      evaluate: what is computed. None of the functions may close over tracers.
       transpose: gets None for a cotangent that is known to be 0, and may return None for one.
       points: what both depend on.
       args: what both are linear in.
       out: the types of what `evaluate` returns.
+      reference: what is differentiated in the points instead of `evaluate`.
     """
-    return _linear.bind(
-        *points, *args, evaluate=evaluate, transpose=transpose, num=len(points), out=tuple(out)
-    )
+    reference = evaluate if reference is None else reference
+    functions = {"evaluate": evaluate, "transpose": transpose, "reference": reference}
+    return _linear.bind(*points, *args, num=len(points), out=tuple(out), **functions)
 
 
 _linear = Primitive("linear")
@@ -101,10 +107,10 @@ def _linear_evaluate(*args: Any, evaluate: Linear, num: int, **_: Any) -> Sequen
 
 
 def _linear_jvp(
-    primals: Sequence[Any], tangents: Sequence[Any], *, evaluate: Linear, num: int, **params: Any
+    primals: Sequence[Any], tangents: Sequence[Any], *, reference: Linear, num: int, **params: Any
 ) -> tuple[Any, Any]:
     def bind(*args: Any) -> Any:
-        return _linear.bind(*points, *args, evaluate=evaluate, num=num, **params)
+        return _linear.bind(*points, *args, reference=reference, num=num, **params)
 
     points, args = primals[:num], primals[num:]
     of_points, of_args = tangents[:num], tangents[num:]
@@ -117,7 +123,7 @@ def _linear_jvp(
             moved = list(points)
             for i, value in zip(active, values, strict=True):
                 moved[i] = value
-            return evaluate(moved, args)
+            return reference(moved, args)
 
         here, along = [points[i] for i in active], [of_points[i] for i in active]
         pushed.append(jax.jvp(at, here, along)[1])
@@ -138,6 +144,7 @@ def _linear_batch(
     *,
     evaluate: Linear,
     transpose: Linear,
+    reference: Linear,
     num: int,
     out: Sequence[Any],
 ) -> tuple[Any, Any]:
@@ -163,7 +170,8 @@ def _linear_batch(
             batching.bdim_at_front(x, d, axis.size)
             for x, d in zip(args[num:], dims[num:], strict=True)
         ]
-    result = linear(mapped(evaluate), mapped(transpose), args[:num], args[num:], out)
+    functions = mapped(evaluate), mapped(transpose)
+    result = linear(*functions, args[:num], args[num:], out, mapped(reference))
     return result, [over] * len(result)
 
 

@@ -72,8 +72,14 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
             refuse_what_is_no_array(given, required)
             raise
 
-    vars(checked)["is_public"] = True
+    vars(checked).update(is_public=True, looks=looks)
     return cast(Callable[P, R], checked)
+
+
+def looked_at(fun: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as the body of a public function gets them."""
+    looks = getattr(fun, "looks", {})
+    return {name: looks[name](x) if name in looks else x for name, x in arguments.items()}
 
 
 def is_public(fun: Callable[..., Any]) -> bool:

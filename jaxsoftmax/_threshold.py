@@ -12,8 +12,8 @@ what `tau` gives back; a cotangent `ct` of `p` is worth `v = ct - sum(s ct) / su
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +29,10 @@ from jaxsoftmax._reductions import (
     sum_to,
     vary_like,
 )
+from jaxsoftmax._scores import Options, looked_at, prepare
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def _nothing(*_: Array) -> tuple[Array, ...]:
@@ -137,6 +141,38 @@ apply.defvjp(_apply_fwd, apply_bwd)
 
 def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
     return list(zip(*entries, strict=True))
+
+
+def has_form(find: Callable[..., tuple[Form, tuple[Array, ...]]]) -> Any:
+    """A decorator that tells which form a public mapping has, for those who normalize in parts.
+
+    Args:
+      find: `(rows, scores, **options of its own) -> (form, params)`.
+    """
+
+    def tell(mapping: Callable[P, R]) -> Callable[P, R]:
+        vars(mapping)["form"] = find
+        return mapping
+
+    return tell
+
+
+def form_of(
+    normalizer: Any, scores: Array, options: Mapping[str, Any]
+) -> tuple[Form, Rows, Entries, tuple[Array, ...]] | None:
+    """The form of a configured mapping, with the rows, entries and parameters it has for `scores`.
+
+    None for mappings without a form, and for options that make rows of segments.
+    """
+    find = getattr(normalizer.function, "form", None)
+    given = dict(normalizer.options) | normalizer.arrays | dict(options)
+    if find is None or "segment_ids" in given:
+        return None
+    given = looked_at(normalizer.function, given)
+    of_rows = {name: given.pop(name) for name in ("where", "temperature", "sink") if name in given}
+    rows, entries = prepare(scores, given.pop("axis"), Options(**of_rows))
+    form, params = find(rows, entries, **given)
+    return form, rows, entries, params
 
 
 def top_of(rows: Rows, scores: Entries) -> Array:

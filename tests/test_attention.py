@@ -10,7 +10,8 @@ import scipy.special
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from jaxsoftmax.attention import _attention, _bands, _groups
+from jaxsoftmax.attention import _attention
+from jaxsoftmax.attention._tiling import Tiling
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -262,18 +263,27 @@ def test_blocks_of_all_sizes_agree(block_size, rng):
 
 
 @pytest.fixture
-def on_one_cpu(monkeypatch):
-    """As where there is but one device, a CPU, and all blocks are too large for it."""
-    asked = []
-    monkeypatch.setattr(_groups, "_on_one_cpu", lambda: asked.append(True) or True)
-    monkeypatch.setattr(_bands, "GROUP_SCORES", 1)
-    # A function of its own, or JAX would remember what it traced of the other.
-    fresh = jax.jit(lambda *args: _attention._attention(*args), static_argnums=0)
-    monkeypatch.setattr(_attention, "_compiled", fresh)
-    return asked
+def tiled(monkeypatch):
+    """Has attention cut as a tiling says, on this platform."""
+
+    def use(tiling):
+        monkeypatch.setattr(_attention, "TILINGS", {None: tiling})
+        # A function of its own, or JAX would remember what it traced of the other.
+        fresh = jax.jit(lambda *args: _attention._attention(*args), static_argnums=0)
+        monkeypatch.setattr(_attention, "_compiled", fresh)
+
+    return use
 
 
-def test_heads_one_after_the_other_agree(rng, request):
+TILINGS = {
+    "heads one by one": Tiling(forward=1, backward=1, group=1, rows=(4, 5), bands=3),
+    "some heads": Tiling(forward=400, backward=200, group=4 * S * (N // K), rows=(1, 9), bands=1),
+    "all heads": Tiling(forward=600, backward=200, group=None, rows=(1, 6), bands=2),
+}
+
+
+@pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
+def test_all_tilings_agree(tiling, tiled, rng):
     """With all that has an axis for the batch or the heads, and all that has not."""
     bias, alpha, sink = rng.normal(size=(N, T, S)), rng.uniform(1, 2, (N, 1, 1)), rng.normal(size=N)
     options = {
@@ -298,9 +308,8 @@ def test_heads_one_after_the_other_agree(rng, request):
 
     args = *inputs(rng), bias, alpha, sink
     together = jax.jit(everything)(*args)
-    asked = request.getfixturevalue("on_one_cpu")
+    tiled(tiling)
     apart = jax.jit(lambda *args: everything(*args))(*args)
-    assert asked
     for x, y in zip(jax.tree.leaves(apart), jax.tree.leaves(together), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
@@ -315,7 +324,8 @@ def test_heads_one_after_the_other_agree(rng, request):
     ],
 )
 def test_as_many_heads_are_taken_together_as_fit(batch, key_heads, row_size, rows, group):
-    assert _bands.group_sizes(batch, key_heads, row_size, rows) == group
+    tiling = Tiling(forward=0, backward=0, group=2**20, rows=(64, 512), bands=1)
+    assert tiling.group_sizes(batch, key_heads, row_size, rows) == group
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(13, 4), (3, 13), (1, 13), (13, 1)])

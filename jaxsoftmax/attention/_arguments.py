@@ -34,6 +34,7 @@ LAYOUT = {
     "query_segments": ROWS,
     "key_segments": KEYS,
     "log_sum": ROWS,
+    "sink": WHOLE,
 }
 
 
@@ -188,7 +189,7 @@ def check_number(name: str, value: ArrayLike, dtype: Any) -> Array:
 
 
 def check_sink(sink: ArrayLike, normalizer: Callable, heads: int, dtype: Any) -> Array:
-    """One virtual score per head, (N, 1, 1)."""
+    """One virtual score per head, (1, N, 1, 1)."""
     if not takes(normalizer, "sink"):
         raise ValueError(
             f"sink goes with a normalizer that takes one, got {function_name(normalizer)}."
@@ -197,7 +198,7 @@ def check_sink(sink: ArrayLike, normalizer: Callable, heads: int, dtype: Any) ->
     check_real("sink", sink)
     if not broadcasts(sink.shape, (heads,)):
         raise ValueError(f"sink must have one value per head, {heads}, got shape {sink.shape}.")
-    return jnp.broadcast_to(sink.astype(dtype).reshape(-1), (heads,)).reshape(heads, 1, 1)
+    return jnp.broadcast_to(sink.astype(dtype).reshape(-1), (heads,)).reshape(1, heads, 1, 1)
 
 
 def takes(function: Callable, name: str) -> bool:

@@ -20,25 +20,19 @@ from jaxsoftmax._scores import (
     mesh_names,
     refuse_what_is_no_array,
     wide,
+    with_ndim,
 )
 from jaxsoftmax._sharding import parts_in_all, parts_of
 from jaxsoftmax.attention import _arguments, _shared
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
-from jaxsoftmax.attention._bands import (
-    BACKWARD_SCORES,
-    FORWARD_SCORES,
-    Band,
-    Reach,
-    bands,
-    block_rows,
-    interleaved,
-)
-from jaxsoftmax.attention._block import Block, Rules, attend
-from jaxsoftmax.attention._blocks import attend_in_blocks
-from jaxsoftmax.attention._groups import in_groups
-from jaxsoftmax.attention._operands import ROW_AXIS
+from jaxsoftmax.attention._bands import Band, Reach, bands, interleaved
+from jaxsoftmax.attention._block import OF_NORMALIZER, First, Prepared, Rules, prepare
+from jaxsoftmax.attention._blocks import Cuts, Prepare, attend_in_blocks
+from jaxsoftmax.attention._groups import Groups
+from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
+from jaxsoftmax.attention._tiling import TILINGS, Tiling
 from jaxsoftmax.mappings import logsumexp, softmax
 
 Normalizer = Callable[..., Array]
@@ -276,7 +270,7 @@ def _here(
     static: _Static, normalizer: Normalizer, given: dict[str, Any]
 ) -> Array | tuple[Array, Array]:
     """Attention on one device, of what it has of the arrays."""
-    operands, sizes = _operands(static, given)
+    operands, sizes = _operands(static, normalizer, given)
     dtype = wide(operands["query"].dtype)
     rules = _rules(static, normalizer, given, sizes, dtype)
     if rules.scale is not None and operands["query"].dtype == dtype:
@@ -285,11 +279,11 @@ def _here(
         rules = dataclasses.replace(rules, scale=None)
     in_blocks = functools.partial(_in_blocks, static.block_size)
     if 0 in (*sizes.scores, sizes.value_features):
-        outs = _nothing(sizes, rules, dtype)
+        outs = _nothing(sizes, rules, operands.get("sink"), dtype)
     elif static.in_ring(normalizer):
         outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)
     else:
-        outs = in_groups(in_blocks, rules, operands, sizes, static.block_size)
+        outs = in_blocks(rules, operands, sizes)
         if static.places.keys:
             outs = (lax.psum(outs[0], static.places.keys), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
@@ -308,12 +302,14 @@ def _here(
 _compiled = jax.jit(_attention, static_argnums=0)
 
 
-def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array], Sizes]:
+def _operands(
+    static: _Static, normalizer: Normalizer, given: dict[str, Any]
+) -> tuple[dict[str, Array], Sizes]:
     """What blocks are cut from, in the layouts of `LAYOUT`."""
     query, key, value, sizes = _arguments.check_inputs(
         *(given.get(name) for name in ("query", "key", "value"))
     )
-    operands: dict[str, Array] = {}
+    operands: dict[str, Array] = {"query": query}
     _, _, first_query, first_key = _first(static.places, sizes)
     if "query_seq_lengths" in given:
         lengths = _arguments.check_lengths("query_seq_lengths", given["query_seq_lengths"], sizes)
@@ -343,6 +339,9 @@ def _operands(static: _Static, given: dict[str, Any]) -> tuple[dict[str, Array],
     # Outside of the reverse rule, so that JAX sums their cotangents over devices.
     for other in (key, query):
         operands = {name: vary_like(x, other) for name, x in operands.items()}
+    if "sink" in given:
+        dtype = wide(query.dtype)
+        operands["sink"] = _arguments.check_sink(given["sink"], normalizer, sizes.heads, dtype)
     return operands, sizes
 
 
@@ -363,9 +362,6 @@ def _rules(
     soft_cap = static.soft_cap
     if "soft_cap" in given:
         soft_cap = _arguments.check_number("logits_soft_cap", given["soft_cap"], dtype)
-    sink = given.get("sink")
-    if sink is not None:
-        sink = _arguments.check_sink(sink, normalizer, sizes.heads, dtype)
     return Rules(
         normalizer=normalizer,
         row_value=_log_sum(normalizer) if static.return_residual else None,
@@ -375,7 +371,6 @@ def _rules(
         after=static.after,
         scale=scale,
         soft_cap=soft_cap,
-        sink=sink,
         dropout_rate=static.dropout_rate,
         dropout_key=given.get("dropout_key"),
         kv_names=static.places.keys,
@@ -393,47 +388,84 @@ def _log_sum(normalizer: Normalizer) -> Configured:
     return normalizer.of(logsumexp)
 
 
-def _nothing(sizes: Sizes, rules: Rules, dtype: Any) -> tuple[Array, ...]:
+def _nothing(sizes: Sizes, rules: Rules, sink: Array | None, dtype: Any) -> tuple[Array, ...]:
     """What queries without keys get."""
     shape = sizes.batch, sizes.heads, sizes.queries
     out = jnp.zeros((*shape, sizes.value_features), dtype)
     if rules.row_value is None:
         return (out,)
-    sink = -jnp.inf if rules.sink is None else rules.sink[None, ..., 0]
-    return out, jnp.broadcast_to(jnp.asarray(sink, dtype), shape)
+    least = -jnp.inf if sink is None else sink[..., 0]
+    return out, jnp.broadcast_to(jnp.asarray(least, dtype), shape)
 
 
 def _in_blocks(
-    block_size: int | None,
-    rules: Rules,
-    operands: dict[str, Array],
-    sizes: Sizes,
-    forward_scores: int = FORWARD_SCORES,
+    block_size: int | None, rules: Rules, operands: dict[str, Array], sizes: Sizes
 ) -> tuple[Array, ...]:
+    normalizer = rules.normalizer
+    if isinstance(normalizer, Configured):
+        own = {OF_NORMALIZER + name: _aligned(x) for name, x in normalizer.arrays.items()}
+        operands = operands | own
+        rules = dataclasses.replace(rules, normalizer=normalizer.with_arrays({}))
+    names = tuple(operands)
+
+    def prepare_of(band: Band) -> Prepare:
+        def prepared(first: First, *parts: Array) -> Prepared:
+            return prepare(rules, band, first, dict(zip(names, parts, strict=True)))
+
+        return prepared
+
+    if parts_in_all(operands["query"]) > 1:
+        cuts = {None: _shared_cuts(block_size, operands["query"], sizes)}
+    else:
+        cuts = {name: _cuts(tiling, block_size, rules, sizes) for name, tiling in TILINGS.items()}
+    layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name]) for name in names]
+    return attend_in_blocks(prepare_of, cuts, layout, list(operands.values()), names.index("value"))
+
+
+def _cuts(tiling: Tiling, block_size: int | None, rules: Rules, sizes: Sizes) -> Cuts:
+    """How attention is cut where it is one device's own."""
     # Where positions are not known while tracing, no key is out of reach.
     known = all(isinstance(first, int) for first in rules.first[2:])
     reach = Reach(rules.before, rules.after) if known else Reach()
-    names = tuple(operands)
-    devices = parts_in_all(operands["query"])
+    groups, together = Groups(), sizes.batch * sizes.heads
+    forward, backward = tiling.forward, tiling.backward
+    # Of functions that are not ours it is not known which of their arrays belong to a head.
+    if isinstance(rules.normalizer, Configured) and not rules.kv_names:
+        per_head = sizes.heads // sizes.key_heads
+        rows = block_size or sizes.queries
+        row_size = per_head * sizes.keys
+        batch, heads = tiling.group_sizes(sizes.batch, sizes.key_heads, row_size, rows)
+        groups = Groups(sizes.batch // batch, sizes.key_heads // heads)
+        together = batch * heads * per_head
+        if groups != Groups() and tiling.group is not None:
+            forward = tiling.group
 
-    def block_of(band: Band) -> Block:
-        def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
-            return attend(rules, band, first_row, dict(zip(names, parts, strict=True)))
+    def bands_of(scores: int) -> tuple[Band, ...]:
+        rows = block_size or tiling.block_rows(sizes.queries, together * sizes.keys, scores)
+        rows = min(rows, sizes.queries)
+        return bands(sizes.queries, sizes.keys, rows, reach, tiling.bands)
 
-        return block
+    return Cuts(groups, bands_of(forward), bands_of(backward))
 
-    def bands_of(block_scores: int) -> tuple[Band, ...]:
-        row_size = sizes.batch * sizes.heads * sizes.keys // devices
-        rows = block_size or block_rows(sizes.queries, row_size, block_scores)
-        if devices > 1:
-            parts = parts_of(operands["query"], ROW_AXIS)
-            return (interleaved(sizes.queries, sizes.keys, rows * devices, parts),)
-        return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach)
 
-    return attend_in_blocks(
-        block_of,
-        bands_of(forward_scores),
-        bands_of(BACKWARD_SCORES),
-        [LAYOUT[name] for name in names],
-        list(operands.values()),
-    )
+def _shared_cuts(block_size: int | None, query: Array, sizes: Sizes) -> Cuts:
+    """How attention is cut where XLA shares it among devices: no block is one device's alone."""
+    devices, tiling = parts_in_all(query), TILINGS["cpu"]
+    row_size = sizes.batch * sizes.heads * sizes.keys // devices
+
+    def band_of(scores: int) -> Band:
+        rows = block_size or tiling.block_rows(sizes.queries, row_size, scores)
+        parts = parts_of(query, ROW_AXIS)
+        return interleaved(sizes.queries, sizes.keys, rows * devices, parts)
+
+    return Cuts(Groups(), (band_of(tiling.forward),), (band_of(tiling.backward),))
+
+
+def _aligned(x: Any) -> Any:
+    """An array of a normalizer with the axes of the scores, if it has some of a head's."""
+    x = jnp.asarray(x)
+    return with_ndim(x, 4) if x.ndim == 3 else x
+
+
+def _layout_of_normalizer(x: Array) -> Operand:
+    return WHOLE if x.ndim == 4 else UNKNOWN

@@ -63,55 +63,10 @@ class Reach:
         return low, max(high, low + 1)
 
 
-def block_rows(queries: int, row_size: int, block_scores: int) -> int:
-    """How many rows a block should have.
-
-    Args:
-      queries: how many query rows there are.
-      row_size: how many scores there are to a row, over the batch and the heads.
-      block_scores: how many scores a block should have.
-    """
-    most = min(max(block_scores // max(row_size, 1), _FEWEST_ROWS), _MOST_ROWS)
-    if queries <= most:
-        return queries
-    # A number that leaves no rest, if there is one that is not much smaller.
-    for rows in range(most, most // 2, -1):
-        if queries % rows == 0:
-            return rows
-    return math.ceil(queries / math.ceil(queries / most))
-
-
-# As measured: a block's scores should stay near the core that works on them, yet a block of few
-# rows spends its time on going through all keys. The reverse rule holds several arrays of scores.
-# Where heads may be taken one after the other, blocks can have both: few scores and many rows.
-FORWARD_SCORES, BACKWARD_SCORES, GROUP_SCORES = 2**21, 2**20, 2**20
-_FEWEST_ROWS, _MOST_ROWS = 64, 512
-_BANDS = 8
-
-
-def group_sizes(batch: int, key_heads: int, row_size: int, rows: int) -> tuple[int, int]:
-    """How many entries of the batch, and how many heads of the keys, to take together.
-
-    Args:
-      batch: how many entries there are.
-      key_heads: how many heads.
-      row_size: how many scores there are to a row, for one of the heads.
-      rows: how many rows a block may have.
-    """
-    most = max(GROUP_SCORES // (row_size * min(rows, _MOST_ROWS)), 1)
-    if most < key_heads:
-        return 1, _divisor(key_heads, most)
-    return _divisor(batch, most // key_heads), key_heads
-
-
-def _divisor(n: int, most: int) -> int:
-    return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
-
-
-def bands(queries: int, keys: int, rows: int, reach: Reach) -> tuple[Band, ...]:
-    """Covers all query rows, from the first to the last."""
+def bands(queries: int, keys: int, rows: int, reach: Reach, most: int) -> tuple[Band, ...]:
+    """Covers all query rows, from the first to the last, by `most` bands and one for the rest."""
     whole = queries // rows
-    per_band = whole if reach == Reach() else math.ceil(whole / _BANDS)
+    per_band = whole if reach == Reach() else math.ceil(whole / most)
     starts = range(0, whole, max(per_band, 1))
     parts = [_band(i * rows, rows, min(per_band, whole - i), keys, reach) for i in starts]
     if rest := queries % rows:

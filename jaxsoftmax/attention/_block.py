@@ -1,9 +1,12 @@
-"""One block of query rows with all the keys it sees: its output, and its pullback.
+"""One block of query rows with all the keys it sees: its output, and its derivatives.
 
-This is all that a hand-written kernel would have to replace.
+Scores are made of the operands by what `jax.vjp` can differentiate. Then they are normalized, and
+mixed with the values. If the normalizer has a form, its threshold is kept: the reverse rule makes
+the weights of it, and solves for nothing again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +15,20 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._reductions import vary_like
+from jaxsoftmax import _threshold
+from jaxsoftmax._configured import Configured
+from jaxsoftmax._reductions import Entries, Rows, vary_like
 from jaxsoftmax._scores import soft_cap, wide
+from jaxsoftmax._threshold import IDENTITY, Form, form_of
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._bands import Band
 
 Parts = Mapping[str, Array]
-# Of the first row and the parts of the operands that the block sees.
-Block = Callable[..., tuple[Array, ...]]
+# The positions of the first batch, head and query of a block.
+First = tuple[Any, Any, Any]
+
+# What the operands that hold the arrays of a normalizer are called, before the names of those.
+OF_NORMALIZER = "normalizer "
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +44,6 @@ class Rules:
       before: how far a query sees before its own position, None: without limit.
       after: the same, after its own position.
       soft_cap: bounds the scores, None: without bounds.
-      sink: one virtual score per head, (N, 1, 1), if there is one.
       dropout_rate: the share of the weights that are dropped.
       dropout_key: a key of `jax.random`, if any are.
       kv_names: the mesh axes that the keys are spread over.
@@ -51,7 +59,6 @@ class Rules:
     before: int | None = None
     after: int | None = None
     soft_cap: ArrayLike | None = None
-    sink: Array | None = None
     dropout_rate: float = 0.0
     dropout_key: Array | None = None
     kv_names: tuple[str, ...] = ()
@@ -59,70 +66,180 @@ class Rules:
     guard: bool = True
 
 
-def attend(rules: Rules, band: Band, first_row: Array, part: Parts) -> tuple[Array, ...]:
-    """The output of a block, (B, N, rows, V), and the log-sums (B, N, rows) if they are wanted.
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "entries", "params", "row_values", "dropout"),
+    meta_fields=("form",),
+)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is made of the operands before it is normalized.
+
+    Attributes:
+      form: what makes weights of the entries; weights are those of others.
+      rows: the rows of the entries.
+      entries: the scores, (B, N, rows, S), and those of a sink.
+      params: the parameters of the form.
+      row_values: a number per row, (B, N, rows), if it was asked for.
+      dropout: what weights are multiplied by, if any are dropped.
+    """
+
+    form: Form
+    rows: Rows
+    entries: Entries
+    params: tuple[Array, ...]
+    row_values: tuple[Array, ...]
+    dropout: Array | None
+
+    def kept(self, weights: Array) -> Array:
+        """The weights after dropout."""
+        return weights if self.dropout is None else weights * self.dropout.astype(weights.dtype)
+
+
+def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
+    """Scores of queries and keys, masked.
 
     Args:
       rules: what makes weights of scores.
       band: the band that the block belongs to.
-      first_row: the position of its first query.
+      first: where the block begins.
       part: what the block sees of each operand that there is.
     """
     scores = _scores(rules, part)
-    places = _places(rules, band, first_row, scores.shape)
+    places = _places(rules, band, first, scores.shape)
     if rules.score_mod is not None:
         scores = _modified(rules.score_mod, scores, places)
+    normalizer, row_value = _with_arrays(rules, part)
     options: dict[str, Any] = {
         "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
         "where": _visible(rules, part, places),
     }
-    if rules.sink is not None:
-        options["sink"] = rules.sink
+    if "sink" in part:
+        options["sink"] = part["sink"]
     if "log_sum" in part:
         options["log_sum"] = part["log_sum"]
-    weights = _weights(rules, scores, options)
+    found = form_of(normalizer, scores, options) if isinstance(normalizer, Configured) else None
+    if found is None:
+        weights = _weights(rules, normalizer, scores, options)
+        found = IDENTITY, Rows((weights.ndim - 1,)), (weights,), ()
+    dropout = None
     if rules.dropout_key is not None:
-        scale = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
-        weights = weights * scale.astype(weights.dtype)
-    out = _mix(weights, part["value"])
-    return (out,) if rules.row_value is None else (out, rules.row_value(scores, **options))
+        dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
+    row_values = () if row_value is None else (row_value(scores, **options),)
+    return Prepared(*found, row_values, dropout)
 
 
-def pull_back(
-    block: Block,
-    wanted: Sequence[int],
-    first_row: Array,
-    parts: Sequence[Array],
-    ct: tuple[Array, ...],
-) -> list[Array]:
-    """The cotangents of the parts at `wanted`; the block is computed once more."""
-    of_wanted = _of_wanted(block, wanted, first_row, parts)
-    _, pullback = jax.vjp(of_wanted, *(parts[i] for i in wanted))
-    return list(pullback(ct))
+def _with_arrays(
+    rules: Rules, part: Parts
+) -> tuple[Callable[..., Array], Callable[..., Array] | None]:
+    """The normalizer with its arrays, which are operands, and what makes a number of each row."""
+    normalizer, row_value = rules.normalizer, rules.row_value
+    if not isinstance(normalizer, Configured):
+        return normalizer, row_value
+    start = len(OF_NORMALIZER)
+    own = {name[start:]: x for name, x in part.items() if name.startswith(OF_NORMALIZER)}
+    normalizer = normalizer.with_arrays(own)
+    if isinstance(row_value, Configured):
+        row_value = normalizer.of(row_value.function)
+    return normalizer, row_value
 
 
-def push_forward(
-    block: Block,
-    wanted: Sequence[int],
-    first_row: Array,
-    parts: Sequence[Array],
-    tangents: Sequence[Array],
-) -> tuple[Array, ...]:
-    """The tangents of the outputs, given those of the parts at `wanted`."""
-    of_wanted = _of_wanted(block, wanted, first_row, parts)
-    return jax.jvp(of_wanted, [parts[i] for i in wanted], list(tangents))[1]
+@dataclasses.dataclass(frozen=True, eq=False)
+class Block:
+    """What is computed for each block of a band.
+
+    Attributes:
+      prepare: `(first, *parts) -> Prepared`.
+      value: which of the parts are the values.
+    """
+
+    prepare: Callable[..., Prepared]
+    value: int
+
+    def attend(self, first: First, parts: Sequence[Array]) -> tuple[Array, ...]:
+        """The output, (B, N, rows, V), and row values; with derivatives of any kind and order."""
+        made = self.prepare(first, *parts)
+        weights = _threshold.apply(made.form, made.rows, made.entries, *made.params)[0]
+        return _mix(made.kept(weights), parts[self.value]), *made.row_values
+
+    def attend_and_keep(
+        self, first: First, parts: Sequence[Array]
+    ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """The same, and the threshold of each row; without derivatives."""
+        made = self.prepare(first, *parts)
+        threshold = made.form.solve(made.rows, made.entries, *made.params)
+        weights = made.form.weights(made.rows, made.entries, threshold, made.params)[0]
+        return (_mix(made.kept(weights), parts[self.value]), *made.row_values), threshold
+
+    def pull_back(
+        self,
+        wanted: Sequence[int],
+        first: First,
+        parts: Sequence[Array],
+        ct: Sequence[Array],
+    ) -> list[Array]:
+        """The cotangents of the parts at `wanted`, of which derivatives can be taken again."""
+        of_wanted = self._of_wanted(wanted, first, parts)
+        _, pullback = jax.vjp(of_wanted, *(parts[i] for i in wanted))
+        return list(pullback(tuple(ct)))
+
+    def push_forward(
+        self,
+        wanted: Sequence[int],
+        first: First,
+        parts: Sequence[Array],
+        tangents: Sequence[Array],
+    ) -> tuple[Array, ...]:
+        """The tangents of the outputs, given those of the parts at `wanted`."""
+        of_wanted = self._of_wanted(wanted, first, parts)
+        return jax.jvp(of_wanted, [parts[i] for i in wanted], list(tangents))[1]
+
+    def pull_back_from(
+        self,
+        wanted: Sequence[int],
+        first: First,
+        parts: Sequence[Array],
+        out: Array,
+        threshold: Sequence[Array],
+        ct: Sequence[Array],
+    ) -> list[Array]:
+        """What `pull_back` returns, given the output and the thresholds."""
+
+        def smooth(*args: Array) -> tuple[Any, Prepared]:
+            made = self.prepare(first, *_merged(parts, wanted, args))
+            return (made.entries, made.params, made.row_values), made
+
+        _, pullback, made = jax.vjp(smooth, *(parts[i] for i in wanted), has_aux=True)
+        p = made.form.weights(made.rows, made.entries, threshold, made.params)
+        value, (ct_out, *ct_row_values) = parts[self.value], ct
+        factor = _grouped(ct_out, value.shape[1]).astype(value.dtype)
+        ct_weights = made.kept(_products.scores(factor, value).reshape(p[0].shape))
+        # The slopes of softmax are its weights, and the mean is known.
+        mean = jnp.sum(ct_out * out, -1, keepdims=True) if made.form.slopes_sum_to_one else None
+        if mean is not None and made.rows.names:
+            mean = lax.psum(mean, made.rows.names)
+        cts = ct_weights, *map(jnp.zeros_like, p[1:])
+        ct_entries, *ct_params = _threshold.pull_back(
+            made.form, made.rows, p, made.params, cts, mean
+        )
+        found = list(pullback((ct_entries, tuple(ct_params), tuple(ct_row_values))))
+        if self.value in wanted:
+            weights = _grouped(made.kept(p[0]), value.shape[1]).astype(value.dtype)
+            i = list(wanted).index(self.value)
+            found[i] = _products.columns(factor, weights).astype(found[i].dtype)
+        return found
+
+    def _of_wanted(
+        self, wanted: Sequence[int], first: First, parts: Sequence[Array]
+    ) -> Callable[..., tuple[Array, ...]]:
+        return lambda *args: self.attend(first, _merged(parts, wanted, args))
 
 
-def _of_wanted(
-    block: Block, wanted: Sequence[int], first_row: Array, parts: Sequence[Array]
-) -> Callable[..., tuple[Array, ...]]:
-    def of_wanted(*args: Array) -> tuple[Array, ...]:
-        merged = list(parts)
-        for i, arg in zip(wanted, args, strict=True):
-            merged[i] = arg
-        return block(first_row, *merged)
-
-    return of_wanted
+def _merged(parts: Sequence[Array], places: Sequence[int], args: Sequence[Array]) -> list[Array]:
+    merged = list(parts)
+    for i, arg in zip(places, args, strict=True):
+        merged[i] = arg
+    return merged
 
 
 def is_smooth(x: Array) -> bool:
@@ -149,11 +266,17 @@ def _scores(rules: Rules, part: Parts) -> Array:
 
 
 def _places(
-    rules: Rules, band: Band, first_row: Array, shape: tuple[int, ...]
+    rules: Rules, band: Band, first: First, shape: tuple[int, ...]
 ) -> tuple[Array, Array, Array, Array]:
     """The indices of batch, head, query and key, one vector each."""
     batch, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape)
-    here = batch, heads, band.row(first_row, rows), keys + band.key_start(first_row)
+    first_batch, first_head, first_row = first
+    here = (
+        batch + first_batch,
+        heads + first_head,
+        band.row(first_row, rows),
+        keys + band.key_start(first_row),
+    )
     batch, heads, rows, keys = (x + first for x, first in zip(here, rules.first, strict=True))
     return batch, heads, rows, keys
 
@@ -211,13 +334,15 @@ def _mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array]) -> Arr
     return mask
 
 
-def _weights(rules: Rules, scores: Array, options: dict[str, Any]) -> Array:
+def _weights(
+    rules: Rules, normalizer: Callable[..., Array], scores: Array, options: dict[str, Any]
+) -> Array:
     if not rules.guard:
-        return rules.normalizer(scores, **options)
+        return normalizer(scores, **options)
     where = options["where"]
     seen = _any_key(rules, where)
     options = options | {"where": where | ~seen}
-    weights = rules.normalizer(jnp.where(seen, scores, 0), **options)
+    weights = normalizer(jnp.where(seen, scores, 0), **options)
     if jnp.shape(weights) != scores.shape:
         raise ValueError(
             f"normalizer must return an array of the shape of the scores {scores.shape}, got "
@@ -235,9 +360,13 @@ def _any_key(rules: Rules, where: Array) -> Array:
     return lax.pmax(seen.astype(jnp.int32), rules.kv_names) > 0
 
 
+def _grouped(x: Array, key_heads: int) -> Array:
+    """(B, N, rows, ...) with the heads that share keys as rows of one product."""
+    batch, heads, rows, *rest = x.shape
+    return x.reshape(batch, key_heads, heads // key_heads * rows, *rest)
+
+
 def _mix(weights: Array, value: Array) -> Array:
     """The values, weighted and summed."""
-    batch, heads, rows, keys = weights.shape
-    grouped = weights.reshape(batch, value.shape[1], -1, keys).astype(value.dtype)
-    out = _products.rows(grouped, value)
-    return out.reshape(batch, heads, rows, -1)
+    out = _products.rows(_grouped(weights, value.shape[1]).astype(value.dtype), value)
+    return out.reshape(*weights.shape[:-1], -1)

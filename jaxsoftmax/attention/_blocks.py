@@ -1,6 +1,6 @@
 """Attention block by block, with one reverse rule that serves every kind of derivative.
 
-Nothing is kept for the reverse rule but what came in: each block is computed once more.
+What is kept for the reverse rule is what came in, the output, and the thresholds of the rows.
 """
 
 import dataclasses
@@ -19,8 +19,26 @@ from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
-from jaxsoftmax.attention._block import Block, is_smooth, pull_back, push_forward
-from jaxsoftmax.attention._operands import WHOLE, Operand, join, stack, unstack
+from jaxsoftmax.attention._block import Block, First, Prepared, is_smooth
+from jaxsoftmax.attention._groups import Groups
+from jaxsoftmax.attention._operands import UNKNOWN, Operand, join, stack, unstack
+
+Prepare = Callable[..., Prepared]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cuts:
+    """How attention is cut into blocks.
+
+    Attributes:
+      groups: of the batch and the heads.
+      forward: the blocks of query rows, of each group.
+      backward: those of the reverse rule, which may be smaller.
+    """
+
+    groups: Groups
+    forward: tuple[Band, ...]
+    backward: tuple[Band, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,63 +46,74 @@ class Plan:
     """All that is known while tracing.
 
     Attributes:
-      forward: the bands, and what is to be computed for each block of them.
-      backward: the same for the reverse rule, whose blocks may be smaller.
+      cuts: how attention is cut, by platform; None: on all others.
+      blocks: what is computed for each block of a band, where so many groups are made.
       operands: how blocks are cut from each array.
     """
 
-    forward: tuple[tuple[Band, Block], ...]
-    backward: tuple[tuple[Band, Block], ...]
+    cuts: dict[str | None, Cuts]
+    blocks: dict[tuple[Groups, Band], Block]
     operands: tuple[Operand, ...]
+
+    def on_each_platform(self, function: Callable[..., Any], *args: Any) -> Any:
+        """`function(cuts, *args)`, with the cuts of the platform that a program is lowered for."""
+        of = {name: functools.partial(function, cuts) for name, cuts in self.cuts.items()}
+        default = of.pop(None)
+        if not of:
+            return default(*args)
+        return lax.platform_dependent(*args, default=default, **of)
 
 
 def attend_in_blocks(
-    block_of: Callable[[Band], Block],
-    forward: Sequence[Band],
-    backward: Sequence[Band],
+    prepare_of: Callable[[Band], Prepare],
+    cuts: dict[str | None, Cuts],
     operands: Sequence[Operand],
     arrays: Sequence[Array],
+    value: int,
 ) -> tuple[Array, ...]:
     """The outputs of all blocks, joined along axis 2, the rows.
 
     Args:
-      block_of: gives what is to be computed for each block of a band. It may close over arrays,
+      prepare_of: gives what makes scores for each block of a band. It may close over arrays,
         tracers among them: derivatives flow there too.
-      forward: the blocks.
-      backward: the blocks of the reverse rule.
+      cuts: how attention is cut, by platform.
       operands: how parts are cut from each array.
       arrays: the arrays.
+      value: which of them are the values.
     """
     traced = {}
-    for band in (*forward, *backward):
-        if band not in traced:
-            pairs = zip(operands, arrays, strict=True)
-            parts = [operand.cut(x, band, band.start) for operand, x in pairs]
-            first_row = jnp.asarray(band.start, jnp.int32)
-            pure, consts, _ = _jax.hoist(block_of(band), first_row, *parts)
-            traced[band] = pure, consts
+    for cut in cuts.values():
+        group = [cut.groups.cut(op, x, (0, 0)) for op, x in zip(operands, arrays, strict=True)]
+        for band in (*cut.forward, *cut.backward):
+            if (cut.groups, band) not in traced:
+                pairs = zip(operands, group, strict=True)
+                parts = [operand.cut(x, band, band.start) for operand, x in pairs]
+                first = _first((0, 0), band.start)
+                pure, consts, _ = _jax.hoist(prepare_of(band), first, *parts)
+                traced[cut.groups, band] = pure, consts
     # What the blocks close over becomes an operand: a reverse rule must not hide any of it.
     pool = {id(const): const for _, consts in traced.values() for const in consts}
     places = {key: len(arrays) + i for i, key in enumerate(pool)}
     blocks = {
-        band: _opened(pure, len(arrays), [places[id(const)] for const in consts])
-        for band, (pure, consts) in traced.items()
+        key: Block(_opened(pure, len(arrays), [places[id(const)] for const in consts]), value)
+        for key, (pure, consts) in traced.items()
     }
-    plan = Plan(
-        tuple((band, blocks[band]) for band in forward),
-        tuple((band, blocks[band]) for band in backward),
-        (*operands, *(WHOLE for _ in pool)),
-    )
+    plan = Plan(cuts, blocks, (*operands, *(UNKNOWN for _ in pool)))
     return _attend(plan, *arrays, *(jnp.asarray(const) for const in pool.values()))
 
 
-def _opened(pure: Callable[..., Any], count: int, places: Sequence[int]) -> Block:
-    """The same block, whose constants are among its arguments, at `places`."""
+def _opened(pure: Callable[..., Any], count: int, places: Sequence[int]) -> Prepare:
+    """The same function, whose constants are among its arguments, at `places`."""
 
-    def block(first_row: Array, *parts: Array) -> tuple[Array, ...]:
-        return tuple(pure([parts[i] for i in places], first_row, *parts[:count]))
+    def prepare(first: First, *parts: Array) -> Prepared:
+        return pure([parts[i] for i in places], first, *parts[:count])
 
-    return block
+    return prepare
+
+
+def _first(first: tuple[Any, Any], row: Any) -> First:
+    batch, head, row = (jnp.asarray(x, jnp.int32) for x in (*first, row))
+    return batch, head, row
 
 
 def _over_blocks(
@@ -93,7 +122,7 @@ def _over_blocks(
     function: Callable[..., Any],
     arrays: Sequence[Array],
     state: Any = None,
-    of_rows: Sequence[Array] = (),
+    of_rows: Any = (),
 ) -> Any:
     """Scans `state, out = function(state, first_row, parts, parts of of_rows)` over a band.
 
@@ -120,7 +149,7 @@ def _over_blocks(
     xs = (
         jnp.arange(band.blocks, dtype=jnp.int32),
         [stack(pairs[i][1], band) for i in handed],
-        [stack(x, band) for x in of_rows],
+        jax.tree.map(lambda x: stack(x, band), of_rows),
     )
     if band.blocks > 1:
         return lax.scan(step, state, xs)
@@ -128,17 +157,50 @@ def _over_blocks(
     return state, jax.tree.map(lambda x: x[None], out)
 
 
+def _of_rows(outs: Sequence[Any], bands: Sequence[Band]) -> Any:
+    """What blocks return for their rows, of all bands."""
+    unstacked = [
+        jax.tree.map(lambda x, band=band: unstack(x, band), out)
+        for out, band in zip(outs, bands, strict=True)
+    ]
+    return jax.tree.map(lambda *parts: join(parts), *unstacked)
+
+
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
-    bands = []
-    for band, block in plan.forward:
+    return _forward(plan, Block.attend, arrays)
 
-        def output(state: None, first_row: Array, parts: Any, _: Any, block: Block = block) -> Any:
-            return state, block(first_row, *parts())
 
-        _, outs = _over_blocks(plan.operands, band, output, arrays)
-        bands.append([unstack(out, band) for out in outs])
-    return tuple(join(outs) for outs in zip(*bands, strict=True))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _attend_and_keep(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+    """The outputs, and the thresholds, which have no derivatives of their own."""
+    return _forward(plan, Block.attend_and_keep, arrays)
+
+
+def _forward(plan: Plan, attend: Callable[..., Any], arrays: Sequence[Array]) -> Any:
+    def forward(cuts: Cuts, *arrays: Array) -> Any:
+        def of_group(place: Any, arrays: Sequence[Array], state: Any) -> Any:
+            start, found = _group_start(arrays, place), []
+            for band in cuts.forward:
+                block = plan.blocks[cuts.groups, band]
+
+                def output(
+                    state: None, first_row: Any, parts: Any, _: Any, block: Block = block
+                ) -> Any:
+                    return state, attend(block, _first(start, first_row), parts())
+
+                found.append(_over_blocks(plan.operands, band, output, arrays)[1])
+            return _of_rows(found, cuts.forward), state
+
+        return cuts.groups.each(of_group, plan.operands, arrays)[0]
+
+    return plan.on_each_platform(forward, *arrays)
+
+
+def _group_start(arrays: Sequence[Array], place: Any) -> tuple[Any, Any]:
+    """The first batch and head of a group, as the queries count them: the first operand."""
+    batch, heads, *_ = arrays[0].shape
+    return place[0] * batch, place[1] * heads
 
 
 @jax.tree_util.register_static
@@ -149,20 +211,33 @@ class Wanted:
     places: tuple[int, ...]
 
 
-def _attend_fwd(plan: Plan, *primals: Any) -> tuple[tuple[Array, ...], Any]:
+def _attend_fwd(plan: Plan, *primals: Any) -> tuple[Any, Any]:
     arrays = tuple(primal.value for primal in primals)
     wanted = (i for i, x in enumerate(arrays) if primals[i].perturbed and is_smooth(x))
-    return _attend(plan, *arrays), (Wanted(tuple(wanted)), arrays)
+    outs, thresholds = _attend_and_keep(plan, *arrays)
+    return outs, (Wanted(tuple(wanted)), arrays, (outs[0], thresholds))
 
 
-def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array | None, ...]:
-    wanted, arrays = residuals
+def _attend_and_keep_fwd(plan: Plan, *primals: Any) -> tuple[Any, Any]:
+    outs, residuals = _attend_fwd(plan, *primals)
+    *_, (_, thresholds) = residuals
+    return (outs, thresholds), residuals
+
+
+def _attend_and_keep_bwd(plan: Plan, residuals: Any, ct: Any) -> tuple[Array | None, ...]:
+    return _attend_bwd(plan, residuals, ct[0])
+
+
+def _attend_bwd(plan: Plan, residuals: Any, ct: Any) -> tuple[Array | None, ...]:
+    wanted, arrays, kept = residuals
     ct = tuple(_instantiated(x, arrays[0]) for x in ct)
+    pulled = functools.partial(_pulled, plan, wanted.places)
     found = linear_pair(
-        functools.partial(_pulled, plan, wanted),
-        functools.partial(_pushed, plan, wanted),
-        arrays,
+        functools.partial(pulled, from_kept=True),
+        functools.partial(_pushed, plan, wanted.places),
+        (arrays, kept),
         ct,
+        reference=functools.partial(pulled, from_kept=False),
     )
     cts: list[Array | None] = [None] * len(arrays)
     for i, x in zip(wanted.places, found, strict=True):
@@ -175,61 +250,125 @@ def _attend_bwd(plan: Plan, residuals: Any, ct: tuple[Any, ...]) -> tuple[Array 
 
 
 def _pulled(
-    plan: Plan, wanted: Wanted, arrays: Sequence[Array], ct: tuple[Array, ...]
+    plan: Plan, wanted: Sequence[int], point: Any, ct: tuple[Array, ...], from_kept: bool
 ) -> list[Array]:
-    """The cotangents of the arrays that are wanted."""
-    smooth = wanted.places
-    # Blocks have rows of their own, or else they add to one sum.
-    own = [i for i in smooth if plan.operands[i].has_rows(arrays[i])]
-    shared = [i for i in smooth if i not in own]
-    sums = {i: wide_zeros(arrays[i]) for i in shared}
-    rows: list[dict[int, Array]] = []
-    for band, block in plan.backward:
-        pull = functools.partial(pull_back, block, smooth)
+    """The cotangents of the arrays that are wanted.
+
+    Args:
+      plan: the plan.
+      wanted: which arrays those are.
+      point: the arrays, and what was kept.
+      ct: the cotangents of the outputs.
+      from_kept: whether they are made of what was kept; else derivatives can be taken of them.
+    """
+
+    def pulled(cuts: Cuts, arrays: Sequence[Array], kept: Any, ct: Any) -> list[Array]:
+        pull = _pull_from_kept if from_kept else _pull_back
+        groups = cuts.groups
+        # Groups have parts of their own, or else they add to one sum; and so have blocks.
+        apart = [i for i in wanted if groups.are_apart(plan.operands[i], arrays[i])]
+        totals = {i: wide_zeros(arrays[i]) for i in wanted if i not in apart}
+        tree = jax.tree.structure((kept, ct))
+        of_rows = jax.tree.leaves((kept, ct))
+
+        def of_group(place: Any, parts: Sequence[Array], totals: Any) -> Any:
+            own, of_rows = parts[: len(arrays)], jax.tree.unflatten(tree, parts[len(arrays) :])
+            found = _pulled_of_group(plan, cuts, wanted, pull, place, own, of_rows)
+            for i in totals:
+                totals[i] = groups.add(plan.operands[i], totals[i], found[i], place)
+            return tuple(found[i] for i in apart), totals
+
+        operands = *plan.operands, *(Operand() for _ in of_rows)
+        outs, totals = groups.each(of_group, operands, (*arrays, *of_rows), totals)
+        totals |= dict(zip(apart, outs, strict=True))
+        return [totals[i] for i in wanted]
+
+    return plan.on_each_platform(pulled, *point, ct)
+
+
+def _pull_back(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any) -> Any:
+    return block.pull_back(wanted, first, parts, ct)
+
+
+def _pull_from_kept(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any) -> Any:
+    return block.pull_back_from(wanted, first, parts, *kept, ct)
+
+
+def _pulled_of_group(
+    plan: Plan,
+    cuts: Cuts,
+    wanted: Sequence[int],
+    pull: Callable[..., list[Array]],
+    place: Any,
+    arrays: Sequence[Array],
+    of_rows: Any,
+) -> dict[int, Array]:
+    own = [i for i in wanted if plan.operands[i].has_rows(arrays[i])]
+    sums = {i: wide_zeros(arrays[i]) for i in wanted if i not in own}
+    rows = []
+    for band in cuts.backward:
+        block = plan.blocks[cuts.groups, band]
 
         def cotangents(
-            sums: Any, first_row: Array, parts: Any, ct: Any, band: Band = band, pull: Any = pull
+            sums: Any,
+            first_row: Array,
+            parts: Any,
+            of_rows: Any,
+            band: Band = band,
+            block: Any = block,
         ) -> Any:
             # Computed once more rather than kept, where this is itself differentiated.
-            found = jax.checkpoint(lambda *args: pull(args[0], parts(), args[1:]))(first_row, *ct)
-            found = dict(zip(smooth, found, strict=True))
-            sums = {i: plan.operands[i].add(sums[i], found[i], band, first_row) for i in shared}
-            spread = {i: plan.operands[i].spread(found[i], arrays[i], band, first_row) for i in own}
+            @jax.checkpoint
+            def pulled(first_row: Array, kept: Any, ct: Any) -> Any:
+                first = _first(_group_start(arrays, place), first_row)
+                return pull(block, wanted, first, parts(), kept, ct)
+
+            found = dict(zip(wanted, pulled(first_row, *of_rows), strict=True))
+            sums = {i: plan.operands[i].add(sums[i], found[i], band, first_row) for i in sums}
+            spread = [plan.operands[i].spread(found[i], arrays[i], band, first_row) for i in own]
             return sums, spread
 
-        sums, of_rows = _over_blocks(plan.operands, band, cotangents, arrays, sums, ct)
-        rows.append({i: unstack(of_rows[i], band) for i in own})
-    gathered = sums | {i: join([band[i] for band in rows]) for i in own}
-    return [gathered[i] for i in smooth]
+        sums, out = _over_blocks(plan.operands, band, cotangents, arrays, sums, of_rows)
+        rows.append(out)
+    return sums | dict(zip(own, _of_rows(rows, cuts.backward), strict=True))
 
 
 def _pushed(
-    plan: Plan, wanted: Wanted, arrays: Sequence[Array], tangents: Sequence[Array]
+    plan: Plan, wanted: Sequence[int], point: Any, tangents: Sequence[Array]
 ) -> tuple[Array, ...]:
     """The tangents of the outputs: the transpose of `_pulled`."""
-    smooth = wanted.places
-    like = [t.astype(arrays[i].dtype) for i, t in zip(smooth, tangents, strict=True)]
-    operands = *plan.operands, *(plan.operands[i] for i in smooth)
-    bands = []
-    for band, block in plan.backward:
+    arrays, _ = point
+    like = [t.astype(arrays[i].dtype) for i, t in zip(wanted, tangents, strict=True)]
+    operands = *plan.operands, *(plan.operands[i] for i in wanted)
 
-        def pushed(
-            state: None, first_row: Array, parts: Any, _: Any, block: Block = block
-        ) -> tuple[None, Any]:
-            def along(first_row: Array) -> Any:
-                given = parts()
-                return push_forward(
-                    block, smooth, first_row, given[: len(arrays)], given[-len(like) :]
-                )
+    def pushed(cuts: Cuts, *arrays: Array) -> Any:
+        def of_group(place: Any, arrays: Sequence[Array], state: Any) -> Any:
+            found = []
+            for band in cuts.backward:
+                block = plan.blocks[cuts.groups, band]
 
-            return state, jax.checkpoint(along)(first_row)
+                def push(
+                    state: None, first_row: Any, parts: Any, _: Any, block: Block = block
+                ) -> Any:
+                    @jax.checkpoint
+                    def along(first_row: Array) -> Any:
+                        first = _first(_group_start(arrays, place), first_row)
+                        given = parts()
+                        own, tangents = given[: -len(wanted)], given[-len(wanted) :]
+                        return block.push_forward(wanted, first, own, tangents)
 
-        _, outs = _over_blocks(operands, band, pushed, (*arrays, *like))
-        bands.append([unstack(out, band) for out in outs])
-    return tuple(join(outs) for outs in zip(*bands, strict=True))
+                    return state, along(first_row)
+
+                found.append(_over_blocks(operands, band, push, arrays)[1])
+            return _of_rows(found, cuts.backward), state
+
+        return cuts.groups.each(of_group, operands, arrays)[0]
+
+    return plan.on_each_platform(pushed, *arrays, *like)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend_and_keep.defvjp(_attend_and_keep_fwd, _attend_and_keep_bwd, symbolic_zeros=True)
 
 
 def _instantiated(ct: Any, like: Array) -> Array:

@@ -21,10 +21,12 @@ class Operand:
     Attributes:
       rows: along the query rows.
       keys: along the keys.
+      grouped: whether its first axes are the batch and the heads.
     """
 
     rows: bool = False
     keys: bool = False
+    grouped: bool = True
 
     def has_rows(self, x: Array) -> bool:
         """Whether each block sees rows of its own."""
@@ -82,6 +84,8 @@ def _indices(*starts: int | Array) -> list[Array]:
 
 
 WHOLE = Operand()
+# What functions close over: what its axes are is not known.
+UNKNOWN = Operand(grouped=False)
 ROWS = Operand(rows=True)
 KEYS = Operand(keys=True)
 SCORES = Operand(rows=True, keys=True)

@@ -50,10 +50,23 @@ def _transposes(*, axes: str) -> tuple[Callable[..., Array], Callable[..., Array
 
 
 _SCORES, _ROWS, _COLUMNS = "...rh,...hs->...rs", "...rs,...hs->...rh", "...rh,...rs->...hs"
+
+
+def _narrow(product: Callable[..., Array]) -> Callable[..., Array]:
+    """A product of a cotangent in the dtype of the other factor.
+
+    Factors in half precision are multiplied at twice the rate; they are summed in float32.
+    """
+    return lambda ct, other: product(ct.astype(other.dtype), other)
+
+
 # Of a cotangent and the other factor.
 _DERIVATIVES = {
-    _SCORES: (rows, lambda ct, query: columns(query, ct)),
-    _ROWS: (scores, columns),
-    _COLUMNS: (lambda ct, weights: rows(weights, ct), lambda ct, query: scores(query, ct)),
+    _SCORES: (_narrow(rows), _narrow(lambda ct, query: columns(query, ct))),
+    _ROWS: (_narrow(scores), _narrow(columns)),
+    _COLUMNS: (
+        _narrow(lambda ct, weights: rows(weights, ct)),
+        _narrow(lambda ct, query: scores(query, ct)),
+    ),
 }
 _product = _jax.bilinear(_attention_product, _transposes)

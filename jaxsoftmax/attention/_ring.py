@@ -123,7 +123,7 @@ def _start(ring: Ring, moving: Moving, fixed: Staying) -> tuple[Array, Array]:
     out, log_sum = (vary_like(jnp.zeros(x.shape, x.dtype), fixed.smooth[0]) for x in shapes)
     if fixed.sink is None:
         return out, log_sum - jnp.inf
-    return out, log_sum + fixed.sink[None, :, :, 0]
+    return out, log_sum + fixed.sink[..., 0]
 
 
 def _attend_fwd(ring: Ring, moving: Moving, fixed: Staying) -> tuple[tuple[Array, Array], Any]:
@@ -147,8 +147,8 @@ def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Mo
     ct_sink = None
     if fixed.sink is not None:
         finite = jnp.where(log_sum == -jnp.inf, 0, log_sum)
-        of_rows = jnp.exp(fixed.sink[None, :, :, 0] - finite) * worth
-        ct_sink = jnp.sum(of_rows, (0, 2))[:, None, None]
+        of_rows = jnp.exp(fixed.sink[..., 0] - finite) * worth
+        ct_sink = jnp.sum(of_rows, (0, 2))[None, :, None, None]
     nothing = [None] * len(moving.rest), [None] * len(fixed.rest)
     ct_moving, ct_fixed = (
         [ct.astype(x.dtype) for ct, x in zip(cts, part.smooth, strict=True)]
@@ -249,7 +249,8 @@ def in_ring(
       operands: what blocks are cut from; a bias or a mask has all the keys.
       sizes: the sizes of what is on this device.
     """
-    query = operands["query"]
+    query, sink = operands["query"], operands.get("sink")
+    operands = {name: x for name, x in operands.items() if name != "sink"}
 
     # Outside of the rule, so that JAX sums their cotangents over devices.
     def vary(x: Any) -> Any:
@@ -264,7 +265,6 @@ def in_ring(
     opened, moving, fixed, can_skip = _hoisted(functions, going, staying, rows)
     reach = Reach(rules.before, rules.after) if can_skip else Reach()
     ring = Ring(names, query.shape[ROW_AXIS], operands["key"].shape[KEY_AXIS], reach, *opened)
-    sink = None if rules.sink is None else vary_like(rules.sink, query)
     return attend(ring, moving, fixed._replace(sink=sink))
 
 
@@ -283,7 +283,7 @@ def _of_one_part(
             if name in part and part[name].shape[KEY_AXIS] != 1:
                 part[name] = lax.dynamic_slice_in_dim(part[name], first_key, sizes.keys, KEY_AXIS)
         first = (*rules.first[:3], first_key)
-        return dataclasses.replace(rules, first=first, kv_names=(), sink=None), part
+        return dataclasses.replace(rules, first=first, kv_names=()), part
 
     def attend_part(first_key: Array, moving: Any, fixed: Any) -> Any:
         own, part = here(first_key, moving, fixed)

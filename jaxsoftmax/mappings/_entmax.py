@@ -21,10 +21,11 @@ from jaxsoftmax._scores import (
     prepare,
     public,
 )
-from jaxsoftmax._threshold import Form
+from jaxsoftmax._threshold import Form, has_form
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
 
+@has_form(lambda rows, scores, alpha=1.5: _with_alpha(rows, scores, alpha))
 @public
 def entmax(
     x: Real[ArrayLike, "*shape"],
@@ -88,9 +89,11 @@ def entmax(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments)
     rows, scores = prepare(x, axis, options)
-    return apply_entmax(rows, scores, alpha)[0].astype(output_dtype(x))
+    form, params = _with_alpha(rows, scores, alpha)
+    return _threshold.apply(form, rows, scores, *params)[0].astype(output_dtype(x))
 
 
+@has_form(lambda rows, scores: (ENTMAX15, ()))
 @public
 def entmax15(
     x: Real[ArrayLike, "*shape"],
@@ -144,6 +147,7 @@ def entmax15(
     return _threshold.apply(ENTMAX15, rows, scores)[0].astype(output_dtype(x))
 
 
+@has_form(lambda rows, scores: (SPARSEMAX, ()))
 @public
 def sparsemax(
     x: Real[ArrayLike, "*shape"],
@@ -197,12 +201,14 @@ def sparsemax(
     return _threshold.apply(SPARSEMAX, rows, scores)[0].astype(output_dtype(x))
 
 
-def apply_entmax(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Entries:
-    """Alpha-entmax of prepared scores, by the fastest form that `alpha` allows."""
+def _with_alpha(
+    rows: Rows, scores: Entries, alpha: ArrayLike | Fixed
+) -> tuple[Form, tuple[Array, ...]]:
+    """The fastest form that `alpha` allows, and its parameters."""
     known = known_number(alpha)
     if known in _FIXED_FORMS:
-        return _threshold.apply(_FIXED_FORMS[known], rows, scores)
-    return _threshold.apply(ENTMAX, rows, scores, as_alpha(rows, scores, alpha))
+        return _FIXED_FORMS[known], ()
+    return ENTMAX, (as_alpha(rows, scores, alpha),)
 
 
 def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:

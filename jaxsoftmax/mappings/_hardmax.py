@@ -6,9 +6,10 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
-from jaxsoftmax._threshold import Form
+from jaxsoftmax._threshold import Form, has_form
 
 
+@has_form(lambda rows, scores: (HARDMAX, ()))
 @public
 def hardmax(
     x: Real[ArrayLike, "*shape"],

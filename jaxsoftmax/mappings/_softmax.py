@@ -31,9 +31,10 @@ from jaxsoftmax._scores import (
     prepare,
     public,
 )
-from jaxsoftmax._threshold import Form
+from jaxsoftmax._threshold import Form, has_form
 
 
+@has_form(lambda rows, scores: (SOFTMAX, ()))
 @public
 def softmax(
     x: Real[ArrayLike, "*shape"],
@@ -301,14 +302,18 @@ _SMALL = 2**16
 
 
 def _solve(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    finite = rows.map(as_finite, [scores])
-    shift = pivot(rows, finite)
-    weights = rows.map(lambda z, s: jnp.exp(z - s), [finite], [shift])
-    return shift, _threshold.inverse_of(rows.sum(weights))
+    finfo = jnp.finfo(scores[0].dtype)
+    top = jnp.clip(rows.max(scores), finfo.min, finfo.max)
+    return top, _threshold.inverse_of(rows.sum(rows.map(_exp_below, [scores], [top])))
 
 
-def _weight(score: Array, shift: Array, by: Array) -> Array:
-    return jnp.exp(as_finite(score) - shift) * by
+def _weight(score: Array, top: Array, by: Array) -> Array:
+    return _exp_below(score, top) * by
+
+
+def _exp_below(score: Array, top: Array) -> Array:
+    """`exp(score - top)`, where `top` is the largest score, or number if that is +inf."""
+    return jnp.exp(jnp.minimum(score - top, 0))
 
 
 class _Softmax(Form):

@@ -1,0 +1,76 @@
+"""How large the pieces are that attention is computed in, for each platform, and why."""
+
+import dataclasses
+import math
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How attention is cut. Sizes are numbers of scores.
+
+    Attributes:
+      forward: those of a block of query rows, of all heads that are taken together.
+      backward: the same for the reverse rule, which holds several arrays of them.
+      group: those of a block of a few heads; None: all heads are taken together.
+      rows: the fewest and the most rows that a block has.
+      bands: into how many stretches of blocks a causal mask or a window is cut. A stretch sees the
+        keys that one of its queries can reach, and each is a program of its own.
+    """
+
+    forward: int
+    backward: int
+    group: int | None
+    rows: tuple[int, int]
+    bands: int
+
+    def block_rows(self, queries: int, row_size: int, scores: int) -> int:
+        """How many rows a block should have.
+
+        Args:
+          queries: how many query rows there are.
+          row_size: how many scores there are to a row, over the batch and the heads.
+          scores: how many scores a block should have.
+        """
+        fewest, most = self.rows
+        most = min(max(scores // max(row_size, 1), fewest), most)
+        if queries <= most:
+            return queries
+        # A number that leaves no rest, if there is one that is not much smaller.
+        for rows in range(most, most // 2, -1):
+            if queries % rows == 0:
+                return rows
+        return math.ceil(queries / math.ceil(queries / most))
+
+    def group_sizes(self, batch: int, key_heads: int, row_size: int, rows: int) -> tuple[int, int]:
+        """How many entries of the batch, and how many heads of the keys, to take together.
+
+        Args:
+          batch: how many entries there are.
+          key_heads: how many heads.
+          row_size: how many scores there are to a row, for one of the heads.
+          rows: how many rows a block may have.
+        """
+        if self.group is None:
+            return batch, key_heads
+        most = max(self.group // (row_size * min(rows, self.rows[1])), 1)
+        if most < key_heads:
+            return 1, _divisor(key_heads, most)
+        return _divisor(batch, most // key_heads), key_heads
+
+
+def _divisor(n: int, most: int) -> int:
+    return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
+
+
+# CPU, as measured: a block's scores should stay near the core that works on them, yet a block of
+# few rows spends its time on going through all keys. Where heads may be taken one after the other,
+# blocks can have both: few scores and many rows.
+_CPU = Tiling(2**21, 2**20, 2**20, (64, 512), 8)
+# TPU, as compiled for v5e: 64 MB of scores stay in VMEM, and a band takes seconds to compile.
+_TPU = Tiling(2**24, 2**24, 2**24, (64, 1024), 1)
+# GPU, as compiled for H100: all of dK and dV is rewritten for each block, and each is launched by
+# the host, so blocks are as large as memory allows: a fifth of what all scores would take.
+_GPU = Tiling(2**26, 2**26, None, (64, 1024), 8)
+
+# By the names that `jax.lax.platform_dependent` knows; None for all others.
+TILINGS: dict[str | None, Tiling] = {"cpu": _CPU, "tpu": _TPU, None: _GPU}
