@@ -249,7 +249,8 @@ def in_ring(
       operands: what blocks are cut from; a bias or a mask has all the keys.
       sizes: the sizes of what is on this device.
     """
-    query, sink = operands["query"], operands.get("sink")
+    query = operands["query"]
+    sink = vary_like(operands["sink"], query) if "sink" in operands else None
     operands = {name: x for name, x in operands.items() if name != "sink"}
 
     # Outside of the rule, so that JAX sums their cotangents over devices.
