@@ -1,10 +1,11 @@
 """`python -m benchmarks`: all topics."""
 
-from benchmarks import accuracy, attention, calibration, compile, losses, mappings
+from benchmarks import accelerators, accuracy, attention, calibration, compile, losses, mappings
 from benchmarks.command import main
 
 TOPICS = tuple(
-    module.TOPIC for module in (mappings, losses, attention, calibration, compile, accuracy)
+    module.TOPIC
+    for module in (mappings, losses, attention, calibration, compile, accuracy, accelerators)
 )
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
-from benchmarks import hlo
+from benchmarks import kernels
+from benchmarks.kernels import Kernel
 
 _DESCRIPTIONS = Path(__file__).parent / "targets"
 # A plugin asks the network for a TPU that it was told of.
@@ -159,12 +160,12 @@ def figures(
     start = time.perf_counter()
     executable = compiled(function, args, target)
     seconds = time.perf_counter() - start
-    program = hlo.read(executable.as_text(), passes)
+    program = kernels.read(executable.as_text(), passes)
     return Figures(
         kernels=sum(not k.is_copy for k in program.kernels),
         launches=sum(k.times for k in program.kernels if not k.is_copy),
         traffic=sum(k.bytes * k.times for k in program.kernels),
-        flops=_total_flops(program.kernels),
+        flops=kernels.total_flops(program.kernels),
         waits=program.waits if target.platform == "cuda" else 0,
         memory=executable.memory_analysis().temp_size_in_bytes,
         compile=seconds,
@@ -172,22 +173,14 @@ def figures(
     )
 
 
-def _total_flops(kernels: Sequence[hlo.Kernel]) -> dict[str, float]:
-    total: dict[str, float] = {}
-    for kernel in kernels:
-        for kind, count in kernel.flops.items():
-            total[kind] = total.get(kind, 0.0) + count * kernel.times
-    return total
-
-
-def estimate(kernels: Sequence[hlo.Kernel], target: Target) -> float:
+def estimate(program: Sequence[Kernel], target: Target) -> float:
     """Seconds: one kernel after the other, copies beside them, no byte above the bandwidth."""
-    computing = sum(_seconds(k, target) * k.times for k in kernels if not k.is_copy)
-    moving = sum(k.bytes * k.times for k in kernels) / target.bandwidth
+    computing = sum(_seconds(k, target) * k.times for k in program if not k.is_copy)
+    moving = sum(k.bytes * k.times for k in program) / target.bandwidth
     return max(computing, moving)
 
 
-def _seconds(kernel: hlo.Kernel, target: Target) -> float:
+def _seconds(kernel: Kernel, target: Target) -> float:
     """The greatest of what its bytes, its products and its cycles take."""
     products = sum(count / target.peaks[kind] for kind, count in kernel.flops.items())
     return max(kernel.bytes / target.bandwidth, products, kernel.cycles / target.clock)

@@ -154,7 +154,7 @@ class Ratios:
             if (not self.operations or r.operation in self.operations)
             and (value := r.quantities.get(quantity)) is not None
             and not r.is_limit
-            and _spread(value) != Spread(1, 1, 1)  # itself
+            and (quantity != "relative" or _spread(value) != Spread(1, 1, 1))  # itself
         ]
 
     def _name(self, pattern: str, r: Result, quantity: str) -> str:

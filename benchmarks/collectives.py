@@ -1,18 +1,14 @@
 """What crosses devices, read from a compiled program."""
 
 import dataclasses
-import math
 import re
 
-# In the text of a program an operation's shapes come before its name, and may be several.
-_OPERATION = re.compile(
-    r" = (?P<shapes>\([^)]*\)|\S+) (?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter|"
-    r"collective-permute)(?:-start)?\("
-)
-_SHAPE = re.compile(r"(?P<dtype>[a-z]+\d*)\[(?P<sizes>[\d,]*)\]")
-_COMPUTATION = re.compile(r"^(?:ENTRY )?%?(?P<name>[\w.\-]+) .*\{$")
-_LOOP = re.compile(
-    r" while\(.*body=%?(?P<body>[\w.\-]+)(?:.*known_trip_count\":{\"n\":\"(?P<count>\d+))?"
+from benchmarks import hlo
+from benchmarks.hlo import Computation, Instruction, Module
+from benchmarks.kernels import Reader, total_flops
+
+_KINDS = re.compile(
+    "(?P<kind>all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute)(?P<start>-start)?"
 )
 
 
@@ -24,11 +20,15 @@ class Collective:
       kind: its name in HLO.
       sizes: how many numbers each of its results has, on one device; several if it is fused.
       passes: how often it runs; None in a loop that runs until it is done.
+      in_loop: whether it is in a loop.
+      meanwhile: FLOPs of matrix products from its start to its end.
     """
 
     kind: str
     sizes: tuple[int, ...]
     passes: int | None
+    in_loop: bool = False
+    meanwhile: float = 0.0
 
     @property
     def size(self) -> int:
@@ -38,15 +38,52 @@ class Collective:
 
 def collectives(text: str) -> list[Collective]:
     """All collective operations of a compiled program, given `compiled.as_text()`."""
-    loops = {loop["body"]: loop["count"] for loop in _LOOP.finditer(text)}
-    found, name = [], ""
-    for line in text.splitlines():
-        if match := _COMPUTATION.match(line):
-            name = match["name"]
-        if match := _OPERATION.search(line):
-            shapes = _SHAPE.finditer(match["shapes"])
-            sizes = (math.prod(int(n) for n in s["sizes"].split(",") if n) for s in shapes)
-            passes = loops.get(name, "1")
-            passes = None if passes is None else int(passes)
-            found.append(Collective(match["kind"], tuple(sizes), passes))
-    return found
+    module = hlo.parse(text)
+    trips = _trips(module)
+    return [
+        _collective(module, computation, instruction, match, trips)
+        for computation in module.computations.values()
+        for instruction in computation.instructions.values()
+        if (match := _KINDS.fullmatch(instruction.opcode))
+    ]
+
+
+def _trips(module: Module) -> dict[str, int | None]:
+    """How often loops are gone through, by the names of their bodies."""
+    return {
+        module.run_by(loop, "body").name: module.trips(computation, loop)
+        for computation in module.computations.values()
+        for loop in computation.instructions.values()
+        if loop.opcode == "while"
+    }
+
+
+def _collective(
+    module: Module,
+    computation: Computation,
+    instruction: Instruction,
+    match: re.Match[str],
+    trips: dict[str, int | None],
+) -> Collective:
+    end, meanwhile = instruction, 0.0
+    if match["start"]:
+        users = computation.users[instruction.name]
+        end = next(user for user in users if user.opcode.endswith("-done"))
+        meanwhile = _between(module, computation, instruction, end)
+    name = computation.name
+    return Collective(
+        match["kind"],
+        tuple(array.size for array in end.arrays),
+        trips.get(name, 1),
+        name in trips,
+        meanwhile,
+    )
+
+
+def _between(module, computation: Computation, start: Instruction, end: Instruction) -> float:
+    """FLOPs of matrix products after one instruction and before another."""
+    order = list(computation.instructions.values())
+    reader = Reader(module, passes=1)
+    between = order[order.index(start) + 1 : order.index(end)]
+    kernels = (k for i in between for k in reader.kernels_of(computation, i))
+    return sum(total_flops(kernels).values())

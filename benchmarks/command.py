@@ -40,6 +40,8 @@ class Topic:
       steps: all there is to measure, in tiny sizes if the argument is True.
       panels: what the chart shows.
       notes: why ours loses where it does; written by hand, so look at it when results change.
+      size: what the size of a result is, the title of its column.
+      missing: why it cannot be measured here, in one sentence; None if it can.
     """
 
     name: str
@@ -48,6 +50,8 @@ class Topic:
     steps: Callable[[bool], Sequence[Measurable]]
     panels: Sequence[charts.Panel]
     notes: str
+    size: str = "size"
+    missing: Callable[[], str | None] = lambda: None
 
 
 def main(topics: Sequence[Topic], arguments: Sequence[str] | None = None) -> None:
@@ -58,7 +62,11 @@ def main(topics: Sequence[Topic], arguments: Sequence[str] | None = None) -> Non
     jax.config.update("jax_enable_compilation_cache", False)  # compiling is measured
     jax.config.update("jax_disable_most_optimizations", options.quick)
     for topic in topics:
-        if topic.name in options.only:
+        if topic.name not in options.only:
+            continue
+        if why := topic.missing():
+            print(f"{topic.name}: skipped, {why}", flush=True)
+        else:
             start = time.perf_counter()
             page = _measure(topic, out, options.quick)
             print(f"{page}: {time.perf_counter() - start:.0f} s", flush=True)
@@ -126,7 +134,7 @@ Written by `python -m benchmarks --only {topic.name}`; how to read it is in
 
 ## Results
 
-{tables.table(results)}
+{tables.table(results, topic.size)}
 
 ## Where it loses, and why
 

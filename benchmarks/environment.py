@@ -23,6 +23,9 @@ _PACKAGES = (
     "scipy",
     "netcal",
     "relplot",
+    "libtpu",
+    "jax-cuda12-plugin",
+    "nvidia-cuda-nvcc-cu12",
 )
 
 

@@ -34,7 +34,7 @@ SAME: dict[str, tuple[Mapping, Mapping | None]] = {
     "entmax(1.3)": (functools.partial(jsm.entmax, alpha=1.3), None),
 }
 OTHERS: dict[str, tuple[Mapping, Mapping | None]] = {
-    "logsumexp": (jsm.logsumexp, jax.nn.logsumexp),
+    "logsumexp": (jsm.logsumexp, functools.partial(jax.nn.logsumexp, axis=-1)),
     "hardmax": (jsm.hardmax, None),
     "softpick": (jsm.softpick, None),
     "normmax(2)": (jsm.normmax, None),

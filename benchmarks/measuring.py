@@ -254,5 +254,6 @@ def relate(peer: dict[str, Any], ours: Mapping[str, Any]) -> None:
         peer["ours_time"] = Spread.of(_ratios(ours["samples"], peer["samples"]))
     if "memory" in peer and "memory" in ours:
         peer["ours_memory"] = max(ours["memory"], _LEAST_BYTES) / max(peer["memory"], _LEAST_BYTES)
-    if "compile" in peer and "compile" in ours:
-        peer["ours_compile"] = ours["compile"] / peer["compile"]
+    for quantity in ("compile", "estimate", "traffic"):
+        if quantity in peer and quantity in ours:
+            peer[f"ours_{quantity}"] = ours[quantity] / peer[quantity]

@@ -1,12 +1,19 @@
 """Results as Markdown: one table, and a list of what ours loses."""
 
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.measuring import Result, Spread
 
-OURS = ("ours_time", "ours_memory", "ours_compile", "ours_error")
+OURS = (
+    "ours_time",
+    "ours_estimate",
+    "ours_traffic",
+    "ours_memory",
+    "ours_compile",
+    "ours_error",
+)
 
 
 class _Column(NamedTuple):
@@ -14,27 +21,27 @@ class _Column(NamedTuple):
     write: Callable[[Any], str]
 
 
-def table(results: Sequence[Result]) -> str:
-    """One table; columns that nothing was found for are left out."""
+def table(results: Sequence[Result], size: str = "size") -> str:
+    """One table; columns that nothing was found for are left out, and the first has this title."""
     columns = {
         quantity: column
         for quantity, column in COLUMNS.items()
         if any(quantity in result.quantities for result in results)
     }
     lines = [
-        _row(["size", "function", *(column.title for column in columns.values())]),
+        _row([size, "function", *(column.title for column in columns.values())]),
         _row(["---", "---", *("---" for _ in columns)]),
     ]
     for operation, group in itertools.groupby(results, lambda result: result.operation):
         lines.append(_row([f"**{operation}**", "", *("" for _ in columns)]))
-        size = None
+        before = None
         for result in group:
             cells = [
                 column.write(result.quantities[quantity]) if quantity in result.quantities else ""
                 for quantity, column in columns.items()
             ]
-            lines.append(_row(["" if result.size == size else result.size, result.name, *cells]))
-            size = result.size
+            lines.append(_row(["" if result.size == before else result.size, result.name, *cells]))
+            before = result.size
     return "\n".join(lines)
 
 
@@ -118,8 +125,16 @@ def _seconds(value: float) -> str:
     return f"{_number(value / unit)} {name}"
 
 
-def _megabytes(value: int) -> str:
+def _megabytes(value: float) -> str:
     return _number(value / 1e6)
+
+
+def _count(value: int) -> str:
+    return f"{value:,}"
+
+
+def _by_kind(flops: Mapping[str, float]) -> str:
+    return ", ".join(f"{kind} {_number(count / 1e9)}" for kind, count in sorted(flops.items()))
 
 
 def _percent(value: float) -> str:
@@ -135,10 +150,19 @@ COLUMNS = {
     "beyond": _Column("beyond the first", _time),
     "relative": _Column("relative to the first", _relative),
     "share": _Column("of the limit", _percent),
+    "estimate": _Column("estimated time", _seconds),
+    "relative_estimate": _Column("relative to the first", _number),
+    "kernels": _Column("kernels", _count),
+    "launches": _Column("launches", _count),
+    "waits": _Column("waits of the host", _count),
+    "traffic": _Column("bytes moved, MB", _megabytes),
+    "flops": _Column("matrix products, GFLOP", _by_kind),
     "memory": _Column("memory, MB", _megabytes),
     "compile": _Column("compile", _seconds),
     "error": _Column("worst error, ulp", _error),
     "ours_time": _Column("ours: time", _ours),
+    "ours_estimate": _Column("ours: estimated time", _ours),
+    "ours_traffic": _Column("ours: bytes", _ours),
     "ours_memory": _Column("ours: memory", _ours),
     "ours_compile": _Column("ours: compile", _ours),
     "ours_error": _Column("ours: error", _ours),
