@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import scipy.special
 import scipy.stats
+import sklearn.calibration
 import sklearn.metrics
 
 from jaxsoftmax.calibration import (
@@ -43,11 +44,8 @@ def bins_in_numpy(confidence, num_bins, binning):
         # Closed on the right, the first one also on the left.
         edges = np.linspace(0, 1, num_bins + 1)
         return np.clip(np.searchsorted(edges, confidence) - 1, 0, num_bins - 1)
-    order = np.argsort(confidence, kind="stable")
-    bins = np.empty(len(confidence), int)
-    for rank, index in enumerate(order):
-        bins[index] = rank * num_bins // len(confidence)
-    return bins
+    smaller = np.sum(confidence < confidence[:, None], 1)
+    return smaller * num_bins // len(confidence)
 
 
 def curve_in_numpy(probs, labels, num_bins, binning):
@@ -118,10 +116,29 @@ def test_bins_of_equal_mass_are_even(predictions):
     probs, labels = predictions
     count = np.asarray(reliability_curve(probs, labels, num_bins=10, binning="mass").count)
     assert count.max() - count.min() <= 1
-    # Also where all confidences are the same.
-    tied = np.full((20, 2), 0.5)
-    curve = reliability_curve(tied, np.zeros(20, int), num_bins=4, binning="mass")
-    np.testing.assert_array_equal(curve.count, [5, 5, 5, 5])
+
+
+@pytest.mark.asks_for_nan
+def test_ties_share_a_bin():
+    """1,000 times the same prediction, of which 700 are right: one bin, in any order."""
+    probs = np.tile([0.9, 0.1], (1000, 1))
+    labels = (np.arange(1000) >= 700).astype(int)
+    for order in (slice(None), slice(None, None, -1), np.arange(1000) * 7 % 1000):
+        close(expected_calibration_error(probs, labels[order], binning="mass"), 0.2)
+        close(maximum_calibration_error(probs, labels[order], binning="mass"), 0.2)
+    # Five neighbors have 4 shares; scikit-learn's quantiles tear none of them either.
+    rng = np.random.default_rng(0)
+    confidence = rng.choice([0.4, 0.6, 0.8, 1.0], size=397, p=[0.1, 0.2, 0.2, 0.5])
+    correct = rng.random(397) < confidence**2
+    probs = np.stack([1 - confidence, confidence, 0 * confidence], -1)
+    probs[confidence < 0.5, 2] = 0.2
+    probs[confidence < 0.5, 0] = 0.4 - 1e-9
+    curve = reliability_curve(probs, correct.astype(int), num_bins=10, binning="mass")
+    full = np.asarray(curve.count) > 0
+    theirs = sklearn.calibration.calibration_curve(
+        correct, confidence, n_bins=10, strategy="quantile"
+    )
+    close([curve.accuracy[full], curve.confidence[full]], theirs)
 
 
 @pytest.mark.asks_for_nan

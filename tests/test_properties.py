@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 import jaxsoftmax as jsm
+from jaxsoftmax import calibration
 from tests import tools
 from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, SOLVED, named, row_by_row, share_the_top
 
@@ -312,3 +313,48 @@ def test_many_rows_are_solved(mapping, seed, scale, offset, step, absent):
     assert np.all(p >= 0)
     assert np.all(p[x == -np.inf] == 0)
     assert np.all(p.max(-1) == np.take_along_axis(p, x.argmax(-1)[:, None], -1)[:, 0])
+
+
+# Calibration.
+
+
+@functools.cache
+def measures_of(binning):
+    """All measures of 24 predictions that lie in bins, and those that need none."""
+
+    @jax.jit
+    def call(probs, labels):
+        binned = [
+            calibration.reliability_curve,
+            calibration.expected_calibration_error,
+            calibration.maximum_calibration_error,
+            calibration.classwise_calibration_error,
+            calibration.brier_decomposition,
+        ]
+        free = [
+            calibration.smooth_calibration_error,
+            calibration.brier_score,
+            calibration.negative_log_likelihood,
+        ]
+        return [f(probs, labels, num_bins=5, binning=binning) for f in binned] + [
+            f(probs, labels) for f in free
+        ]
+
+    return call
+
+
+@pytest.mark.parametrize("binning", ["width", "mass"])
+@given(
+    counts=arrays(np.int64, (24, 3), elements=st.integers(1, 4)),
+    labels=arrays(np.int64, 24, elements=st.integers(0, 2)),
+    order=st.permutations(range(24)),
+)
+@pytest.mark.asks_for_nan
+def test_order_of_the_examples_does_not_matter(binning, counts, labels, order):
+    """Many confidences tie, as those of neighbors and of trees do."""
+    probs, order = counts / counts.sum(-1, keepdims=True), np.array(order)
+    jax.tree.map(
+        close,
+        measures_of(binning)(probs, labels),
+        measures_of(binning)(probs[order], labels[order]),
+    )

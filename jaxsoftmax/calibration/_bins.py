@@ -5,6 +5,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Real
 
 from jaxsoftmax._scores import check_key, public
@@ -54,7 +55,7 @@ def reliability_curve(
       labels: integer classes.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin.
+        predictions into each bin, of which equal ones share one.
       key: a key of `jax.random.key`, to bootstrap.
       num_resamples: how often the bootstrap draws.
 
@@ -145,11 +146,14 @@ def _by_width(value: Array, num_bins: int) -> Array:
 
 
 def _by_mass(value: Array, num_bins: int) -> Array:
-    rank = jnp.argsort(jnp.argsort(value))
+    """Bins that are equally full, as far as ties allow: equal values go where the first goes."""
+    ascending = jnp.sort(lax.stop_gradient(value))
     # Without the product of two large numbers.
     whole, rest = divmod(value.size, num_bins)
-    edges = [b * whole + -(-b * rest // num_bins) for b in range(1, num_bins)]
-    return jnp.searchsorted(jnp.asarray(edges, rank.dtype), rank, side="right").astype(jnp.int32)
+    before = [b * whole + -(-b * rest // num_bins) for b in range(1, num_bins)]
+    # A value is in bin b or above if so many are smaller: if the last of these is.
+    last = [ascending[max(n - 1, 0)] for n in before if value.size]
+    return jnp.searchsorted(jnp.asarray(last, value.dtype), value).astype(jnp.int32)
 
 
 _BINNINGS: dict[str, Callable[[Array, int], Array]] = {"width": _by_width, "mass": _by_mass}

@@ -41,7 +41,7 @@ def expected_calibration_error(
       labels: integer classes.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin.
+        predictions into each bin, of which equal ones share one.
       norm: the exponent `r`: 1, 2 or inf.
       debiased: whether to use the debiased estimator, which is for `norm` 2.
 
@@ -91,7 +91,8 @@ def maximum_calibration_error(
       labels: integer classes.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin, which keeps a bin of few from deciding.
+        predictions into each bin, of which equal ones share one; that keeps a bin of few from
+        deciding.
 
     Returns:
       A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
@@ -139,7 +140,7 @@ def classwise_calibration_error(
       labels: integer classes.
       num_bins: how many bins each class has.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin.
+        predictions into each bin, of which equal ones share one.
       norm: the exponent `r`: 1, 2 or inf.
       debiased: whether to use the debiased estimator, which is for `norm` 2; see
         `expected_calibration_error`.

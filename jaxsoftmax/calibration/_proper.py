@@ -121,7 +121,7 @@ def brier_decomposition(
       labels: integer classes.
       num_bins: how many bins each class has.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin.
+        predictions into each bin, of which equal ones share one.
 
     Returns:
       A `BrierDecomposition`; `reliability - resolution + uncertainty + within_bins` is
