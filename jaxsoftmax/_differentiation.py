@@ -361,6 +361,16 @@ class _Pullback:
         return jnp.asarray(ct).astype(wanted.dtype)
 
 
+def checked(x: Any, known: Any, message: str) -> Any:
+    """`x` as it is; under `checkify`, an error if not all of `known` hold."""
+
+    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
+        x, known = primals
+        return [checked(x, known, message)], [tangents[0]]
+
+    return _jax.call(lambda x, _: [x], jvp, None, [x, known], message)[0]
+
+
 def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
     """`fun` as a function `(smooth, rest, *args)`, and the tracers that it closes over.
 

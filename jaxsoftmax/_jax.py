@@ -6,13 +6,11 @@ module may import `jax.extend`, `jax.interpreters` or `jax._src`.
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import checkify
 from jax.extend.core import Primitive, jaxpr_as_fun, unmapped_aval
 from jax.interpreters import ad, batching, mlir
@@ -183,46 +181,13 @@ ad.primitive_jvps[_linear] = _linear_jvp
 ad.primitive_transposes[_linear] = _linear_transpose
 
 
-def bilinear(evaluate: Callable, transposes: Callable) -> Callable[..., Array]:
-    """`evaluate(x, y, **static)` with transposes of its own, for arrays with leading batch axes.
-
-    Uses a primitive, as `linear` does; rules of `jax.custom_jvp` are not used by transposes.
-
-    Args:
-      evaluate: a bilinear function of two arrays.
-      transposes: `(**static) -> (of_x(ct, y), of_y(ct, x))`.
-    """
-    primitive = Primitive(evaluate.__name__)
-
-    def bind(x: Array, y: Array, **static: Any) -> Array:
-        return primitive.bind(x, y, **static)
-
-    def abstract(x: Any, y: Any, **static: Any) -> Any:
-        return jax.make_jaxpr(lambda x, y: evaluate(x, y, **static))(x, y).out_avals[0]
-
-    def batch(axis: Any, args: Sequence[Any], dims: Sequence[Any], **static: Any) -> Any:
-        if all(d is None for d in dims):
-            return bind(*args, **static), None
-        in_front = (
-            batching.bdim_at_front(x, d, axis.size) for x, d in zip(args, dims, strict=True)
-        )
-        return bind(*in_front, **static), 0
-
-    def transpose_x(ct: Array, x: Any, y: Array, **static: Any) -> Array:
-        return transposes(**static)[0](ct, y).astype(x.aval.dtype)
-
-    def transpose_y(ct: Array, x: Array, y: Any, **static: Any) -> Array:
-        return transposes(**static)[1](ct, x).astype(y.aval.dtype)
-
-    primitive.def_impl(evaluate)
-    primitive.def_abstract_eval(abstract)
-    mlir.register_lowering(primitive, mlir.lower_fun(evaluate, multiple_results=False))
-    batching.fancy_primitive_batchers[primitive] = batch
-    ad.defbilinear(primitive, transpose_x, transpose_y)
-    return bind
-
-
-def call(fun: Callable, jvp: Callable, batch: Callable | None, args: Sequence[Any]) -> list[Any]:
+def call(
+    fun: Callable,
+    jvp: Callable,
+    batch: Callable | None,
+    args: Sequence[Any],
+    message: str | None = None,
+) -> list[Any]:
     """`fun(*args)`, a list, with a rule for forward mode and maybe one for `vmap`.
 
     Uses a primitive, as `linear` does. `jax.custom_jvp` would replace it if a `scan` that is
@@ -234,6 +199,8 @@ def call(fun: Callable, jvp: Callable, batch: Callable | None, args: Sequence[An
       batch: `(axis_size, is_batched, args)`, with the new axis in front, to outputs that have it
         in front, or None for the usual.
       args: the arrays.
+      message: under `checkify`, an error if not all of the last argument hold. `checkify.check` is
+        public, but an effect: a program that has any can't be serialized, and takes longer to call.
     """
     pure, consts, _ = hoist(fun, *args)
     count = len(consts)
@@ -250,7 +217,8 @@ def call(fun: Callable, jvp: Callable, batch: Callable | None, args: Sequence[An
         return batch(size, batched[count:], args[count:])
 
     jaxpr = jax.make_jaxpr(of_all)(*consts, *args)
-    return _call.bind(*consts, *args, jaxpr=jaxpr, jvp=jvp_of_args, batch=batch_of_args)
+    rules = {"jvp": jvp_of_args, "batch": batch_of_args, "message": message}
+    return _call.bind(*consts, *args, jaxpr=jaxpr, **rules)
 
 
 _call = Primitive("call_with_rule")
@@ -277,9 +245,10 @@ def _call_batch(
     jaxpr: Any,
     jvp: Callable,
     batch: Callable,
+    message: str | None,
 ) -> tuple[Any, Any]:
     if all(d is None for d in dims):  # so that no collective is over the axis, as `hoist` sees it
-        out = _call.bind(*args, jaxpr=jaxpr, jvp=jvp, batch=batch)
+        out = _call.bind(*args, jaxpr=jaxpr, jvp=jvp, batch=batch, message=message)
         return out, [None] * len(out)
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     in_axes = [None if d is None else 0 for d in dims]
@@ -294,7 +263,7 @@ def _call_batch(
         return each(list(primals), list(tangents))
 
     mapped = jax.vmap(jaxpr_as_fun(jaxpr), tuple(in_axes), axis_size=axis.size, **names)
-    out = call(mapped, mapped_jvp, None, args)
+    out = call(mapped, mapped_jvp, None, args, message)
     return out, [0] * len(out)
 
 
@@ -305,99 +274,20 @@ batching.fancy_primitive_batchers[_call] = _call_batch
 ad.primitive_jvps[_call] = _call_jvp
 
 
-def checked(x: Array, known: Array, message: str) -> Array:
-    """`x` as it is; under `checkify`, an error if not all of `known` hold.
-
-    `checkify.check` is public, but an effect: a program that has any can't be serialized, and each
-    call takes 0.1 ms longer, also where nobody looks. This is an identity, with a rule in
-    `checkify`'s own registry, `jax._src.checkify.error_checks`; if that moves, nothing is checked.
-    """
-    return _checked.bind(x, known, message=message)
-
-
-_checked = Primitive("checked")
+def _under_checkify(*given: Any, jaxpr: Any, message: str | None, **params: Any) -> Any:
+    at = next(i for i, x in enumerate(given) if isinstance(x, checkify.Error))
+    context, (error, enabled, *args) = given[:at], given[at:]
+    if message is not None:
+        check = jax.make_jaxpr(lambda known: checkify.check(jnp.all(known), message))(args[-1])
+        error, _ = _checkify.checkify_jaxpr(*context, check, enabled, error, args[-1])
+    elif jaxpr.effects:  # of which checks are some
+        return _checkify.checkify_jaxpr(*context, jaxpr, enabled, error, *args)
+    return error, _call.bind(*args, jaxpr=jaxpr, message=message, **params)
 
 
-def _checked_value(x: Array, known: Array, *, message: str) -> Array:
-    return x
+# Rules of `checkify`'s registry take an error, what is enabled and the arguments; since jax 0.11.2
+# a context comes first. If the registry moves, checks of classes are not seen.
+with contextlib.suppress(ImportError, AttributeError):
+    from jax._src import checkify as _checkify
 
-
-def _checked_jvp(primals: Any, tangents: Any, *, message: str) -> Any:
-    return _checked.bind(*primals, message=message), tangents[0]
-
-
-def _checked_batch(axis: Any, args: Any, dims: Any, *, message: str) -> Any:
-    return _checked.bind(*args, message=message), dims[0]
-
-
-_checked.def_impl(_checked_value)
-_checked.def_abstract_eval(_checked_value)
-mlir.register_lowering(_checked, mlir.lower_fun(_checked_value, multiple_results=False))
-batching.fancy_primitive_batchers[_checked] = _checked_batch
-ad.primitive_jvps[_checked] = _checked_jvp
-
-
-def _register_for_checkify(primitive: Primitive, checks: Callable) -> None:
-    """Tells `checkify` what a primitive checks: `checks(*args, **params) -> (jaxpr, args, out)`.
-
-    The out is what the primitive returns, None for what the jaxpr does. No jaxpr: nothing to check.
-    Rules of the registry take an error, what is enabled and the arguments; since jax 0.11.2 a
-    context comes first.
-    """
-    with contextlib.suppress(ImportError, AttributeError):
-        from jax._src import checkify as internals
-
-        def rule(*given: Any, **params: Any) -> tuple[Any, Any]:
-            at = next(i for i, x in enumerate(given) if isinstance(x, checkify.Error))
-            context, (error, enabled, *args) = given[:at], given[at:]
-            jaxpr, args, out = checks(*args, **params)
-            if jaxpr is None:
-                return error, out
-            error, found = internals.checkify_jaxpr(*context, jaxpr, enabled, error, *args)
-            return error, found if out is None else out
-
-        internals.error_checks[primitive] = rule
-
-
-def _checks_of_checked(x: Array, known: Array, *, message: str) -> Any:
-    check = jax.make_jaxpr(lambda known: checkify.check(jnp.all(known), message))(known)
-    return check, [known], x
-
-
-def _checks_of_call(*args: Any, jaxpr: Any, **params: Any) -> Any:
-    if jaxpr.effects:  # of which checks are some
-        return jaxpr, args, None
-    return None, args, _call.bind(*args, jaxpr=jaxpr, **params)
-
-
-_register_for_checkify(_checked, _checks_of_checked)
-_register_for_checkify(_call, _checks_of_call)
-
-
-def is_local_cpu() -> Array:
-    """Whether a program is for one CPU device, or one device's share; known when it is lowered.
-
-    Uses a primitive whose lowering looks at `ctx.module_context.axis_context`, in all versions.
-    `jax.lax.platform_dependent` would replace it if it could tell whether XLA shares arrays out.
-    """
-    return _is_local_cpu.bind()
-
-
-_is_local_cpu = Primitive("is_local_cpu")
-_is_local_cpu.def_impl(lambda: jnp.zeros((), bool))
-_is_local_cpu.def_abstract_eval(lambda: jax.typeof(np.False_))
-
-
-def _lower_is_local_cpu(ctx: Any, on_cpu: bool) -> Any:
-    context = ctx.module_context.axis_context
-    if hasattr(context, "manual_axes"):
-        is_local = context.manual_axes == frozenset(context.mesh.axis_names)
-    else:
-        is_local = getattr(context, "num_devices", None) == 1
-    constant = mlir.lower_fun(lambda: jnp.asarray(on_cpu and is_local), multiple_results=False)
-    return constant(ctx)
-
-
-for _platform in (None, "cpu"):
-    _lower = functools.partial(_lower_is_local_cpu, on_cpu=_platform == "cpu")
-    mlir.register_lowering(_is_local_cpu, _lower, platform=_platform)
+    _checkify.error_checks[_call] = _under_checkify

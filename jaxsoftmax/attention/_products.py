@@ -6,11 +6,13 @@ of them is a product of the other two, whose own derivatives are again such prod
 functions here are all that attention needs, to any order. Values take the place of keys, outputs
 that of queries.
 
-They are a primitive because JAX's own transpose of a product puts the cotangent first and so turns
-the scores round, the largest of all. A custom rule would not do: rules are not transposed.
+They say themselves how they are transposed, because JAX's own transpose of a product puts the
+cotangent first and so turns the scores round, the largest of all.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
 from jaxtyping import Array
@@ -37,16 +39,39 @@ def columns(query: Array, scores: Array) -> Array:
 
 def _of_alike(axes: str, first: Array, second: Array) -> Array:
     first = vary_like(first, second)
-    return _product(first, vary_like(second, first), axes=axes)
+    return _product(axes, False, first, vary_like(second, first))
 
 
-def _attention_product(first: Array, second: Array, *, axes: str) -> Array:
+def _product(axes: str, is_swapped: bool, first: Array, second: Array) -> Array:
+    """The product as a linear function of its second factor, or of its first if it is swapped.
+
+    Derivatives in the other factor are those of the product that is linear in that.
+    """
+    point, arg = (second, first) if is_swapped else (first, second)
+    dtype = arg.dtype
+
+    def ordered(points: Sequence[Any], args: Sequence[Any]) -> tuple[Any, Any]:
+        (point,), (arg,) = points, args
+        return (arg, point) if is_swapped else (point, arg)
+
+    def evaluate(points: Sequence[Any], args: Sequence[Any]) -> list[Array]:
+        return [_evaluate(axes, *ordered(points, args))]
+
+    def transpose(points: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
+        (ct,) = cts
+        derivative = _DERIVATIVES[axes][0 if is_swapped else 1]
+        return [None if ct is None else derivative(ct, points[0]).astype(dtype)]
+
+    def other(points: Sequence[Any], args: Sequence[Any]) -> list[Array]:
+        return [_product(axes, not is_swapped, *ordered(points, args))]
+
+    _, _, out = _jax.hoist(functools.partial(_evaluate, axes), first, second)
+    return _jax.linear(evaluate, transpose, [point], [arg], out, other)[0]
+
+
+def _evaluate(axes: str, first: Array, second: Array) -> Array:
     widest = max(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
     return jnp.einsum(axes, first, second, preferred_element_type=wide(widest))
-
-
-def _transposes(*, axes: str) -> tuple[Callable[..., Array], Callable[..., Array]]:
-    return _DERIVATIVES[axes]
 
 
 _SCORES, _ROWS, _COLUMNS = "...rh,...hs->...rs", "...rs,...hs->...rh", "...rh,...rs->...hs"
@@ -69,4 +94,3 @@ _DERIVATIVES = {
         _narrow(lambda ct, query: scores(query, ct)),
     ),
 }
-_product = _jax.bilinear(_attention_product, _transposes)
