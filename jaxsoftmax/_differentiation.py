@@ -139,7 +139,7 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
             return args
 
         rule = self._rule.with_arguments(merged, tuple(static.values()))
-        function = functools.partial(self._call, rule)
+        function: Callable[..., R] = functools.partial(self._call, rule)
         if self._batch is not None:  # a `jax.custom_jvp` would be mapped before anyone asks
             return function(*dynamic)
         call = jax.custom_jvp(function)
@@ -147,14 +147,15 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         return call(*dynamic)
 
     def _call(self, rule: "_Rule", *dynamic: Any) -> Any:
+        fun: Callable = self._fun
         leaves, tree = jax.tree.flatten(dynamic)
         if not any(isinstance(x, core.Tracer) for x in leaves):
-            return self._fun(*rule.merged(dynamic))
+            return fun(*rule.merged(dynamic))
         out_tree = None
 
         def flat(*leaves: Any) -> list[Any]:
             nonlocal out_tree
-            out = self._fun(*rule.merged(jax.tree.unflatten(tree, leaves)))
+            out = fun(*rule.merged(jax.tree.unflatten(tree, leaves)))
             out, out_tree = jax.tree.flatten(out)
             return out
 
@@ -368,7 +369,7 @@ def checked(x: Any, known: Any, message: str) -> Any:
         x, known = primals
         return [checked(x, known, message)], [tangents[0]]
 
-    return _jax.call(lambda x, _: [x], jvp, None, [x, known], message)[0]
+    return _jax.call(lambda x, _: [x], jvp, lambda *_: None, [x, known], message)[0]
 
 
 def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
@@ -431,7 +432,7 @@ def linear_pair(
         cts = [_jax.zeros(t) if x is None else x for x, t in zip(cts, out, strict=True)]
         return _jax.linear(back, smooth, points, cts, of_given)
 
-    found = _jax.linear(there, turned, points, given, out, smooth)
+    found = _jax.linear(there, turned, points, given, out, reference=smooth)
     return jax.tree.unflatten(of_out, found)
 
 

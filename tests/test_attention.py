@@ -267,7 +267,8 @@ def tiled(monkeypatch):
     """Has attention cut as a tiling says, on this platform."""
 
     def use(tiling):
-        monkeypatch.setattr(_attention, "TILINGS", {None: tiling})
+        monkeypatch.setattr(_attention, "TILING", tiling)
+        monkeypatch.setattr(_attention, "TILINGS", {})
         # A function of its own, or JAX would remember what it traced of the other.
         fresh = jax.jit(lambda *args: _attention._attention(*args), static_argnums=0)
         monkeypatch.setattr(_attention, "_compiled", fresh)

@@ -32,7 +32,7 @@ from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
-from jaxsoftmax.attention._tiling import TILINGS, Tiling
+from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling
 from jaxsoftmax.mappings import logsumexp, softmax
 
 Normalizer = Callable[..., Array]
@@ -415,14 +415,16 @@ def _in_blocks(
         return prepared
 
     if parts_in_all(operands["query"]) > 1:
-        cuts = {None: _shared_cuts(block_size, operands["query"], sizes)}
+        cuts_of = functools.partial(_shared_cuts, block_size, operands["query"], sizes)
     else:
-        cuts = {name: _cuts(tiling, block_size, rules, sizes) for name, tiling in TILINGS.items()}
+        cuts_of = functools.partial(_cuts, block_size, rules, sizes)
+    default, cuts = cuts_of(TILING), {name: cuts_of(own) for name, own in TILINGS.items()}
     layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name]) for name in names]
-    return attend_in_blocks(prepare_of, cuts, layout, list(operands.values()), names.index("value"))
+    arrays = list(operands.values())
+    return attend_in_blocks(prepare_of, default, cuts, layout, arrays, names.index("value"))
 
 
-def _cuts(tiling: Tiling, block_size: int | None, rules: Rules, sizes: Sizes) -> Cuts:
+def _cuts(block_size: int | None, rules: Rules, sizes: Sizes, tiling: Tiling) -> Cuts:
     """How attention is cut where it is one device's own."""
     # Where positions are not known while tracing, no key is out of reach.
     known = all(isinstance(first, int) for first in rules.first[2:])
@@ -448,9 +450,9 @@ def _cuts(tiling: Tiling, block_size: int | None, rules: Rules, sizes: Sizes) ->
     return Cuts(groups, bands_of(forward), bands_of(backward))
 
 
-def _shared_cuts(block_size: int | None, query: Array, sizes: Sizes) -> Cuts:
+def _shared_cuts(block_size: int | None, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:
     """How attention is cut where XLA shares it among devices: no block is one device's alone."""
-    devices, tiling = parts_in_all(query), TILINGS["cpu"]
+    devices = parts_in_all(query)
     row_size = sizes.batch * sizes.heads * sizes.keys // devices
 
     def band_of(scores: int) -> Band:

@@ -46,27 +46,28 @@ class Plan:
     """All that is known while tracing.
 
     Attributes:
-      cuts: how attention is cut, by platform; None: on all others.
+      default: how attention is cut.
+      cuts: how it is cut on platforms that have a way of their own.
       blocks: what is computed for each block of a band, where so many groups are made.
       operands: how blocks are cut from each array.
     """
 
-    cuts: dict[str | None, Cuts]
+    default: Cuts
+    cuts: dict[str, Cuts]
     blocks: dict[tuple[Groups, Band], Block]
     operands: tuple[Operand, ...]
 
     def on_each_platform(self, function: Callable[..., Any], *args: Any) -> Any:
         """`function(cuts, *args)`, with the cuts of the platform that a program is lowered for."""
+        default = functools.partial(function, self.default)
         of = {name: functools.partial(function, cuts) for name, cuts in self.cuts.items()}
-        default = of.pop(None)
-        if not of:
-            return default(*args)
-        return lax.platform_dependent(*args, default=default, **of)
+        return lax.platform_dependent(*args, default=default, **of) if of else default(*args)
 
 
 def attend_in_blocks(
     prepare_of: Callable[[Band], Prepare],
-    cuts: dict[str | None, Cuts],
+    default: Cuts,
+    cuts: dict[str, Cuts],
     operands: Sequence[Operand],
     arrays: Sequence[Array],
     value: int,
@@ -76,13 +77,14 @@ def attend_in_blocks(
     Args:
       prepare_of: gives what makes scores for each block of a band. It may close over arrays,
         tracers among them: derivatives flow there too.
-      cuts: how attention is cut, by platform.
+      default: how attention is cut.
+      cuts: how it is cut on platforms that have a way of their own.
       operands: how parts are cut from each array.
       arrays: the arrays.
       value: which of them are the values.
     """
     traced = {}
-    for cut in cuts.values():
+    for cut in (default, *cuts.values()):
         group = [cut.groups.cut(op, x, (0, 0)) for op, x in zip(operands, arrays, strict=True)]
         for band in (*cut.forward, *cut.backward):
             if (cut.groups, band) not in traced:
@@ -98,7 +100,7 @@ def attend_in_blocks(
         key: Block(_opened(pure, len(arrays), [places[id(const)] for const in consts]), value)
         for key, (pure, consts) in traced.items()
     }
-    plan = Plan(cuts, blocks, (*operands, *(UNKNOWN for _ in pool)))
+    plan = Plan(default, cuts, blocks, (*operands, *(UNKNOWN for _ in pool)))
     return _attend(plan, *arrays, *(jnp.asarray(const) for const in pool.values()))
 
 
@@ -263,7 +265,7 @@ def _pulled(
     """
 
     def pulled(cuts: Cuts, arrays: Sequence[Array], kept: Any, ct: Any) -> list[Array]:
-        pull = _pull_from_kept if from_kept else _pull_back
+        pull: Callable[..., list[Array]] = _pull_from_kept if from_kept else _pull_back
         groups = cuts.groups
         # Groups have parts of their own, or else they add to one sum; and so have blocks.
         apart = [i for i in wanted if groups.are_apart(plan.operands[i], arrays[i])]
@@ -291,7 +293,8 @@ def _pull_back(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct:
 
 
 def _pull_from_kept(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any) -> Any:
-    return block.pull_back_from(wanted, first, parts, *kept, ct)
+    out, thresholds = kept
+    return block.pull_back_from(wanted, first, parts, out, thresholds, ct)
 
 
 def _pulled_of_group(

@@ -66,7 +66,7 @@ def _product(axes: str, is_swapped: bool, first: Array, second: Array) -> Array:
         return [_product(axes, not is_swapped, *ordered(points, args))]
 
     _, _, out = _jax.hoist(functools.partial(_evaluate, axes), first, second)
-    return _jax.linear(evaluate, transpose, [point], [arg], out, other)[0]
+    return _jax.linear(evaluate, transpose, [point], [arg], out, reference=other)[0]
 
 
 def _evaluate(axes: str, first: Array, second: Array) -> Array:

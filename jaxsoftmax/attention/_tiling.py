@@ -62,15 +62,16 @@ def _divisor(n: int, most: int) -> int:
     return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
 
 
-# CPU, as measured: a block's scores should stay near the core that works on them, yet a block of
-# few rows spends its time on going through all keys. Where heads may be taken one after the other,
-# blocks can have both: few scores and many rows.
-_CPU = Tiling(2**21, 2**20, 2**20, (64, 512), 8)
-# TPU, as compiled for v5e: 64 MB of scores stay in VMEM, and a band takes seconds to compile.
-_TPU = Tiling(2**24, 2**24, 2**24, (64, 1024), 1)
 # GPU, as compiled for H100: all of dK and dV is rewritten for each block, and each is launched by
-# the host, so blocks are as large as memory allows: a fifth of what all scores would take.
-_GPU = Tiling(2**26, 2**26, None, (64, 1024), 8)
-
-# By the names that `jax.lax.platform_dependent` knows; None for all others.
-TILINGS: dict[str | None, Tiling] = {"cpu": _CPU, "tpu": _TPU, None: _GPU}
+# the host, so blocks are as large as memory allows: a fifth of what all scores would take. Other
+# platforms take this one, too.
+TILING = Tiling(2**26, 2**26, None, (64, 1024), 8)
+# Those of other platforms, by the names that `jax.lax.platform_dependent` knows.
+TILINGS = {
+    # As measured: a block's scores should stay near the core that works on them, yet a block of few
+    # rows spends its time on going through all keys. Where heads may be taken one after the other,
+    # blocks can have both: few scores and many rows.
+    "cpu": Tiling(2**21, 2**20, 2**20, (64, 512), 8),
+    # As compiled for v5e: 64 MB of scores stay in VMEM, and a band takes seconds to compile.
+    "tpu": Tiling(2**24, 2**24, 2**24, (64, 1024), 1),
+}

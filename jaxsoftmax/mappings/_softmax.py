@@ -317,7 +317,7 @@ def _exp_below(score: Array, top: Array) -> Array:
 
 
 class _Softmax(Form):
-    def probabilities(self, rows: Rows, scores: Entries) -> Entries:
+    def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
         return _softmax_probabilities(rows, scores)
 
 
