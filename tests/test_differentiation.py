@@ -512,3 +512,159 @@ def test_effects_are_kept(capfd):
         assert "not above 0" in checked(-1.0)[0].get()
     jax.effects_barrier()
     assert capfd.readouterr().out.splitlines() == ["at 1.0", "at -1.0"] * 2
+
+
+def make_clipped(custom_vjp):
+    """The identity, whose gradient is clipped: the usual reason for a rule that is not linear."""
+
+    @custom_vjp
+    def clipped(x):
+        return x * 1.0
+
+    clipped.defvjp(lambda x: (clipped(x), None), lambda _, ct: (jnp.clip(ct, -1.0, 1.0),))
+    return clipped
+
+
+def test_rules_that_are_not_linear_serve_reverse_mode():
+    clipped = make_clipped(jsm.custom_vjp)
+    for wrap in (lambda f: f, jax.jit, jax.vmap, jax.checkpoint):
+        close(jax.grad(lambda x, wrap=wrap: jnp.sum(5 * wrap(clipped)(x)))(X), np.ones(3))
+    with pytest.raises(TypeError, match="bwd of clipped must be linear in the cotangent where"):
+        jax.jvp(clipped, (X,), (X,))
+
+
+def test_parts_that_do_not_depend_on_the_cotangent_count_in_reverse_mode():
+    @jsm.custom_vjp
+    def with_penalty(x):
+        return jnp.sum(x)
+
+    with_penalty.defvjp(lambda x: (with_penalty(x), x), lambda x, ct: (ct + 2 * x,))
+    close(jax.grad(with_penalty)(X), 1 + 2 * X)
+    close(jax.jit(jax.grad(with_penalty))(X), 1 + 2 * X)
+
+    @jsm.custom_vjp
+    def given(x, g):
+        return x
+
+    given.defvjp(lambda x, g: (given(x, g), g), lambda g, ct: (g, None))
+    close(jax.grad(given)(1.0, 6.0), 6.0)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["-", "jit", "remat"])
+@pytest.mark.parametrize(
+    "second",
+    [lambda x, y: y, lambda x, y: jnp.float64(3.0), lambda x, y: 2, lambda x, y: jnp.zeros((0,))],
+    ids=["another argument", "constant", "integer", "empty"],
+)
+@pytest.mark.asks_for_x64
+def test_vmap_of_outputs_that_do_not_depend_on_what_is_mapped(second, wrap):
+    @jsm.custom_vjp
+    def both(x, y):
+        return jnp.sin(x), second(x, y)
+
+    both.defvjp(
+        lambda x, y: (both(x, y), x), lambda x, cts: (3 * cts[0] * jnp.cos(x), jnp.zeros(()))
+    )
+    mapped = wrap(jax.vmap(both, (0, None)))
+    close(jax.grad(lambda x: jnp.sum(mapped(x, 1.0)[0]))(X), 3 * np.cos(X))
+    close(jax.jvp(lambda x: mapped(x, 1.0)[0], (X,), (X,))[1], 3 * np.cos(X) * X)
+    scanned = lambda x: jax.lax.scan(lambda c, _: (mapped(c, 1.0)[0], None), x, length=2)[0]  # noqa: E731
+    close(jax.grad(lambda x: jnp.sum(scanned(x)))(X), 9 * np.cos(X) * np.cos(np.sin(X)))
+
+
+def test_effects_of_bwd_are_kept(capfd):
+    @jsm.custom_vjp
+    def sine(x):
+        return jnp.sin(x)
+
+    def bwd(x, ct):
+        jax.debug.print("pulled back at {}", x, ordered=True)
+        checkify.check(x > 0, "bwd below 0")
+        return (ct * jnp.cos(x),)
+
+    sine.defvjp(lambda x: (sine(x), x), bwd)
+    checked = jax.jit(checkify.checkify(jax.grad(sine)))
+    assert checked(1.0)[0].get() is None
+    assert "bwd below 0" in checked(-1.0)[0].get()
+    jax.effects_barrier()
+    assert capfd.readouterr().out.splitlines() == ["pulled back at 1.0", "pulled back at -1.0"]
+
+
+def test_symbolic_zeros_of_cotangents():
+    seen = []
+
+    @jsm.custom_vjp
+    def both(x):
+        return jnp.sin(x), jnp.cos(x)
+
+    def bwd(x, cts):
+        zeros = [isinstance(ct, jax.custom_derivatives.SymbolicZero) for ct in cts]
+        seen.append(zeros)
+        return (cts[0] * jnp.cos(x) if zeros[1] else cts[0] * jnp.cos(x) - cts[1] * jnp.sin(x),)
+
+    both.defvjp(lambda x: (both(x.value), x.value), bwd, symbolic_zeros=True)
+    close(jax.grad(lambda x: both(x)[0])(0.3), np.cos(0.3))
+    close(jax.vmap(jax.grad(lambda x: both(x)[0]))(X), np.cos(X))
+    assert seen == [[False, True]] * 2
+    close(jax.grad(lambda x: sum(both(x)))(0.3), np.cos(0.3) - np.sin(0.3))
+
+
+def test_cotangents_of_another_dtype_become_that_of_the_argument():
+    @jsm.custom_vjp
+    def scaled(x):
+        return x * 2
+
+    scaled.defvjp(lambda x: (scaled(x), None), lambda _, ct: (2 * ct.astype(jnp.float32),))
+    gradient = jax.grad(lambda x: jnp.sum(scaled(x)))(jnp.asarray(X, jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    close(gradient.astype(jnp.float32), 2 * np.ones(3))
+
+
+def test_collectives_over_an_axis_that_nothing_is_mapped_over():
+    @jsm.custom_vjp
+    def shared(x):
+        return jax.lax.psum(x, "i")
+
+    shared.defvjp(lambda x: (shared(x), None), lambda _, ct: (jax.lax.psum(ct, "i"),))
+    mapped = jax.vmap(lambda _, x: shared(x), (0, None), axis_name="i")
+    close(mapped(X, 2.0), [6.0] * 3)
+
+
+def test_eager_functions_are_called_as_they_are():
+    """Python's `if` on values works where `jax.custom_vjp` has it work."""
+
+    @jsm.custom_vjp
+    def branch(x):
+        return x if x > 0 else -x
+
+    branch.defvjp(lambda x: (branch(x), x > 0), lambda up, ct: (ct if up else -ct,))
+    assert branch(-2.0) == 2.0
+    assert jax.grad(branch)(-2.0) == -1.0
+    assert jax.jvp(branch, (-2.0,), (1.0,)) == (2.0, -1.0)
+    with jax.disable_jit():
+        close(jax.grad(make_sine(jsm.custom_vjp, 3.0))(0.3), 3 * np.cos(0.3))
+
+
+@pytest.mark.parametrize(
+    ("bwd", "error", "message"),
+    [
+        (lambda _, ct: ct, TypeError, "bwd of twice must return a tuple with the cotangents of"),
+        (lambda _, ct: (ct, ct), TypeError, "of the structure .*, got"),
+        (lambda _, ct: (jnp.zeros(2),), ValueError, r"got shape \(2,\) for one of shape \(3,\)"),
+    ],
+)
+def test_wrong_cotangents_are_refused(bwd, error, message):
+    @jsm.custom_vjp
+    def twice(x):
+        return 2 * x
+
+    twice.defvjp(lambda x: (twice(x), None), bwd)
+    with pytest.raises(error, match=message):
+        jax.grad(lambda x: jnp.sum(twice(x)))(X)
+
+
+def test_fwd_that_returns_no_pair_is_refused():
+    double = jsm.custom_vjp(lambda x: 2 * x)
+    double.defvjp(lambda x: x, lambda _, ct: (ct,))
+    with pytest.raises(TypeError, match="must return a pair, the output and the residuals, got"):
+        jax.grad(double)(1.0)

@@ -3,6 +3,7 @@
 import doctest
 import inspect
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -166,3 +167,15 @@ def test_signatures_begin_as_in_the_contract(name, signature):
             names.append("*")
         names.append(p.name)
     assert f"({', '.join(names)})".startswith(signature[:-1])
+
+
+def test_one_module_alone_uses_what_jax_does_not_promise():
+    """Internals, and what has changed before: jaxprs, lowering, types of `shard_map`."""
+    package = pathlib.Path(jsm.__file__).parent
+    unstable = re.compile(
+        r"jax\._src|jax\.(interpreters|extend)|from jax import (interpreters|extend)|ClosedJaxpr"
+        r"|\.(vma|manual_axis_type)\b|default_backend|_primitive_batchers|def_abstract_eval"
+    )
+    users = {p.name for p in package.rglob("*.py") if unstable.search(p.read_text("utf-8"))}
+    assert users == {"_jax.py"}
+    assert len((package / "_jax.py").read_text("utf-8").splitlines()) < 250
