@@ -67,8 +67,7 @@ def _collective(
 ) -> Collective:
     end, meanwhile = instruction, 0.0
     if match["start"]:
-        users = computation.users[instruction.name]
-        end = next(user for user in users if user.opcode.endswith("-done"))
+        end = computation.end(instruction)
         meanwhile = _between(module, computation, instruction, end)
     name = computation.name
     return Collective(

@@ -134,6 +134,10 @@ class Computation:
         """What an instruction takes."""
         return self.instructions[instruction.operands[index]]
 
+    def end(self, start: Instruction) -> Instruction:
+        """Where what an instruction has started is waited for."""
+        return next(user for user in self.users[start.name] if user.opcode.endswith("-done"))
+
     def source(self, instruction: Instruction, moves: frozenset[str] = _MOVES) -> Instruction:
         """Where the numbers of an instruction come from that only moves them."""
         while instruction.opcode in moves:

@@ -12,7 +12,7 @@ from benchmarks.hlo import Computation, Instruction, Module
 # They start nothing: names of what is there, what runs other computations, and ends of copies.
 _NO_KERNEL = re.compile(
     "parameter|constant|tuple|get-tuple-element|bitcast|while|conditional|call|after-all|"
-    "partition-id|replica-id|opt-barrier|add-dependency|domain|async-.*|copy-start|.*-done"
+    "partition-id|replica-id|opt-barrier|add-dependency|domain|.*-start|.*-update|.*-done"
 )
 # Of what is none of these, a number takes the operand's number at one place, if both have as many.
 _MIXES = re.compile("dot|convolution|reduce-window|sort|custom-call|gather|scatter|fft|while")
@@ -96,11 +96,11 @@ class Reader:
             yield from self._loop(computation, instruction, times)
         elif opcode == "conditional":
             yield from self._choice(instruction, times)
-        elif opcode in ("call", "async-start"):
+        elif opcode in ("call", "async-start"):  # the latter on another stream
             for name in instruction.runs():
                 yield from self.kernels(self._module.computations[name], times)
-        elif opcode == "copy-start":
-            moved = computation.operand(instruction).bytes + instruction.arrays[0].bytes
+        elif opcode.endswith("-start"):
+            moved = _moved(computation, instruction)
             yield Kernel(instruction.name, opcode, times, moved, {}, is_copy=True)
         elif _is_kernel(instruction):
             yield self._kernel(computation, instruction, times)
@@ -190,6 +190,14 @@ def _is_kernel(instruction: Instruction) -> bool:
     if is_scalar_of_tpu and instruction.opcode != "fusion":
         return False
     return not _NO_KERNEL.fullmatch(instruction.opcode)
+
+
+def _moved(computation: Computation, start: Instruction) -> float:
+    """Bytes that a copy, of a part too, or a collective reads and writes."""
+    end = computation.end(start)
+    operands = [computation.instructions[name] for name in start.operands]
+    size = sum(operand.size for operand in operands)
+    return end.bytes + sum(o.bytes for o in operands) * min(1.0, end.size / size)
 
 
 def _alone(computation: Computation, instruction: Instruction) -> Computation:

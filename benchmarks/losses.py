@@ -58,7 +58,7 @@ TINY = Sizes(8, 4, 16, (8, 16), 8, (16,), (8,), ("sparsemax_loss",))
 def all_scores(point: tuple[jax.Array, jax.Array], labels: jax.Array) -> jax.Array:
     """The loss that everything is compared to."""
     hidden, weight = point
-    scores = hidden @ weight
+    scores = (hidden @ weight).astype(jnp.float32)  # as training code has it
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels).mean()
 
 
