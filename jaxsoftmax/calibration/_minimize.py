@@ -14,6 +14,9 @@ def minimize(
 ) -> tuple[Any, Array]:
     """A local minimum and its value, by L-BFGS with optax's line search.
 
+    It ends where the gradient is small, or a step neither halves it nor gains more than
+    rounding takes.
+
     Args:
       objective: what to minimize, of a pytree.
       start: where to begin. The first step is the gradient itself, of length 1 at most, so
@@ -31,17 +34,21 @@ def minimize(
             grad, state, params, value=value, grad=grad, value_fn=objective
         )
         params = optax.apply_updates(params, updates)
+        before = value, optax.tree.norm(grad)
         # The line search has left both where it ended.
         value, grad = (optax.tree.get(state, name) for name in ("value", "grad"))
-        return params, value, grad, state, optax.tree.norm(updates) > 0, count + 1
+        # On a plateau it compares what rounding has left, for thousands of evaluations.
+        falls = before[0] - value > jnp.finfo(value.dtype).eps * jnp.abs(value)
+        falls |= optax.tree.norm(grad) < before[1] / 2
+        return params, value, grad, state, falls, count + 1
 
     def go_on(carry: tuple) -> Array:
-        _, _, grad, _, moved, count = carry
-        return moved & (optax.tree.norm(grad) > tolerance) & (count < _MAX_STEPS)
+        _, _, grad, _, falls, count = carry
+        return falls & (optax.tree.norm(grad) > tolerance) & (count < _MAX_STEPS)
 
     value, grad = jax.value_and_grad(objective)(start)
-    moved, count = jnp.ones((), bool), jnp.zeros((), jnp.int32)
-    init = start, value, grad, solver.init(start), moved, count
+    falls, count = jnp.ones((), bool), jnp.zeros((), jnp.int32)
+    init = start, value, grad, solver.init(start), falls, count
     params, value, *_ = lax.while_loop(go_on, step, init)
     return params, value
 
