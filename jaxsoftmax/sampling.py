@@ -165,6 +165,8 @@ def straight_through(
         argument is the scores, and it has an `axis`.
       hard: what gives the value, of the same shape. It is called with what says which rows there
         are (`axis`, `where`, `sink`, `segment_ids`, `num_segments`), and not with the temperature.
+        `hardmax` chooses one here, the first of the largest as `jnp.argmax` does: a choice is
+        one-hot. (For ties that share, give `lambda x, **rows: hardmax(x, **rows)`.)
 
     Returns:
       A mapping with the parameters of `mapping`.
@@ -182,6 +184,8 @@ def straight_through(
       >>> choice, change = jax.jvp(lambda x: choose(x, temperature=2.0), (x,), (v,))
       >>> print(choice, change)
       [0. 1. 0.] [ 0.103 -0.07  -0.033]
+      >>> print(jsm.straight_through(jsm.entmax15)(jnp.array([2.0, 2.0, 0.0])))
+      [1. 0. 0.]
 
     References:
       Bengio, Leonard & Courville, 2013: Estimating or propagating gradients through stochastic
@@ -191,6 +195,7 @@ def straight_through(
     if not has_parameter(signature, "axis"):
         raise ValueError(f"mapping must have a parameter axis, got one with {signature}.")
     hard_signature = inspect.signature(hard)
+    hard = _first_of_the_largest if hard is hardmax else hard
 
     @functools.wraps(mapping)
     def hardened(*args: Any, **kwargs: Any) -> Array:
@@ -210,6 +215,13 @@ def straight_through(
         return _with_value(soft, value.astype(soft.dtype))
 
     return hardened
+
+
+@public
+def _first_of_the_largest(x: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None) -> Array:
+    """`hardmax`, in which ties do not share."""
+    rows, scores = prepare(x, axis, Options(where))
+    return _one_hot(rows, lax.stop_gradient(scores)).astype(output_dtype(x))
 
 
 # The arguments of a mapping that say what a row is.

@@ -282,10 +282,32 @@ def test_straight_through(case):
 
 
 def test_straight_through_is_exact():
-    """Ties share, and a half and thirds are those of hardmax to the last bit."""
+    """One-hot at the first of the largest; where ties share, as hardmax has it to the last bit."""
     x = np.random.default_rng(0).normal(size=(1000, 7)).astype(np.float32)
     x[::2, 2:5] = 5.0
-    np.testing.assert_array_equal(jsm.straight_through(jsm.softmax)(x), jsm.hardmax(x))
+    x[1] = np.inf
+    one_hot = np.eye(7)[x.argmax(-1)]
+    np.testing.assert_array_equal(jsm.straight_through(jsm.softmax)(x), one_hot)
+    along = jsm.straight_through(jsm.softmax)(x.T, axis=0)
+    np.testing.assert_array_equal(along, one_hot.T)
+    sharing = jsm.straight_through(jsm.softmax, lambda x, **rows: jsm.hardmax(x, **rows))
+    np.testing.assert_array_equal(sharing(x), jsm.hardmax(x))
+
+
+def test_straight_through_chooses_in_half_precision():
+    """Where many rows tie."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(500, 50)), jnp.bfloat16)
+    assert np.any(np.sum(x == x.max(-1, keepdims=True), -1) > 1)
+    choice = np.float32(jsm.straight_through(jsm.entmax15)(x))
+    np.testing.assert_array_equal(choice, np.eye(50)[np.float32(x).argmax(-1)])
+
+
+@pytest.mark.asks_for_nan
+def test_straight_through_where_there_is_nothing_to_choose():
+    x = np.array([[-np.inf, -np.inf], [np.nan, 1.0], [2.0, 2.0]])
+    choose = jsm.straight_through(jsm.softmax)
+    np.testing.assert_array_equal(choose(x), [[0, 0], [np.nan, np.nan], [1, 0]])
+    np.testing.assert_array_equal(choose(x[2], where=np.array([False, True])), [0, 1])
 
 
 def test_straight_through_of_other_signatures():
