@@ -1,72 +1,133 @@
-"""Choosing some of the scores: masks to be given to a mapping as `where`."""
+"""Choosing some of the scores: masks to be given to a mapping as `where`.
+
+Masks compose, since each takes another one as `where`. Others cut by temperature first, then top-k,
+then top-p, then min-p, and so does
+
+    where = top_k_mask(x, 50)
+    where = top_p_mask(x, 0.9, where=where, temperature=t)
+    where = min_p_mask(x, 0.05, where=where, temperature=t)
+    token = sample(key, x, where=where, temperature=t)
+"""
 
 import numbers
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Bool, Real
+from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
 from jaxsoftmax import _threshold
-from jaxsoftmax._reductions import Rows
+from jaxsoftmax._reductions import Rows, is_known
 from jaxsoftmax._scores import (
     Axis,
-    as_scores,
+    Options,
+    Temperature,
+    as_array,
+    check_integers,
+    check_mask,
     check_per_row,
     check_real,
+    is_int,
     one_axis,
+    prepare,
     public,
-    split_axis,
 )
 
 
-@public
-def top_k_mask(x: Real[ArrayLike, "*shape"], k: int, axis: Axis = -1) -> Bool[Array, "*shape"]:
+def top_k_mask(
+    x: Real[ArrayLike, "*shape"],
+    k: int | Integer[ArrayLike, "..."],
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+) -> Bool[Array, "*shape"]:
     r"""The `k` largest scores: exactly `k`, whatever the ties.
 
     .. math:: \#\{ j : x_j > x_i \} + \#\{ j < i : x_j = x_i \} < k
 
+    There is no temperature, which leaves the order of scores as it is.
+
     Args:
       x: scores of any shape and real dtype. -inf is a score like any other: where fewer than `k`
         are above it, the first ones of -inf fill up. NaN counts as +inf.
-      k: how many to keep, known while tracing. Rows that are not longer are kept whole.
+      k: how many to keep: an integer, or an array of integers, one per row, which may be traced.
+        Rows that are not longer are kept whole. What is known while tracing takes less time.
       axis: one array axis.
+      where: what may be kept; a boolean mask that broadcasts to `x`.
 
     Returns:
       Booleans of the shape of `x`. Of equal scores the first are kept.
 
     Raises:
-      TypeError: if `x` is not real or `k` not an integer.
-      ValueError: if `k` is negative or `axis` not one array axis in range.
+      TypeError: if `x` is not real, `k` holds no integers or `where` is not boolean.
+      ValueError: if `k` is a negative number or does not broadcast to one value per row, `axis` is
+        not one array axis in range, or `where` does not broadcast.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
       >>> x = jnp.array([1.0, 3.0, 1.0, 2.0, 1.0])
       >>> jsm.top_k_mask(x, 3)
       Array([ True,  True, False,  True, False], dtype=bool)
+      >>> jsm.top_k_mask(jnp.stack([x, x]), jnp.array([[1], [2]]))
+      Array([[False,  True, False, False, False],
+             [False,  True, False,  True, False]], dtype=bool)
       >>> jsm.sparsemax(x, where=jsm.top_k_mask(x, 2), temperature=2)
       Array([0.  , 0.75, 0.  , 0.25, 0.  ], dtype=float32)
 
     References:
       Fan, Lewis & Dauphin, 2018: Hierarchical neural story generation (arXiv:1805.04833).
     """
-    scores = jnp.asarray(x)
-    check_real("x", scores)
-    axis = one_axis(axis, scores.ndim)
-    if k < 0:
-        raise ValueError(f"k must not be negative, got {k}.")
-    if k == 0 or k >= scores.shape[axis]:
-        return jnp.full_like(scores, k > 0, bool)
-    scores = _nan_on_top(jnp.moveaxis(scores, axis, -1))
-    least = lax.top_k(scores, k)[0][..., -1:]
-    return jnp.moveaxis(_first(scores, least, jnp.int32(k)), -1, axis)
+    if is_int(k):
+        if k < 0:
+            raise ValueError(f"k must not be negative, got {k}.")
+        return _top_k_mask(x, int(k), axis, where)
+    if not hasattr(k, "dtype"):
+        raise TypeError(f"k must be an integer or an array of such, got {type(k).__name__}.")
+    return _top_of_each(x, k, axis, where)
+
+
+@public
+def _top_k_mask(x: ArrayLike, k: int, axis: Axis, where: ArrayLike | None = None) -> Array:
+    scores, takes_part, axis = _as_rows(x, axis, where)
+    length = scores.shape[-1]
+    if is_known(length) and (k == 0 or k >= length):
+        return jnp.moveaxis(takes_part & (k > 0), -1, axis)
+    # A length that is a symbol may be less than k.
+    descending = lax.top_k(scores, k)[0] if is_known(length) else _descending(scores)
+    count = jnp.full((1,) * scores.ndim, k, jnp.int32)
+    return jnp.moveaxis(_first(scores, takes_part, descending, count), -1, axis)
+
+
+@public
+def _top_of_each(
+    x: ArrayLike, count: ArrayLike, axis: Axis, where: ArrayLike | None = None
+) -> Array:
+    scores, takes_part, axis = _as_rows(x, axis, where)
+    count = jnp.asarray(count)
+    check_integers("k", count)
+    shape = (*scores.shape[:axis], 1, *scores.shape[axis:-1])
+    try:
+        count = jnp.broadcast_to(count, shape)
+    except ValueError:
+        raise ValueError(
+            f"k must broadcast to one value per row, shape {shape}, got shape {count.shape}."
+        ) from None
+    count = jnp.moveaxis(jnp.clip(count, 0, jnp.iinfo(jnp.int32).max).astype(jnp.int32), axis, -1)
+    if is_known(scores.shape[-1]) and scores.shape[-1] == 0:
+        return jnp.moveaxis(takes_part, -1, axis)
+    return jnp.moveaxis(_first(scores, takes_part, _descending(scores), count), -1, axis)
 
 
 def top_p_mask(
-    x: Real[ArrayLike, "*shape"], p: ArrayLike, axis: Axis = -1
+    x: Real[ArrayLike, "*shape"],
+    p: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    min_tokens_to_keep: int = 1,
 ) -> Bool[Array, "*shape"]:
     r"""The nucleus: the smallest set of most probable entries that has probability `p` or more.
 
-    .. math:: \sum_{j \text{ before } i} \mathrm{softmax}(x)_j < p
+    .. math:: \sum_{j \text{ before } i} \mathrm{softmax}(x / t)_j < p
 
     in the order from the largest score to the smallest.
 
@@ -75,15 +136,20 @@ def top_p_mask(
       p: the probability to reach; a number from 0 to 1 or one value per row. 1 keeps all that is
         not -inf.
       axis: one array axis.
+      where: what takes part, such as another mask: the probabilities are of that alone.
+      temperature: divides the scores; the one that is sampled at. A number or one value per row,
+        not negative.
+      min_tokens_to_keep: how many to keep at least, of what is not -inf.
 
     Returns:
-      Booleans of the shape of `x`, of which at least one per row is True unless all of the row is
-      -inf. Of equal scores the first are kept.
+      Booleans of the shape of `x`, of which at least one per row is True unless nothing in the row
+      is above -inf. Of equal scores the first are kept.
 
     Raises:
-      TypeError: if `x` or `p` is not real.
-      ValueError: if `p` is a number out of range or does not broadcast to one value per row, or
-        `axis` is not one array axis in range.
+      TypeError: if `x` or `p` is not real, `where` not boolean or `min_tokens_to_keep` no integer.
+      ValueError: if `p` is a number out of range or does not broadcast to one value per row, `axis`
+        is not one array axis in range, shapes do not fit, or `temperature` or `min_tokens_to_keep`
+        is a negative number.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -92,27 +158,38 @@ def top_p_mask(
       Array([False,  True, False,  True], dtype=bool)
       >>> jsm.top_p_mask(x, 0.85)
       Array([ True,  True, False,  True], dtype=bool)
+      >>> jsm.top_p_mask(x, 0.85, temperature=0.5)
+      Array([False,  True, False,  True], dtype=bool)
 
     References:
       Holtzman, Buys, Du, Forbes & Choi, 2020: The curious case of neural text degeneration
       (arXiv:1904.09751).
     """
     _check_fraction(p)
-    return _top_p_mask(x, p, axis)
+    mask = _top_p_mask(x, p, axis, where, temperature=temperature)
+    return _with_at_least(min_tokens_to_keep, mask, x, axis, where)
 
 
 @public
-def _top_p_mask(x: ArrayLike, p: ArrayLike, axis: Axis) -> Array:
-    scores = as_scores(x)
-    axis = one_axis(axis, scores.ndim)
-    reach = check_per_row("p", p, scores, Rows((axis,)))
+def _top_p_mask(
+    x: ArrayLike,
+    p: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None = None,
+    *,
+    temperature: Temperature = 1.0,
+) -> Array:
+    x = as_array(x, "x")
+    rows = Rows((one_axis(axis, x.ndim),))
+    (axis,) = rows.axes
+    _, (scores,) = prepare(_nan_on_top(x), axis, Options(where, temperature))
+    reach = check_per_row("p", p, scores, rows)
     if scores.shape[axis] == 0:
         return jnp.zeros(scores.shape, bool)
-    scores = _nan_on_top(jnp.moveaxis(scores, axis, -1))
+    scores = jnp.moveaxis(lax.stop_gradient(scores), axis, -1)
     reach = jnp.moveaxis(reach, axis, -1)
-    descending = jnp.flip(jnp.sort(scores, -1), -1)
-    rows = Rows((scores.ndim - 1,))
-    (gaps,), _ = _threshold.below_top(rows, (descending,))
+    descending = _descending(scores)
+    (gaps,), _ = _threshold.below_top(Rows((scores.ndim - 1,)), (descending,))
     # Weights are not normalized: that would round equal ones, whose sum is an exact count.
     so_far = jnp.cumsum(jnp.exp(gaps), -1)
     enough = reach * so_far[..., -1:]
@@ -121,18 +198,23 @@ def _top_p_mask(x: ArrayLike, p: ArrayLike, axis: Axis) -> Array:
     # What has underflowed still has some probability.
     all_of_it = jnp.sum(gaps > -jnp.inf, -1, keepdims=True, dtype=jnp.int32)
     count = jnp.where(reach < 1, jnp.minimum(short + 1, all_of_it), all_of_it)
-    least = jnp.take_along_axis(descending, jnp.maximum(count - 1, 0), -1)
-    return jnp.moveaxis(_first(scores, least, count), -1, axis)
+    return jnp.moveaxis(_first(scores, scores > -jnp.inf, descending, count), -1, axis)
 
 
 def min_p_mask(
-    x: Real[ArrayLike, "*shape"], p: ArrayLike, axis: Axis = -1
+    x: Real[ArrayLike, "*shape"],
+    p: ArrayLike,
+    axis: Axis = -1,
+    where: Bool[ArrayLike, "*#shape"] | None = None,
+    *,
+    temperature: ArrayLike = 1.0,
+    min_tokens_to_keep: int = 1,
 ) -> Bool[Array, "*shape"]:
     r"""The entries at least `p` times as probable as the most probable one.
 
-    .. math:: x_i - \max_j x_j \ge \log p
+    .. math:: (x_i - \max_j x_j) / t \ge \log p
 
-    The probabilities are those of `softmax(x)`.
+    The probabilities are those of `softmax(x / t)`.
 
     Args:
       x: scores of any shape and real dtype. -inf is never kept. NaN counts as +inf.
@@ -140,14 +222,20 @@ def min_p_mask(
         keeps all that has any probability.
       axis: the axes to compare over: array axes, mesh axis names, both in a tuple, or None for all
         array axes.
+      where: what takes part, such as another mask.
+      temperature: divides the scores; the one that is sampled at. A number or one value per row,
+        not negative.
+      min_tokens_to_keep: how many to keep at least, of what is not -inf; more than one go along one
+        array axis only.
 
     Returns:
       Booleans of the shape of `x`. The largest scores are always kept, unless -inf.
 
     Raises:
-      TypeError: if `x` or `p` is not real.
-      ValueError: if `p` is a number out of range or does not broadcast to one value per row, or an
-        axis is out of range.
+      TypeError: if `x` or `p` is not real, `where` not boolean or `min_tokens_to_keep` no integer.
+      ValueError: if `p` is a number out of range or does not broadcast to one value per row, an
+        axis is out of range, shapes do not fit, or `temperature` or `min_tokens_to_keep` is a
+        negative number.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -159,20 +247,42 @@ def min_p_mask(
       (arXiv:2407.01082).
     """
     _check_fraction(p)
-    return _min_p_mask(x, p, axis)
+    mask = _min_p_mask(x, p, axis, where, temperature=temperature)
+    return _with_at_least(min_tokens_to_keep, mask, x, axis, where)
 
 
 @public
-def _min_p_mask(x: ArrayLike, p: ArrayLike, axis: Axis) -> Array:
-    scores = _nan_on_top(as_scores(x))
-    rows = Rows(*split_axis(axis, scores.ndim))
-    least = jnp.log(check_per_row("p", p, scores, rows))
-    gaps, _ = _threshold.below_top(rows, (scores,))
+def _min_p_mask(
+    x: ArrayLike,
+    p: ArrayLike,
+    axis: Axis,
+    where: ArrayLike | None = None,
+    *,
+    temperature: Temperature = 1.0,
+) -> Array:
+    rows, scores = prepare(_nan_on_top(as_array(x, "x")), axis, Options(where, temperature))
+    scores = (lax.stop_gradient(scores[0]),)
+    least = jnp.log(check_per_row("p", p, scores[0], rows))
+    gaps, _ = _threshold.below_top(rows, scores)
 
     def keep(gap: Array, least: Array) -> Array:
         return (gap >= least) & (gap > -jnp.inf)
 
     return rows.map(keep, [gaps], [least])[0]
+
+
+def _with_at_least(
+    number: int, mask: Array, x: ArrayLike, axis: Axis, where: ArrayLike | None
+) -> Array:
+    """The mask, or so many of the largest scores where it has fewer."""
+    if not is_int(number):
+        raise TypeError(f"min_tokens_to_keep must be an integer, got {type(number).__name__}.")
+    if number < 0:
+        raise ValueError(f"min_tokens_to_keep must not be negative, got {number}.")
+    if number <= 1:
+        return mask
+    possible = jnp.asarray(x) != -jnp.inf
+    return mask | (top_k_mask(x, number, axis, where) & possible)
 
 
 def _check_fraction(p: ArrayLike) -> None:
@@ -187,9 +297,34 @@ def _nan_on_top(scores: Array) -> Array:
     return lax.stop_gradient(jnp.where(jnp.isnan(scores), jnp.inf, scores))
 
 
-def _first(scores: Array, least: Array, count: Array) -> Array:
-    """The `count` largest scores along the last axis, given the least of them."""
-    above = scores > least
-    tied = scores == least
+def _as_rows(x: ArrayLike, axis: Axis, where: ArrayLike | None) -> tuple[Array, Array, int]:
+    """The scores, lowest where they take no part, and what takes part, both with `axis` last."""
+    scores = jnp.asarray(x)
+    check_real("x", scores)
+    axis = one_axis(axis, scores.ndim)
+    scores = _nan_on_top(scores)
+    takes_part = jnp.ones(scores.shape, bool)
+    if where is not None:
+        takes_part = jnp.broadcast_to(check_mask(where, scores.shape), scores.shape)
+        is_float = jnp.issubdtype(scores.dtype, jnp.floating)
+        lowest = -jnp.inf if is_float else jnp.iinfo(scores.dtype).min
+        scores = jnp.where(takes_part, scores, jnp.asarray(lowest, scores.dtype))
+    return jnp.moveaxis(scores, axis, -1), jnp.moveaxis(takes_part, axis, -1), axis
+
+
+def _descending(scores: Array) -> Array:
+    return jnp.flip(jnp.sort(scores, -1), -1)
+
+
+def _first(scores: Array, takes_part: Array, descending: Array, count: Array) -> Array:
+    """The `count` largest scores along the last axis of what takes part, in which they are highest.
+
+    `descending` are the scores in order, or so many of them.
+    """
+    count = jnp.minimum(count, jnp.sum(takes_part, -1, keepdims=True, dtype=jnp.int32))
+    at = jnp.broadcast_to(jnp.maximum(count - 1, 0), (*scores.shape[:-1], 1))
+    least = jnp.take_along_axis(descending, at, -1)
+    above = takes_part & (scores > least)
+    tied = takes_part & (scores == least)
     left = count - jnp.sum(above, -1, keepdims=True, dtype=jnp.int32)
     return above | (tied & (jnp.cumsum(tied, -1, dtype=jnp.int32) <= left))
