@@ -163,7 +163,7 @@ _AXES = ("axis", "axes")
 _INTEGERS = ("k", "num_iterations", "num_bins", "num_resamples")
 _OTHERS = (
     *("num_segments", "reverse", "hard", "reduction", "chunk_size", "vocab_axis_name"),
-    *("binning", "norm", "debiased"),
+    *("binning", "norm", "debiased", "shape", "replace"),
 )
 _STATIC = (*_AXES, *_INTEGERS, *_OTHERS)
 _LOOKS = {

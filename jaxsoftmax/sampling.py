@@ -4,29 +4,32 @@ A draw from `softmax(x)` is where `x + g` is largest, with independent Gumbel no
 normalized, and no cumulative sum rounds away what is rare.
 """
 
+import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
+from jaxsoftmax._reductions import Entries, Rows, indicator, is_known, vary_like
 from jaxsoftmax._scores import (
     Axis,
     Options,
+    as_array,
     check_key,
     has_parameter,
     is_cold,
     output_dtype,
     prepare,
     public,
+    split_axis,
     temper,
 )
 from jaxsoftmax.mappings import _softmax, hardmax
@@ -40,32 +43,41 @@ def sample(
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
-) -> Int[Array, "*rows"]:
-    r"""Positions drawn with the probabilities of `softmax`, one per row.
+    shape: tuple[int, ...] | None = None,
+    replace: bool = True,
+) -> Int[Array, "*draws_and_rows"]:
+    r"""Positions drawn with the probabilities of `softmax`, one per row or several.
 
     .. math:: i = \arg\max_j (x_j / t + g_j), \quad g_j \sim \mathrm{Gumbel}(0, 1)
 
-    The noise is drawn in float32 or better, whatever the dtype of the scores.
+    The noise is drawn in float32 or better, whatever the dtype of the scores. Several draws without
+    replacement are where :math:`x_j / t + g_j` is largest, second largest, and so on.
 
     Args:
       key: a key of `jax.random.key`, used once. Rows are independent of each other.
       x: scores of any shape and real dtype.
       axis: the axes to draw along: array axes, mesh axis names, both in a tuple, or None for all
         array axes.
-      where: what may be drawn, such as a mask of `top_k_mask`, `top_p_mask` or `min_p_mask`; a
-        boolean mask that broadcasts to `x`.
+      where: what may be drawn, such as a mask of `top_k_mask`, `top_p_mask` or `min_p_mask` at the
+        same temperature; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative. 0 gives the
-        position of the maximum, of equal ones the first.
+        position of the maximum, of equal ones the first; without replacement, of the next largest
+        after that.
+      shape: the shape of the answer, as in `jax.random.categorical`: axes of draws, and then the
+        shape of `x` without `axis`. Default: that alone, one draw per row.
+      replace: whether what has been drawn may be drawn again. If not, all draws of a row differ,
+        in the order in which they are drawn; `axis` must then be array axes.
 
     Returns:
-      int32 positions of the shape of `x` without `axis`. Along several axes a position counts as
-      if they were flattened, mesh axes first. -1 where there is nothing to draw, all being
-      excluded or -inf, and where a score that takes part is NaN.
+      int32 positions of shape `shape`. Along several axes a position counts as if they were
+      flattened, mesh axes first. -1 where there is nothing (left) to draw, all being excluded or
+      -inf, and where a score that takes part is NaN.
 
     Raises:
       TypeError: if `key` is no key, `x` not real or `where` not boolean.
-      ValueError: if `key` is more than one, an axis is out of range, shapes do not fit, or
-        `temperature` is a negative number.
+      ValueError: if `key` is more than one, an axis is out of range, shapes do not fit,
+        `temperature` is a negative number, or more are asked for without replacement than there
+        are.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -75,19 +87,65 @@ def sample(
       >>> jnp.set_printoptions(precision=2, suppress=True)
       >>> print(jnp.bincount(draws, length=4) / 10_000)
       [0.1 0.6 0.3 0. ]
-      >>> print(jsm.sample(keys[0], x, where=jsm.top_p_mask(x, 0.5), temperature=0.7))
+      >>> nucleus = jsm.top_p_mask(x, 0.5, temperature=0.7)
+      >>> print(jsm.sample(keys[0], x, where=nucleus, temperature=0.7))
       1
+      >>> print(jsm.sample(keys[0], x, shape=(3,), replace=False))
+      [1 2 0]
 
     References:
       Gumbel, 1954: Statistical theory of extreme values and some practical applications; Maddison,
-      Tarlow & Minka, 2014: A* sampling (arXiv:1411.0030).
+      Tarlow & Minka, 2014: A* sampling (arXiv:1411.0030). Without replacement: Kool, van Hoof &
+      Welling, 2019: Stochastic beams and where to find them (arXiv:1903.06059).
     """
+    x = as_array(x, "x")
+    axes, names = split_axis(axis, x.ndim)
+    draws = _axes_of_draws(shape, tuple(n for i, n in enumerate(x.shape) if i not in axes))
+    if not replace:
+        return _without_replacement(key, x, axis, Options(where, temperature), draws)
+    x = jnp.broadcast_to(x, draws + x.shape)
+    axis = (*(i + len(draws) for i in axes), *names)
     rows, scores = prepare(x, axis, Options(where, temperature))
     noise = _gumbel(key, rows, scores)
     noise = jnp.where(is_cold(rows, scores[0], temperature), 0, noise)
     perturbed = lax.stop_gradient(_perturb(rows, scores, noise))
     drawn = _first_at_top(rows, perturbed, _positions(rows, perturbed))
     return rows.flatten(jnp.where(_any_nan(rows, perturbed), -1, drawn))
+
+
+def _axes_of_draws(shape: Any, rows: tuple[int, ...]) -> tuple[int, ...]:
+    """What stands before the shape of the rows."""
+    if shape is None:
+        return ()
+    if not isinstance(shape, tuple) or shape[len(shape) - len(rows) :] != rows:
+        raise ValueError(
+            f"shape must be a tuple that ends with the shape of the rows {rows}, got {shape!r}."
+        )
+    return shape[: len(shape) - len(rows)]
+
+
+def _without_replacement(
+    key: PRNGKeyArray, x: Array, axis: Axis, options: Options, draws: tuple[int, ...]
+) -> Array:
+    rows, scores = prepare(x, axis, options)
+    if rows.names:
+        raise ValueError(f"axis must be array axes where replace=False, got {axis!r}.")
+    (perturbed,) = _perturb(rows, scores, _gumbel(key, rows, scores))
+    # At temperature 0 only the largest is left of the scores; but there is a second one.
+    _, (as_they_are,) = prepare(x, axis, dataclasses.replace(options, temperature=1.0))
+    perturbed = jnp.where(is_cold(rows, scores[0], options.temperature), as_they_are, perturbed)
+    perturbed = lax.stop_gradient(perturbed)
+    perturbed = jnp.where(_any_nan(rows, (perturbed,)), -jnp.inf, perturbed)
+    last = jnp.moveaxis(perturbed, rows.axes, range(-len(rows.axes), 0))
+    last = last.reshape(*last.shape[: last.ndim - len(rows.axes)], -1)
+    count, length = math.prod(draws), last.shape[-1]
+    if is_known(length) and count > length:
+        raise ValueError(
+            f"shape must ask for at most {length} draws of a row where replace=False, got {count}."
+        )
+    highest, drawn = lax.top_k(last, count)
+    drawn = jnp.where(highest > -jnp.inf, drawn, -1).astype(jnp.int32)
+    return jnp.moveaxis(drawn, -1, 0).reshape(draws + drawn.shape[:-1])
 
 
 @public
@@ -289,7 +347,7 @@ def _positions(rows: Rows, entries: Entries) -> Array:
     """The positions in a row, in a shape that broadcasts against its entries."""
     shape = entries[0].shape
     sizes = [n if i in rows.axes else 1 for i, n in enumerate(shape)]
-    length = int(np.prod(sizes))
+    length = math.prod(sizes)
     positions = jnp.arange(length, dtype=jnp.int32).reshape(sizes)
     return positions + lax.axis_index(rows.names) * length if rows.names else positions
 

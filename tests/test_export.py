@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from jax import export
 
+import jaxsoftmax as jsm
 from jaxsoftmax import calibration
 from tests.calls import CALLS, NAMES, public_functions, value_and_gradients
 from tests.cases import FUNCTIONS, named
@@ -77,3 +78,31 @@ def test_shapes_may_be_symbols(case, rng):
     x = np.float32(rng.normal(size=(3, 40)))
     for actual, wanted in zip(exported.call(x), with_gradient(x), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-6)
+
+
+CHOICES = {
+    "sample": lambda x: jsm.sample(jax.random.key(0), x, temperature=0.7),
+    "several": lambda x: jsm.sample(jax.random.key(0), x, shape=(2, x.shape[0])),
+    "without replacement": lambda x: jsm.sample(
+        jax.random.key(0), x, shape=(3, x.shape[0]), replace=False
+    ),
+    "gumbel_softmax": lambda x: jsm.gumbel_softmax(jax.random.key(0), x, hard=True),
+    "straight_through": jsm.straight_through(jsm.sparsemax),
+    "top_k_mask": lambda x: jsm.top_k_mask(x, 3, where=x < 2),
+    "k per row": lambda x: jsm.top_k_mask(x, jnp.int32(5)),
+    "top_p_mask": lambda x: jsm.top_p_mask(x, 0.9, temperature=0.7, min_tokens_to_keep=2),
+    "min_p_mask": lambda x: jsm.min_p_mask(x, 0.1, where=x < 2),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_shapes_of_choices_may_be_symbols(name, rng):
+    fun = CHOICES[name]
+    # Three that differ are to be had of three or more.
+    enough = ["length >= 3"] if name == "without replacement" else []
+    shape = export.symbolic_shape("rows, length", constraints=enough)
+    exported = export.export(jax.jit(fun))(jax.ShapeDtypeStruct(shape, jnp.float32))
+    # The last is shorter than `k`.
+    for size in ((3, 40), (2, 7)) + (((4, 2),) if "mask" in name else ()):
+        x = np.float32(rng.normal(size=size))
+        np.testing.assert_allclose(exported.call(x), fun(x), rtol=1e-6)

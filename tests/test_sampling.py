@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 import jaxsoftmax as jsm
+from tests import tools
 from tests.cases import MAPPINGS, SCORES, named
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -99,6 +100,71 @@ def test_draws_of_many_keys():
         jax.random.split(KEY, NUM_DRAWS)
     )
     assert_drawn_from(draws, probabilities(X))
+
+
+# Several draws.
+
+
+def test_several_draws_with_replacement():
+    """The shape is that of `jax.random.categorical`; all draws of all rows are independent."""
+    x = np.float32([X, X[::-1]])
+    draws = jsm.sample(KEY, x, shape=(50_000, 2, 2), temperature=1.5)
+    assert draws.shape == (50_000, 2, 2)
+    assert draws.dtype == np.int32
+    assert_drawn_from(np.ravel(draws[:, 0, 0]), probabilities(X, temperature=1.5))
+    assert_drawn_from(np.ravel(draws[:, 1, 1]), probabilities(X[::-1], temperature=1.5))
+    p = probabilities(X, temperature=1.5)
+    joint = np.ravel(draws[:, 0, 0] * 6 + draws[:, 1, 0])
+    assert_drawn_from(joint, np.outer(p, p).ravel())
+    # Draws of one axis, of scores of which the rows are another.
+    along = jsm.sample(KEY, x.T, 0, shape=(7, 2), where=np.array(X > 0)[:, None])
+    assert along.shape == (7, 2)
+    assert np.all(np.isin(along, np.flatnonzero(X > 0)))
+    np.testing.assert_array_equal(jsm.sample(KEY, x, shape=(2,)), jsm.sample(KEY, x))
+
+
+def test_draws_without_replacement():
+    """The second is drawn from what the first has left."""
+    x = np.float32(X)
+    draws = np.asarray(jsm.sample(KEY, rows_of(x), shape=(2, NUM_DRAWS), replace=False))
+    assert draws.shape == (2, NUM_DRAWS)
+    assert draws.dtype == np.int32
+    p = probabilities(x)
+    pairs = p[:, None] * p[None] / (1 - p[:, None]) * (1 - np.eye(6))
+    assert_drawn_from(draws[0] * 6 + draws[1], pairs.ravel())
+    # All of them, in an order; the first is that of a single draw.
+    every = np.asarray(jsm.sample(KEY, rows_of(x)[:100], shape=(3, 2, 100), replace=False))
+    np.testing.assert_array_equal(
+        np.sort(every.reshape(6, 100), 0), np.arange(6)[:, None] + 0 * every[0, 0]
+    )
+    np.testing.assert_array_equal(every[0, 0], jsm.sample(KEY, rows_of(x)[:100]))
+
+
+@pytest.mark.asks_for_nan
+def test_draws_without_replacement_of_what_there_is():
+    x = np.array([[1.0, 3.0, 2.0], [-np.inf, 7.0, -np.inf], [np.nan, 1.0, 2.0]])
+    draws = jsm.sample(KEY, x, shape=(3, 3), temperature=0, replace=False)
+    np.testing.assert_array_equal(draws.T, [[1, 2, 0], [1, -1, -1], [-1, -1, -1]])
+    where = np.array([True, True, False])
+    draws = jsm.sample(KEY, x, -1, where, shape=(3, 3), temperature=jnp.zeros(()), replace=False)
+    np.testing.assert_array_equal(draws.T, [[1, 0, -1], [1, -1, -1], [-1, -1, -1]])
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    draws = jsm.sample(KEY, x, (0, 2), shape=(8, 3), temperature=0, replace=False)
+    flat = x.transpose(1, 0, 2).reshape(3, 8)
+    np.testing.assert_array_equal(draws.T, np.argsort(-flat, -1))
+
+
+def test_wrong_shape_of_draws():
+    for shape in ((3,), (2, 3), 3):
+        with pytest.raises(
+            ValueError, match=r"shape must be a tuple that ends with .* \(2,\), got"
+        ):
+            jsm.sample(KEY, np.zeros((2, 6)), shape=shape)
+    with pytest.raises(ValueError, match="at most 6 draws of a row where replace=False, got 7"):
+        jsm.sample(KEY, X, shape=(7,), replace=False)
+    draw = lambda x: jsm.sample(KEY, x, (0, "i"), shape=(2,), replace=False)  # noqa: E731
+    with pytest.raises(ValueError, match="axis must be array axes where replace=False, got"):
+        tools.on_mesh(draw, ("i",))(np.zeros(8))
 
 
 def _keys(n):
