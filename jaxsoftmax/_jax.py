@@ -4,13 +4,13 @@ Each function says what it uses, in which versions, and which public way would r
 """
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import core
 from jax.experimental import checkify
 from jax.extend.core import Primitive, unmapped_aval
@@ -34,25 +34,40 @@ def hoist(fun: Callable, *args: Any) -> tuple["Opened", list[Any], list[Any]]:
     return Opened(opened, jax.tree.structure(out)), list(closed.consts), list(closed.out_avals)
 
 
-@dataclasses.dataclass(frozen=True)
-class Opened:
+class Opened(NamedTuple):
     """A function that was traced, given the constants that it closed over."""
 
     jaxpr: Any
     tree: Any
 
-    def __call__(self, consts: Sequence[Any], *args: Any) -> Any:
+    def __call__(self, consts: Values, *args: Any) -> Any:
         leaves = core.eval_jaxpr(self.jaxpr, consts, *jax.tree.leaves(args))
         return jax.tree.unflatten(self.tree, leaves)
 
 
 def varying(x: Array) -> frozenset[str]:
-    """The mesh axes of `shard_map` that `x` varies over.
-
-    Uses `vma` of its type, `manual_axis_type.varying` in later versions; nothing public tells.
-    """
+    """The mesh axes of `shard_map` that `x` varies over: `vma` of its type, later renamed."""
     aval: Any = jax.typeof(x)
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
+
+
+def is_local() -> Array:
+    """Whether XLA shares nothing among devices, as `axis_context` tells when it is lowered."""
+    return _is_local.bind()
+
+
+def _lower_is_local(ctx: Any) -> Any:
+    context = ctx.module_context.axis_context
+    local = getattr(context, "num_devices", None) == 1
+    if hasattr(context, "manual_axes"):
+        local = context.manual_axes == frozenset(context.mesh.axis_names)
+    return mlir.lower_fun(lambda: jnp.asarray(local), multiple_results=False)(ctx)
+
+
+_is_local = Primitive("is_local")
+_is_local.def_impl(lambda: jnp.zeros((), bool))
+_is_local.def_abstract_eval(lambda: jax.typeof(np.False_))
+mlir.register_lowering(_is_local, _lower_is_local)
 
 
 def tangent_type(x: Any) -> Any:
@@ -72,18 +87,14 @@ def _is_tangent(tangent: Any) -> bool:
 def linear(
     evaluate: Linear, transpose: Linear, points: Values, args: Values, out: Values, **other: Linear
 ) -> list[Any]:
-    """`evaluate(points, args)`, whose transpose is `transpose(points, cotangents)`.
+    """`evaluate(points, args)`, linear in `args`, transposed as `transpose(points, cotangents)`.
+
+    None is a cotangent that is known to be 0, given or returned; `out` are the types of what is
+    returned. `reference`, if it is given, is differentiated in the points instead of `evaluate`.
+    No function may close over tracers.
 
     Uses a primitive (`jax.extend.core.Primitive`, rules in `jax.interpreters`, in all versions).
     `jax.custom_derivatives.linear_call` would do if it had derivatives in the points and `vmap`.
-
-    Args:
-      evaluate: what is computed. None of the functions may close over tracers.
-      transpose: gets None for a cotangent that is known to be 0, and may return None for one.
-      points: what both depend on.
-      args: what both are linear in.
-      out: the types of what `evaluate` returns.
-      other: `reference` is differentiated in the points instead of `evaluate`, if it is given.
     """
     functions = {"evaluate": evaluate, "transpose": transpose, "reference": evaluate} | other
     return _linear.bind(*points, *args, num=len(points), out=tuple(out), **functions)
@@ -103,20 +114,17 @@ def _linear_jvp(
         return _linear.bind(*points, *args, reference=reference, num=num, **params)
 
     points, args = primals[:num], primals[num:]
-    of_points, of_args = tangents[:num], tangents[num:]
     out, pushed = bind(*args), []
-    if any(map(_is_tangent, of_args)):
-        pushed.append(bind(*map(ad.instantiate_zeros, of_args)))
-    if active := [i for i, t in enumerate(of_points) if _is_tangent(t)]:
+    if any(map(_is_tangent, tangents[num:])):
+        pushed.append(bind(*map(ad.instantiate_zeros, tangents[num:])))
+    active = [i for i, t in enumerate(tangents[:num]) if _is_tangent(t)]
 
-        def at(*values: Any) -> Values:
-            moved = list(points)
-            for i, value in zip(active, values, strict=True):
-                moved[i] = value
-            return reference(moved, args)
+    def at(*values: Any) -> Values:
+        moved = dict(enumerate(points)) | dict(zip(active, values, strict=True))
+        return reference(list(moved.values()), args)
 
-        here, along = [points[i] for i in active], [of_points[i] for i in active]
-        pushed.append(jax.jvp(at, here, along)[1])
+    if active:
+        pushed.append(jax.jvp(at, [points[i] for i in active], [tangents[i] for i in active])[1])
     return out, [sum(parts[1:], start=parts[0]) for parts in zip(*pushed, strict=True)]
 
 
@@ -132,12 +140,9 @@ def _linear_batch(
     over = 0 if is_mapped else None
 
     def mapped(function: Linear) -> Linear:
-        def of_one(_: Array, points: Values, args: Values) -> Values:
-            return function(points, args)
-
         def over_axis(points: Values, args: Values) -> Values:
             in_axes = (0, list(dims[:num]), over)
-            each = jax.vmap(of_one, in_axes, over, **_names(axis))
+            each = jax.vmap(lambda _, *given: function(*given), in_axes, over, **_names(axis))
             return each(jnp.arange(axis.size), list(points), list(args))
 
         return over_axis
@@ -160,19 +165,15 @@ def _names(axis: Any) -> dict[str, Any]:
 def call(
     fun: Callable, jvp: Callable, batch: Callable, args: Values, message: str | None = None
 ) -> list[Any]:
-    """`fun(*args)`, a list, with a rule for forward mode and maybe one for `vmap`.
+    """`fun(*args)`, a list, with a rule for forward mode and one for `vmap`.
+
+    The rules are `jvp(primals, tangents)`, where None is a tangent of 0, and `batch(axis_size,
+    is_batched, args)`, with the new axis in front, which may return None for the usual. With a
+    `message`, `checkify` sees an error if not all of the last argument hold: `checkify.check` is
+    public, but an effect, and a program that has any can't be serialized and takes longer to call.
 
     Uses a primitive, as `linear` does. `jax.custom_jvp` would replace it if a `scan` that is
     differentiated did not unpack it (jax 0.10 to 0.12): a second derivative would miss the rule.
-
-    Args:
-      fun: a function of arrays.
-      jvp: `(primals, tangents) -> (outputs, tangents)`, of lists, where None is a tangent of 0.
-      batch: `(axis_size, is_batched, args)`, with the new axis in front, to outputs that have it
-        in front, or None for the usual.
-      args: the arrays.
-      message: under `checkify`, an error if not all of the last argument hold. `checkify.check` is
-        public, but an effect: a program that has any can't be serialized, and takes longer to call.
     """
     pure, consts, out = hoist(fun, *args)
     rules = {"jvp": jvp, "batch": batch, "message": message}

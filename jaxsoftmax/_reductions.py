@@ -23,8 +23,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._elementary import two_sum
-from jaxsoftmax._jax import varying
-from jaxsoftmax._sharding import explicit, parts_in_all, parts_of, share_like
+from jaxsoftmax._jax import is_local, varying
+from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Terms = Callable[..., Sequence[Array]]
@@ -333,13 +333,15 @@ def _are_many_rows(count: Any) -> bool:
 
 
 def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:
-    """Calls the first function in programs for CPUs, where types tell that no device shares `args`.
+    """Calls the first function in programs for one CPU device, or one device's share, on CPUs.
 
     Where XLA itself shares arrays among devices, what is cut or folded would have to be gathered.
     """
-    if any(parts_in_all(x) > 1 for x in jax.tree.leaves(args)):
-        return otherwise(*args)
-    return lax.platform_dependent(*args, cpu=on_cpu, default=otherwise)
+
+    def here(*args: Any) -> T:
+        return lax.cond(is_local(), on_cpu, otherwise, *args)
+
+    return lax.platform_dependent(*args, cpu=here, default=otherwise)
 
 
 def of_stored(

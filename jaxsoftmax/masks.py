@@ -10,6 +10,7 @@ then top-p, then min-p, and so does
 """
 
 import numbers
+from typing import cast
 
 import jax.numpy as jnp
 from jax import lax
@@ -76,9 +77,10 @@ def top_k_mask(
       Fan, Lewis & Dauphin, 2018: Hierarchical neural story generation (arXiv:1805.04833).
     """
     if is_int(k):
-        if k < 0:
-            raise ValueError(f"k must not be negative, got {k}.")
-        return _top_k_mask(x, int(k), axis, where)
+        number = int(cast(int, k))
+        if number < 0:
+            raise ValueError(f"k must not be negative, got {number}.")
+        return _top_k_mask(x, number, axis, where)
     if not hasattr(k, "dtype"):
         raise TypeError(f"k must be an integer or an array of such, got {type(k).__name__}.")
     return _top_of_each(x, k, axis, where)
