@@ -474,6 +474,18 @@ def arithmetic(fun, *args):
     return {"sums": sums} | {name: counts[name] for name in ARITHMETIC}
 
 
+@pytest.fixture
+def operations_of_jax_are_seen():
+    """A call of `jax.custom_vjp` is one operation where `jax_custom_vjp3` is on (jax 0.12)."""
+    is_on = getattr(jax.config, "jax_custom_vjp3", False)
+    if is_on:
+        jax.config.update("jax_custom_vjp3", False)
+    yield
+    if is_on:
+        jax.config.update("jax_custom_vjp3", True)
+
+
+@pytest.mark.usefixtures("operations_of_jax_are_seen")
 def test_gradient_costs_what_it_costs_with_jax():
     ours, jaxs = (softmax_with(f) for f in (jsm.custom_vjp, jax.custom_vjp))
     assert arithmetic(pulled_back(ours), X, X) == arithmetic(pulled_back(jaxs), X, X)
