@@ -4,17 +4,20 @@ JAX compiles for a GPU or a TPU that is described to it, fully: `as_text()` is w
 Nothing runs, so a time is an estimate. It ranks; it does not predict.
 """
 
+import contextlib
 import dataclasses
 import functools
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from benchmarks import kernels
 from benchmarks.kernels import Kernel
@@ -55,6 +58,10 @@ class Target:
     def devices(self, count: int = 1) -> Sequence[Any]:
         """One device or four."""
         return _devices(self, count)[:count]
+
+    def mesh(self) -> jax.sharding.Mesh:
+        """Four devices along an axis "a"."""
+        return jax.sharding.Mesh(np.array(self.devices(4)), ("a",))
 
     def missing(self) -> str | None:
         """Why nothing can be compiled for it here, in one sentence; None if it can."""
@@ -137,11 +144,43 @@ class Figures:
     estimate: float
 
 
-def compiled(function: Callable[..., Any], args: Sequence[Any], target: Target) -> Any:
-    """The executable; `args` are arrays or their shapes, in any trees."""
-    sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
+def compiled(
+    function: Callable[..., Any],
+    args: Sequence[Any],
+    target: Target,
+    over: jax.sharding.PartitionSpec | None = None,
+) -> Any:
+    """The executable.
+
+    Args:
+      function: what is compiled.
+      args: arrays or their shapes, in any trees.
+      target: for what.
+      over: how the arguments are spread over four devices, an axis "a"; by default there is one.
+    """
+    if over is None:
+        sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
+    else:
+        sharding = jax.sharding.NamedSharding(target.mesh(), over)
     shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
-    return jax.jit(function).lower(*shapes).compile()
+    with _nothing_kept():
+        return jax.jit(function).lower(*shapes).compile()
+
+
+@contextlib.contextmanager
+def _nothing_kept() -> Iterator[None]:
+    """Without JAX's cache on disk, which does not give back what is for a device that is not there.
+
+    Whether there is a cache is found out once, so it has to forget that too.
+    """
+    before = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
+        compilation_cache.reset_cache()
 
 
 def figures(

@@ -92,6 +92,11 @@ class Instruction:
         return sum(array.bytes for array in self.arrays)
 
     @property
+    def constant(self) -> int | None:
+        """The integer that it is."""
+        return self.number if self.opcode == "constant" else None
+
+    @property
     def index(self) -> int:
         """Which of a tuple it gets."""
         return int(_found(r"index=(\d+)", self.attributes)[1])
@@ -171,11 +176,11 @@ class Module:
         if "direction=LT" not in condition.root.attributes or start.opcode != "tuple":
             return None
         counter, limit = (condition.source(condition.operand(condition.root, i)) for i in (0, 1))
-        if counter.opcode != "get-tuple-element" or limit.number is None:
+        if counter.opcode != "get-tuple-element" or limit.constant is None:
             return None
-        first = computation.source(computation.operand(start, counter.index)).number
+        first = computation.source(computation.operand(start, counter.index)).constant
         step = self._step(body, counter.index)
-        return math.ceil((limit.number - first) / step) if first is not None and step else None
+        return math.ceil((limit.constant - first) / step) if first is not None and step else None
 
     def _step(self, body: Computation, index: int) -> int | None:
         """What a pass adds to the counter, if it does nothing else to it."""
@@ -196,7 +201,7 @@ class Module:
                 else end
                 for end in ends
             ]
-        steps = [end.number for end in ends if end.opcode == "constant"]
+        steps = [end.constant for end in ends if end.constant is not None]
         counters = [e for e in ends if e.opcode == "get-tuple-element" and e.index == index]
         return steps[0] if steps and counters else None
 

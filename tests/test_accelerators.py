@@ -1,0 +1,172 @@
+"""What JAX compiles for an H100 and a TPU v5e, neither of which is here: that it does, and what.
+
+Nothing runs: kernels, bytes and memory are read from the compiled programs. Needs the extra "aot".
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+import jaxsoftmax as jsm
+from benchmarks import ahead
+from benchmarks.ahead import TARGETS
+from benchmarks.collectives import collectives
+from tests.calls import CALLS, value_and_gradients
+
+
+class Bound(NamedTuple):
+    """The most that a program may have.
+
+    Attributes:
+      kernels: how many different ones.
+      launches: how often one starts, in loops too.
+      memory: megabytes beside arguments and results.
+      moved: megabytes from and to the main memory.
+    """
+
+    kernels: int
+    launches: int
+    memory: float
+    moved: float
+
+
+# A tenth above what is compiled, by program and device; what is still to come down says how far.
+BOUNDS = {
+    ("softmax", "h100"): Bound(1, 1, 0.1, 37),
+    ("softmax, vjp", "h100"): Bound(3, 3, 0.1, 130),  # to be 2 kernels and 84 MB
+    ("log_softmax", "h100"): Bound(5, 5, 0.1, 75),  # to be 1 kernel and 34 MB
+    ("log_softmax, vjp", "h100"): Bound(6, 6, 0.1, 150),  # to be 2 kernels and 84 MB
+    ("attention", "h100"): Bound(15, 70, 520, 7900),
+    ("attention, vjp", "h100"): Bound(47, 264, 1100, 31_000),  # to be 19,000 MB
+    ("attention, causal", "h100"): Bound(37, 37, 490, 4500),
+    ("attention, causal, vjp", "h100"): Bound(95, 95, 860, 13_000),
+    ("linear_cross_entropy", "h100"): Bound(17, 393, 38, 6000),
+    ("linear_cross_entropy, gradient", "h100"): Bound(31, 612, 190, 22_000),  # to be 9,000 MB
+    ("softmax", "v5e"): Bound(5, 5, 0.1, 56),
+    ("softmax, vjp", "v5e"): Bound(6, 6, 0.1, 93),
+    ("log_softmax", "v5e"): Bound(5, 5, 0.1, 56),
+    ("log_softmax, vjp", "v5e"): Bound(6, 6, 0.1, 93),
+    ("attention", "v5e"): Bound(17, 249, 38, 150),
+    ("attention, vjp", "v5e"): Bound(68, 977, 130, 1100),
+    ("attention, causal", "v5e"): Bound(22, 399, 38, 150),
+    ("attention, causal, vjp", "v5e"): Bound(79, 1276, 130, 1200),
+    ("linear_cross_entropy", "v5e"): Bound(14, 389, 0.1, 2400),
+    ("linear_cross_entropy, gradient", "v5e"): Bound(25, 673, 150, 15_000),  # to be 6,000 MB
+}
+
+BATCH, LENGTH, HEADS, FEATURES = 4, 4096, 8, 64
+ROWS, CLASSES = 4096, 1024
+LINEAR = 8192, 1024, 32768
+X = jax.ShapeDtypeStruct((ROWS, CLASSES), jnp.float32)
+QUERY = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, FEATURES), jnp.bfloat16)
+HIDDEN, WEIGHT = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (LINEAR[:2], LINEAR[1:]))
+LABELS = jax.ShapeDtypeStruct(LINEAR[:1], jnp.int32)
+
+
+def pulled_back(fun):
+    def both(args, ct):
+        value, pull_back = jax.vjp(fun, *args)
+        return value, pull_back(ct)
+
+    return both
+
+
+full = functools.partial(jsm.dot_product_attention, is_causal=False)
+causal = functools.partial(jsm.dot_product_attention, is_causal=True)
+QKV = QUERY, QUERY, QUERY
+PROGRAMS = {
+    "softmax": (jsm.softmax, (X,)),
+    "softmax, vjp": (pulled_back(jsm.softmax), ((X,), X)),
+    "log_softmax": (jsm.log_softmax, (X,)),
+    "log_softmax, vjp": (pulled_back(jsm.log_softmax), ((X,), X)),
+    "attention": (full, QKV),
+    "attention, vjp": (pulled_back(full), (QKV, QUERY)),
+    "attention, causal": (causal, QKV),
+    "attention, causal, vjp": (pulled_back(causal), (QKV, QUERY)),
+    "linear_cross_entropy": (jsm.linear_cross_entropy, (HIDDEN, WEIGHT, LABELS)),
+    "linear_cross_entropy, gradient": (
+        jax.value_and_grad(jsm.linear_cross_entropy, (0, 1)),
+        (HIDDEN, WEIGHT, LABELS),
+    ),
+}
+
+DEVICES = {name: TARGETS[name] for name in ("h100", "v5e")}
+WHY_NOT = [why for target in DEVICES.values() if (why := target.missing())]
+
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=next(iter(WHY_NOT), ""))
+on_both = pytest.mark.parametrize("target", DEVICES.values(), ids=DEVICES)
+
+
+@pytest.fixture(autouse=True)
+def float32():
+    """As users call it; with float64 there would be conversions that they do not have."""
+    with jax.enable_x64(False):
+        yield
+
+
+@on_both
+@pytest.mark.parametrize("name", CALLS)
+def test_every_public_function_compiles(name, target):
+    fun, args = CALLS[name]
+    assert ahead.compiled(fun, args, target).as_text()
+
+
+@on_both
+@pytest.mark.parametrize("name", CALLS)
+def test_every_gradient_compiles(name, target):
+    fun, args = CALLS[name]
+    assert ahead.compiled(value_and_gradients(fun), args, target).as_text()
+
+
+@pytest.mark.parametrize(("program", "device"), BOUNDS, ids=lambda name: name)
+def test_programs_stay_small(program, device):
+    fun, args = PROGRAMS[program]
+    found = ahead.figures(fun, args, DEVICES[device])
+    actual = Bound(found.kernels, found.launches, found.memory / 1e6, found.traffic / 1e6)
+    assert all(x <= most for x, most in zip(actual, BOUNDS[program, device], strict=True)), actual
+
+
+@on_both
+def test_matrix_products_and_bytes_are_those_of_algebra(target):
+    """Of what is known: attention of `jax.nn` is two products, and negation moves every byte."""
+    with jax.numpy_dtype_promotion("standard"):
+        theirs = ahead.figures(jax.nn.dot_product_attention, QKV, target)
+    assert theirs.flops == {"bf16": 2 * 2 * BATCH * HEADS * LENGTH**2 * FEATURES}
+    moved = ahead.figures(jnp.negative, (X,), target)
+    assert (moved.kernels, moved.traffic, moved.memory) == (1, 2 * 4 * ROWS * CLASSES, 0)
+
+
+@on_both
+@pytest.mark.parametrize("is_causal", [False, True], ids=["full", "causal"])
+def test_a_ring_sends_while_it_computes(is_causal, target):
+    """Keys go round four devices in every pass of a loop while their scores are used."""
+    attend = functools.partial(
+        jsm.dot_product_attention, is_causal=is_causal, kv_axis_name="a", query_axis_name="a"
+    )
+    spread = P(None, "a")
+    ring = jax.shard_map(attend, mesh=target.mesh(), in_specs=spread, out_specs=spread)
+    x = jax.ShapeDtypeStruct((1, 1024, 2, 64), jnp.bfloat16)
+    compiled = ahead.compiled(pulled_back(ring), ((x, x, x), x), target, spread)
+    found = collectives(compiled.as_text())
+    assert {c.kind for c in found} == {"collective-permute"}
+    turns = [c for c in found if c.in_loop]
+    assert {c.passes for c in turns} == {3, 4}  # forward, and back with the gradients
+    of_a_part = 2 * 2 * (1024 // 4) ** 2 * 64  # one product of a device's queries and keys
+    assert all(c.meanwhile >= of_a_part for c in turns)
+
+
+def test_nothing_is_kept_on_disk(tmp_path):
+    """What is compiled for a device that is not there cannot be read back."""
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    try:
+        ahead.compiled(jnp.negative, (X,), DEVICES["h100"])
+        assert not list(tmp_path.iterdir())
+        jax.jit(jnp.negative).lower(X).compile()  # of a device that is there, it is kept again
+        assert list(tmp_path.iterdir())
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
