@@ -18,6 +18,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, indicator, is_known, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -356,7 +357,7 @@ def _one_hot(rows: Rows, entries: Entries) -> Array:
     """1 at the first of each row's largest entries, all 0 if that is -inf; NaN where one is."""
     positions = _positions(rows, entries)
     drawn = positions == _first_at_top(rows, entries, positions)
-    return jnp.where(_any_nan(rows, entries), jnp.nan, indicator(drawn, entries[0].dtype))
+    return nan_unless(~_any_nan(rows, entries), indicator(drawn, entries[0].dtype))
 
 
 def _first_at_top(rows: Rows, entries: Entries, positions: Array) -> Array:

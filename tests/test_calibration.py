@@ -289,6 +289,13 @@ def test_fit_without_signal_ends_soon():
         assert negative_log_likelihood(np.float64(logits), labels, fitted) < np.log(10) + 5e-5
 
 
+def test_a_valid_fit_makes_no_nan():
+    """Operation by operation, as one looks for NaN."""
+    logits, labels = np.tile([2.0, 0.0], (4, 1)), np.array([0, 0, 0, 1])
+    with jax.disable_jit(), jax.debug_nans(True):
+        close(2 / fit_temperature(logits, labels), np.log(3), rtol=1e-6)
+
+
 @pytest.mark.asks_for_nan
 def test_fit_has_no_answer_for_what_is_no_class(rng):
     logits, labels = examples(rng)

@@ -84,7 +84,7 @@ def test_curve_and_error_equal_numpy(predictions, binning, num_bins):
     assert isinstance(curve, ReliabilityCurve)
     assert curve._fields == ("confidence", "accuracy", "count", "lower", "upper")
     close(curve[:3], curve_in_numpy(*predictions, **options))
-    for norm in (1, 2, np.inf):
+    for norm in (1, 2, 3, 1.5, np.inf):
         error = expected_calibration_error(*predictions, **options, norm=norm)
         close(error, error_in_numpy(*predictions, **options, norm=norm))
         assert 0 <= error <= 1
@@ -230,10 +230,6 @@ def test_classwise_error(predictions, binning):
         error = classwise_calibration_error(probs, labels, num_bins=7, binning=binning, norm=norm)
         wanted = np.max(each) if norm == np.inf else np.mean(np.power(each, norm)) ** (1 / norm)
         close(error, wanted)
-    close(
-        classwise_calibration_error(probs[:, :1] * 0 + 1, labels * 0, num_bins=7, binning=binning),
-        0,
-    )
 
 
 def smoothed(confidence, correct, width):
@@ -341,21 +337,188 @@ def test_measures_under_transformations(fun, predictions):
     )
 
 
+def numbers(out):
+    """All of an answer but how many there are."""
+    if isinstance(out, ReliabilityCurve):
+        out = out._replace(count=out.accuracy)
+    return np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)])
+
+
+WRONG = {
+    "logits": ({"probs": [1.5, -3.0]}, r"probs must be from 0 to 1, got 1.5; softmax makes them"),
+    "classes from 1": ({"labels": 2}, "labels must be classes from 0 to 1, got 2"),
+    "a negative class": ({"labels": -1}, "labels must be classes from 0 to 1, got -1"),
+    "a negative weight": ({"weights": -2.0}, "weights must not be negative, got -2"),
+    "NaN": ({"probs": [np.nan, 0.5]}, None),
+}
+
+
 @pytest.mark.parametrize("fun", MEASURES)
 @pytest.mark.asks_for_nan
-def test_what_is_no_prediction_gives_nan(fun):
-    """Logits given for probabilities, classes that are not there, NaN."""
-    probs, labels = np.tile([0.25, 0.75], (40, 1)), np.zeros(40, int)
-    flat = lambda out: np.concatenate([np.ravel(x) for x in jax.tree.leaves(out)])  # noqa: E731
-    assert not np.all(np.isnan(flat(fun(probs, labels))))
-    for change in ({"probs": [1.5, -3.0]}, {"probs": [np.nan, 0.5]}, {"label": 2}, {"label": -1}):
-        odd, wrong = probs.copy(), labels.copy()
-        odd[3] = change.get("probs", odd[3])
-        wrong[3] = change.get("label", wrong[3])
-        out = fun(odd, wrong)
+def test_what_is_no_prediction(fun):
+    """An error where numbers are known, NaN where they are traced; nothing where it has no say."""
+    given = {"probs": np.tile([0.25, 0.75], (40, 1)), "labels": np.zeros(40, int)}
+    given |= {"weights": np.ones(40), "where": np.ones(40, bool)}
+    others = np.arange(40) != 3
+    jitted = jax.jit(fun)
+    of_others = numbers(jitted(**given | {"where": others}))
+    assert not np.all(np.isnan(of_others))
+    for change, message in WRONG.values():
+        wrong = {name: x.copy() for name, x in given.items()}
+        for name, value in change.items():
+            wrong[name][3] = value
+        assert np.all(np.isnan(numbers(jitted(**wrong))))
+        if message is None:
+            assert np.all(np.isnan(numbers(fun(**wrong))))
+        else:
+            with pytest.raises(ValueError, match=message):
+                fun(**wrong)
+        wrong["where"] = others
+        close(numbers(fun(**wrong)), of_others)
+
+
+# Rows of any shape, that count or not, more or less.
+
+
+def each_way(fun):
+    """A measure in each way that takes options."""
+    if fun in BINNED:
+        return [functools.partial(fun, num_bins=6, binning=b) for b in ("width", "mass")]
+    return [fun]
+
+
+@pytest.mark.parametrize("fun", MEASURES)
+@pytest.mark.asks_for_nan
+def test_rows_that_do_not_count(fun, predictions, rng):
+    """As if they were not there, whatever they hold; rows of any number of axes."""
+    probs, labels = (x[:480] for x in predictions)
+    where = rng.random(480) < 0.7
+    odd = np.where(where[:, None], probs, np.array([np.nan, np.inf, -3, 7]))
+    wrong = np.where(where, labels, -1)
+    for measure in each_way(fun):
+        wanted = measure(probs[where], labels[where])
+        for out in (
+            measure(odd, wrong, where),
+            measure(odd, wrong, weights=where.astype(float)),
+            measure(odd.reshape(4, 120, 4), wrong.reshape(4, 120), where.reshape(4, 120)),
+            measure(
+                odd.reshape(4, 120, 4), wrong.reshape(4, 120), weights=where.reshape(4, 120) * 0.1
+            ),
+        ):
+            if fun is reliability_curve:
+                out = out._replace(count=wanted.count * (float(np.sum(out.count)) / np.sum(where)))
+                wanted = wanted._replace(count=out.count)
+            jax.tree.map(functools.partial(close, atol=1e-9), out, wanted)
+    one = fun(probs[0], labels[0])
+    jax.tree.map(close, one, fun(probs[:1], labels[:1]))
+
+
+@pytest.mark.parametrize("fun", MEASURES)
+@pytest.mark.asks_for_nan
+def test_weights_count_like_repetitions(fun, predictions, rng):
+    probs, labels = predictions
+    weights = rng.integers(0, 4, size=len(labels))
+    again = np.repeat(np.arange(len(labels)), weights)
+    for measure in each_way(fun):
+        out = measure(probs, labels, weights=weights)
+        wanted = measure(probs[again], labels[again])
+        if fun is reliability_curve:  # intervals are those of fewer that differ
+            assert np.all((out.upper - out.lower >= wanted.upper - wanted.lower)[wanted.count > 0])
+            out, wanted = out[:3], wanted[:3]
+        jax.tree.map(functools.partial(close, rtol=1e-9, atol=1e-9), out, wanted)
+        # Only their ratios matter.
+        scaled = measure(probs, labels, weights=weights / 7)
         if fun is reliability_curve:
-            out = out._replace(count=np.nan)
-        assert np.all(np.isnan(flat(out)))
+            close(scaled.count, wanted[2] / 7)
+            scaled = (*scaled[:2], wanted[2])
+        jax.tree.map(functools.partial(close, rtol=1e-9, atol=1e-9), scaled, wanted)
+
+
+def test_weighted_scores_equal_scikit_learn(predictions, rng):
+    probs, labels = predictions
+    weights = rng.random(len(labels))
+    wanted = sklearn.metrics.log_loss(labels, probs, sample_weight=weights)
+    close(negative_log_likelihood(probs, labels, weights=weights), wanted)
+    wanted = sklearn.metrics.brier_score_loss(
+        labels, probs, sample_weight=weights, scale_by_half=False
+    )
+    close(brier_score(probs, labels, weights=weights), wanted)
+
+
+def test_debiased_square_of_weights_is_right_on_average(rng):
+    """Weights make bins as uncertain as fewer predictions would."""
+    probs = np.tile([0.8, 0.2], (4000, 20, 1))
+    labels = (rng.random((4000, 20)) > 0.6).astype(int)
+    weights = np.tile([1.0, 4.0], 10)
+    error = functools.partial(
+        expected_calibration_error, num_bins=1, norm=2, debiased=True, weights=weights
+    )
+    np.testing.assert_allclose(np.mean(jax.vmap(error)(probs, labels) ** 2), 0.04, atol=0.005)
+
+
+def test_scores_of_each_row(predictions):
+    probs, labels = predictions
+    squares = np.sum((probs - np.eye(4)[labels]) ** 2, -1)
+    surprises = -np.log(np.take_along_axis(probs, labels[:, None], 1)[:, 0])
+    where = np.arange(503) % 3 > 0
+    for fun, wanted in ((brier_score, squares), (negative_log_likelihood, surprises)):
+        close(fun(probs, labels, reduction="none"), wanted)
+        close(fun(probs, labels, where, reduction="none"), wanted * where)
+        close(fun(probs, labels, where), wanted[where].mean())
+        pairs = fun(probs[:6].reshape(2, 3, 4), labels[:6].reshape(2, 3), reduction="none")
+        close(pairs, wanted[:6].reshape(2, 3))
+
+
+# One column.
+
+
+def test_measures_of_one_column_equal_scikit_learn(predictions, rng):
+    """Of class 1 of two."""
+    p = rng.beta(0.5, 0.5, size=600)
+    labels = (rng.random(600) < p**1.5).astype(int)
+    for probs in (p, p[:, None]):
+        close(brier_score(probs, labels), sklearn.metrics.brier_score_loss(labels, p))
+        close(negative_log_likelihood(probs, labels), sklearn.metrics.log_loss(labels, p))
+        curve = reliability_curve(probs, labels, num_bins=10)
+        theirs = sklearn.calibration.calibration_curve(labels, p, n_bins=10)
+        close([curve.accuracy, curve.confidence], theirs)
+        wanted = np.sum(np.abs(theirs[0] - theirs[1]) * curve.count) / 600
+        for fun in (expected_calibration_error, classwise_calibration_error):
+            close(fun(probs, labels, num_bins=10), wanted)
+        close(
+            maximum_calibration_error(probs, labels, num_bins=10),
+            np.max(np.abs(np.subtract(*theirs))),
+        )
+        parts = brier_decomposition(probs, labels)
+        total = parts.reliability - parts.resolution + parts.uncertainty + parts.within_bins
+        close(total, brier_score(probs, labels))
+    both = np.stack([1 - p, p], -1)
+    close(negative_log_likelihood(both, labels), negative_log_likelihood(p, labels))
+    close(brier_score(both, labels), 2 * brier_score(p, labels))
+    with pytest.raises(ValueError, match="labels must be classes from 0 to 1, got 2"):
+        brier_score(p, labels + 1)
+
+
+@pytest.mark.parametrize("fun", [reliability_curve, *MEASURES[1:3], smooth_calibration_error])
+@pytest.mark.asks_for_nan
+def test_pairs_of_confidence_and_correct(fun, predictions):
+    """What measures of confidence look at is all that they need."""
+    probs, labels = predictions
+    confidence, correct = probs.max(-1), probs.argmax(-1) == labels
+    wanted = fun(probs, labels)
+    for pairs in ((confidence, correct), (confidence[:, None], correct.astype(int))):
+        jax.tree.map(close, fun(*pairs), wanted)
+
+
+@pytest.mark.parametrize("fun", MEASURES)
+def test_valid_calls_make_no_nan(fun, predictions):
+    """Operation by operation, as one looks for NaN."""
+    probs, labels = (x[:60] for x in predictions)
+    fun = functools.partial(fun, num_bins=1) if fun is reliability_curve else fun
+    wanted = fun(probs, labels)
+    with jax.disable_jit(), jax.debug_nans(True):
+        out = fun(probs, labels, np.ones(60, bool), weights=np.ones(60))
+    jax.tree.map(close, out, wanted)
 
 
 @pytest.mark.parametrize("fun", MEASURES)
@@ -431,7 +594,32 @@ def test_lower_precision_counts_all(dtype, rng):
 
 PROBS, LABELS = np.full((3, 2), 0.5), np.zeros(3, int)
 MEASURE_ERRORS = {
-    "one axis": ((PROBS[0], LABELS), {}, ValueError, r"probs must have shape \(n, classes\), got"),
+    "one column beside another": (
+        (PROBS[:, :1], LABELS[:, None]),
+        {},
+        ValueError,
+        r"labels must have shape \(3,\), one per row of probs, got shape \(3, 1\)",
+    ),
+    "one-hot": (
+        (PROBS, np.eye(2, dtype=int)[LABELS]),
+        {},
+        ValueError,
+        r"labels must have shape \(3,\), one per row of probs, got shape \(3, 2\)",
+    ),
+    "a scalar": (
+        (0.5, 1),
+        {},
+        ValueError,
+        r"probs must have shape \(..., classes\), got shape \(\)",
+    ),
+    "booleans": ((PROBS, LABELS > 0), {}, TypeError, "labels must be real numbers, got dtype bool"),
+    "where per class": (
+        (PROBS, LABELS, PROBS > 0),
+        {},
+        ValueError,
+        r"where must broadcast to shape \(3,\), got shape \(3, 2\)",
+    ),
+    "where of floats": ((PROBS, LABELS, np.ones(3)), {}, TypeError, "where must be boolean"),
     "no classes": ((PROBS[:, :0], LABELS), {}, ValueError, "probs must have shape"),
     "complex": ((PROBS * 1j, LABELS), {}, TypeError, "probs must be real numbers"),
     "labels too short": (
@@ -466,10 +654,24 @@ def test_wrong_calls_of_measures(name):
 
 def test_wrong_norm():
     for fun in (expected_calibration_error, classwise_calibration_error):
-        with pytest.raises(ValueError, match="norm must be 1, 2 or inf, got 3"):
-            fun(PROBS, LABELS, norm=3)
-        with pytest.raises(ValueError, match="debiased must go with norm 2, got norm 1"):
+        for norm in (0.5, -1, np.nan, "max"):
+            with pytest.raises(ValueError, match="norm must be a number from 1 to inf, got"):
+                fun(PROBS, LABELS, norm=norm)
+        with pytest.raises(ValueError, match=r"debiased must go with norm 2, .* got norm 1"):
             fun(PROBS, LABELS, debiased=True)
+
+
+def test_wrong_weights():
+    for fun in MEASURES:
+        with pytest.raises(ValueError, match=r"weights must broadcast to shape \(3,\), got"):
+            fun(PROBS, LABELS, weights=np.ones(2))
+        with pytest.raises(TypeError, match="weights must be real"):
+            fun(PROBS, LABELS, weights=np.ones(3) * 1j)
+    for fun in (brier_score, negative_log_likelihood):
+        with pytest.raises(ValueError, match="reduction must be 'mean' or 'none', got 'sum'"):
+            fun(PROBS, LABELS, reduction="sum")
+    with pytest.raises(ValueError, match="key must be None where there are weights"):
+        reliability_curve(PROBS, LABELS, weights=np.ones(3), key=jax.random.key(0))
 
 
 def test_wrong_bootstrap():

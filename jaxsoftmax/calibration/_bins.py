@@ -6,10 +6,11 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Integer, PRNGKeyArray, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Real
 
-from jaxsoftmax._scores import check_key, public
-from jaxsoftmax.calibration._predictions import confidences
+from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._scores import check_key
+from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
 Binning = Literal["width", "mass"]
 
@@ -20,7 +21,7 @@ class ReliabilityCurve(NamedTuple):
     Attributes:
       confidence: the mean confidence of the predictions in the bin.
       accuracy: the share of them that is right.
-      count: how many there are.
+      count: how many there are, or what they weigh if there are weights.
       lower: the lower end of the 95 % interval of the accuracy.
       upper: its upper end.
     """
@@ -32,11 +33,13 @@ class ReliabilityCurve(NamedTuple):
     upper: Float[Array, " bins"]
 
 
-@public
+@measure
 def reliability_curve(
-    probs: Real[ArrayLike, "n classes"],
-    labels: Integer[ArrayLike, " n"],
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     num_bins: int = 15,
     binning: Binning = "width",
     key: PRNGKeyArray | None = None,
@@ -51,8 +54,11 @@ def reliability_curve(
     or all is wrong, and so serves small bins better.
 
     Args:
-      probs: predicted probabilities.
-      labels: integer classes.
+      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
+        event per row: class 1 of two, or that a prediction is right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
         predictions into each bin, of which equal ones share one.
@@ -66,6 +72,8 @@ def reliability_curve(
     Raises:
       TypeError: if `probs` is not real, `labels` holds no integers or `key` is no key.
       ValueError: if shapes do not fit, for an unknown `binning`, or fewer than one bin or resample.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -88,13 +96,15 @@ def reliability_curve(
       Wilson, 1927: Probable inference, the law of succession, and statistical inference; Efron,
       1979: Bootstrap methods.
     """
-    confidence, correct = confidences(probs, labels)
-    binned = into_bins(confidence, correct, num_bins, binning)
+    if key is not None and weights is not None:
+        raise ValueError("key must be None where there are weights, for what is drawn are counts.")
+    predictions = as_predictions(probs, labels, where, weights)
+    binned = into_bins(predictions.confidences(), num_bins, binning)
     if key is None:
         lower, upper = _wilson_interval(binned)
     else:
         lower, upper = _bootstrap_interval(check_key(key), binned, num_resamples)
-    value, share = (jnp.where(binned.count > 0, x, jnp.nan) for x in (binned.value, binned.share))
+    value, share = (nan_unless(binned.count > 0, x) for x in (binned.value, binned.share))
     return ReliabilityCurve(value, share, binned.count, lower, upper)
 
 
@@ -102,61 +112,76 @@ class Binned(NamedTuple):
     """Predictions of one event each, gathered in bins.
 
     Attributes:
-      count: how many there are.
+      count: how many there are, or what they weigh.
       value: the mean of what was predicted, 0 where a bin is empty.
       share: the share of what came true, 0 where a bin is empty.
       bins: which bin each prediction is in.
+      weights: the weight of each prediction.
     """
 
     count: Array  # pyright: ignore[reportIncompatibleMethodOverride]
     value: Array
     share: Array
     bins: Array
+    weights: Array
 
     @property
     def weight(self) -> Array:
         """The share of all predictions that is in each bin."""
-        return self.count / self.bins.size
+        return self.count / jnp.sum(self.count)
 
     @property
     def gap(self) -> Array:
         """How far what was predicted is from what came true; 0 where a bin is empty."""
         return jnp.abs(self.share - self.value)
 
+    @property
+    def size(self) -> Array:
+        """How many predictions of equal weight tell as much of the share as those in each bin."""
+        squares = sum_in_bins(self.weights**2, self.bins, self.count.size)
+        return self.count**2 / jnp.where(squares > 0, squares, 1)
 
-def into_bins(value: Array, outcome: Array, num_bins: int, binning: str) -> Binned:
-    """Gathers predictions `value` of events with outcomes 0 and 1."""
+
+def into_bins(events: Events, num_bins: int, binning: str) -> Binned:
+    """Gathers predictions of events with outcomes 0 and 1."""
     if num_bins < 1:
         raise ValueError(f"num_bins must be at least 1, got {num_bins}.")
     if binning not in _BINNINGS:
         raise ValueError(f'binning must be "width" or "mass", got {binning!r}.')
-    bins = _BINNINGS[binning](value, num_bins)
+    value, outcome, weights = events.value, events.outcome, events.weights
+    bins = _BINNINGS[binning](value, weights, num_bins)
     count, values, hits = jax.vmap(lambda x: sum_in_bins(x, bins, num_bins))(
-        jnp.stack([jnp.ones_like(value), value, outcome])
+        jnp.stack([weights, weights * value, weights * outcome])
     )
-    held = jnp.maximum(count, 1)
-    return Binned(count, values / held, hits / held, bins)
+    held = jnp.where(count == 0, 1, count)
+    return Binned(count, values / held, hits / held, bins, weights)
 
 
-def _by_width(value: Array, num_bins: int) -> Array:
+def _by_width(value: Array, weights: Array, num_bins: int) -> Array:
+    del weights
     bins = jnp.ceil(value * num_bins)
     # NaN is in the last bin, lest the conversion put it anywhere.
     bins = jnp.where(jnp.isnan(value), num_bins, bins).astype(jnp.int32) - 1
     return jnp.clip(bins, 0, num_bins - 1)
 
 
-def _by_mass(value: Array, num_bins: int) -> Array:
+def _by_mass(value: Array, weights: Array, num_bins: int) -> Array:
     """Bins that are equally full, as far as ties allow: equal values go where the first goes."""
-    ascending = jnp.sort(lax.stop_gradient(value))
-    # Without the product of two large numbers.
-    whole, rest = divmod(value.size, num_bins)
-    before = [b * whole + -(-b * rest // num_bins) for b in range(1, num_bins)]
-    # A value is in bin b or above if so many are smaller: if the last of these is.
-    last = [ascending[max(n - 1, 0)] for n in before if value.size]
-    return jnp.searchsorted(jnp.asarray(last, value.dtype), value).astype(jnp.int32)
+    if value.size == 0:
+        return jnp.zeros(0, jnp.int32)
+    # By weight too, lest sums depend on how those that tie are ordered.
+    ascending, weights = lax.sort(lax.stop_gradient((value, weights)), num_keys=2)
+    so_far = jnp.cumsum(weights)
+    before = jnp.concatenate([jnp.zeros_like(so_far[:1]), so_far[:-1]])
+    edges = jnp.arange(1, num_bins, dtype=value.dtype) * so_far[-1] / num_bins
+    # What reaches an edge but for rounding reaches it.
+    edges = edges * (1 - 32 * jnp.finfo(value.dtype).eps)
+    # A value is in bin b or above if what is smaller weighs enough: if the last of it is.
+    last = jnp.maximum(jnp.searchsorted(before, edges) - 1, 0)
+    return jnp.searchsorted(ascending[last], value).astype(jnp.int32)
 
 
-_BINNINGS: dict[str, Callable[[Array, int], Array]] = {"width": _by_width, "mass": _by_mass}
+_BINNINGS: dict[str, Callable[[Array, Array, int], Array]] = {"width": _by_width, "mass": _by_mass}
 
 
 def sum_in_bins(x: Array, bins: Array, num_bins: int) -> Array:
@@ -174,7 +199,7 @@ _GROUP = 64
 
 
 def _wilson_interval(binned: Binned) -> tuple[Array, Array]:
-    share, count = binned.share, jnp.where(binned.count > 0, binned.count, jnp.nan)
+    share, count = binned.share, nan_unless(binned.count > 0, binned.size)
     quantile = 1.959964  # of the standard normal at 97.5 %
     shrink = 1 + quantile**2 / count
     centre = (share + quantile**2 / (2 * count)) / shrink
@@ -193,10 +218,10 @@ def _bootstrap_interval(key: Array, binned: Binned, num_resamples: int) -> tuple
     cells = jnp.concatenate([right, binned.weight - right])
     # Not by `shape`: until jax 0.12 that is the shape of all, since then that of the batch.
     cells = jnp.broadcast_to(cells, (num_resamples, cells.size))
-    total = jnp.full(num_resamples, binned.bins.size, cells.dtype)
+    total = jnp.full(num_resamples, jnp.sum(binned.count))
     drawn = jax.random.multinomial(key, total, cells, dtype=cells.dtype)
     rights, wrongs = jnp.split(drawn, 2, axis=1)
     counts = rights + wrongs
-    accuracy = jnp.where(counts > 0, rights / counts, jnp.nan)
+    accuracy = nan_unless(counts > 0, rights / jnp.maximum(counts, 1))
     ends = jnp.nanquantile(accuracy, jnp.asarray([0.025, 0.975], cells.dtype), axis=0)
     return ends[0], ends[1]

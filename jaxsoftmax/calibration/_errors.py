@@ -1,22 +1,25 @@
 """Calibration errors over bins."""
 
+import functools
+import numbers
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._elementary import sqrt
-from jaxsoftmax._scores import public
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax.calibration._bins import Binned, Binning, into_bins
-from jaxsoftmax.calibration._predictions import confidences, of_each_class
+from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
 
-@public
+@measure
 def expected_calibration_error(
-    probs: Real[ArrayLike, "n classes"],
-    labels: Integer[ArrayLike, " n"],
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     num_bins: int = 15,
     binning: Binning = "width",
     norm: float = 1,
@@ -34,25 +37,31 @@ def expected_calibration_error(
     .. math:: \Big[ \sum_b \frac{n_b}{n} \Big( (a_b - c_b)^2 - \frac{a_b (1 - a_b)}{n_b - 1} \Big)
               \Big]_+^{1/2}
 
-    over the bins with more than one prediction.
+    over the bins with more than one prediction. Of other norms than 2 the bias can't be told from
+    the data, so there is no such estimator. With weights, `n_b` is there the number of predictions
+    of equal weight that tell as much, :math:`(\sum w)^2 / \sum w^2`.
 
     Args:
-      probs: predicted probabilities.
-      labels: integer classes.
+      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
+        event per row: class 1 of two, or that a prediction is right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
         predictions into each bin, of which equal ones share one.
-      norm: the exponent `r`: 1, 2 or inf.
+      norm: the exponent `r`, a number from 1 to inf.
       debiased: whether to use the debiased estimator, which is for `norm` 2.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
-      rounding), or has a class out of range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit, or for an unknown `binning` or `norm` or fewer than one bin,
         or `debiased` with another `norm` than 2.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -67,15 +76,16 @@ def expected_calibration_error(
       uncertainty calibration (arXiv:1909.10155).
     """
     distance = _distance(norm, debiased)
-    return distance.finish(
-        distance.of_bins(into_bins(*confidences(probs, labels), num_bins, binning))
-    )
+    events = as_predictions(probs, labels, where, weights).confidences()
+    return distance.finish(distance.of_bins(into_bins(events, num_bins, binning)))
 
 
 def maximum_calibration_error(
-    probs: Real[ArrayLike, "n classes"],
-    labels: Integer[ArrayLike, " n"],
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     num_bins: int = 15,
     binning: Binning = "width",
 ) -> Float[Array, ""]:
@@ -87,20 +97,24 @@ def maximum_calibration_error(
     `norm=inf`.
 
     Args:
-      probs: predicted probabilities.
-      labels: integer classes.
+      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
+        event per row: class 1 of two, or that a prediction is right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
         predictions into each bin, of which equal ones share one; that keeps a bin of few from
         deciding.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
-      rounding), or has a class out of range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -114,15 +128,17 @@ def maximum_calibration_error(
       binning.
     """
     return expected_calibration_error(
-        probs, labels, num_bins=num_bins, binning=binning, norm=jnp.inf
+        probs, labels, where, weights=weights, num_bins=num_bins, binning=binning, norm=jnp.inf
     )
 
 
-@public
+@measure
 def classwise_calibration_error(
-    probs: Real[ArrayLike, "n classes"],
-    labels: Integer[ArrayLike, " n"],
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     num_bins: int = 15,
     binning: Binning = "width",
     norm: float = 1,
@@ -136,23 +152,27 @@ def classwise_calibration_error(
     the class came true; for `r = inf` the largest distance.
 
     Args:
-      probs: predicted probabilities.
-      labels: integer classes.
+      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
+        event per row: class 1 of two, or that a prediction is right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
       num_bins: how many bins each class has.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
         predictions into each bin, of which equal ones share one.
-      norm: the exponent `r`: 1, 2 or inf.
+      norm: the exponent `r`, a number from 1 to inf.
       debiased: whether to use the debiased estimator, which is for `norm` 2; see
         `expected_calibration_error`.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
-      rounding), or has a class out of range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit, or for an unknown `binning` or `norm` or fewer than one bin,
         or `debiased` with another `norm` than 2.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -167,10 +187,11 @@ def classwise_calibration_error(
     """
     distance = _distance(norm, debiased)
 
-    def of_class(p: Array, y: Array) -> Array:
-        return distance.of_bins(into_bins(p, y, num_bins, binning))
+    def of_class(events: Events) -> Array:
+        return distance.of_bins(into_bins(events, num_bins, binning))
 
-    return distance.finish(distance.over_classes(of_each_class(of_class, probs, labels)))
+    predictions = as_predictions(probs, labels, where, weights)
+    return distance.finish(distance.over_classes(predictions.of_each_class(of_class)))
 
 
 class _Distance(NamedTuple):
@@ -188,19 +209,20 @@ class _Distance(NamedTuple):
 
 
 def _distance(norm: float, debiased: bool) -> _Distance:
-    if norm not in (1, 2, jnp.inf):
-        raise ValueError(f"norm must be 1, 2 or inf, got {norm}.")
+    if not isinstance(norm, numbers.Real) or not norm >= 1:
+        raise ValueError(f"norm must be a number from 1 to inf, got {norm!r}.")
     if debiased and norm != 2:
-        raise ValueError(f"debiased must go with norm 2, got norm {norm}.")
-    return _DEBIASED if debiased else _DISTANCES[norm]
+        raise ValueError(
+            f"debiased must go with norm 2, the only one whose bias is known, got norm {norm}."
+        )
+    if norm == jnp.inf:
+        return _Distance(_largest_gap, _nan_max, lambda largest: largest)
+    of_bins = _debiased_square if debiased else functools.partial(_mean_power, norm=float(norm))
+    return _Distance(of_bins, jnp.mean, functools.partial(_root, norm=float(norm)))
 
 
-def _mean_gap(binned: Binned) -> Array:
-    return jnp.sum(binned.weight * binned.gap)
-
-
-def _mean_square(binned: Binned) -> Array:
-    return jnp.sum(binned.weight * binned.gap**2)
+def _mean_power(binned: Binned, norm: float) -> Array:
+    return jnp.sum(binned.weight * binned.gap**norm)
 
 
 def _largest_gap(binned: Binned) -> Array:
@@ -208,27 +230,18 @@ def _largest_gap(binned: Binned) -> Array:
 
 
 def _debiased_square(binned: Binned) -> Array:
-    several = binned.count > 1
-    variance = binned.share * (1 - binned.share) / jnp.where(several, binned.count - 1, 1)
+    size = binned.size
+    several = size > 1
+    variance = binned.share * (1 - binned.share) / jnp.where(several, size - 1, 1)
     return jnp.sum(jnp.where(several, binned.weight * (binned.gap**2 - variance), 0))
 
 
 def _nan_max(x: Array) -> Array:
     """The maximum; NaN if there is one, which a maximum may lose."""
-    return jnp.where(jnp.any(jnp.isnan(x)), jnp.nan, jnp.max(x))
+    return nan_unless(~jnp.any(jnp.isnan(x)), jnp.max(x))
 
 
-def _root(x: Array) -> Array:
-    return jnp.where(jnp.isnan(x), x, sqrt(x))
-
-
-def _itself(x: Array) -> Array:
-    return x
-
-
-_DISTANCES = {
-    1: _Distance(_mean_gap, jnp.mean, _itself),
-    2: _Distance(_mean_square, jnp.mean, _root),
-    jnp.inf: _Distance(_largest_gap, _nan_max, _itself),
-}
-_DEBIASED = _Distance(_debiased_square, jnp.mean, _root)
+def _root(x: Array, norm: float) -> Array:
+    """The root of a mean of powers, 0 of what is not positive, with derivative 0 there."""
+    positive = ~(x <= 0)  # or NaN
+    return jnp.where(positive, jnp.where(positive, x, 1) ** (1 / norm), 0)

@@ -12,6 +12,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, check_mask, check_real
 
@@ -125,7 +126,7 @@ def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype:
         )
     class_weights = lax.stop_gradient(class_weights.astype(dtype))
     # A fit to negative weights has no answer.
-    class_weights = jnp.where(class_weights >= 0, class_weights, jnp.nan)
+    class_weights = nan_unless(class_weights >= 0, class_weights)
     if jnp.issubdtype(labels.dtype, jnp.integer):
         # One that is out of range counts: its loss is NaN, and so is to be all.
         known = (labels >= 0) & (labels < classes)

@@ -49,7 +49,9 @@ def minimize(
     value, grad = jax.value_and_grad(objective)(start)
     falls, count = jnp.ones((), bool), jnp.zeros((), jnp.int32)
     init = start, value, grad, solver.init(start), falls, count
-    params, value, *_ = lax.while_loop(go_on, step, init)
+    # Without jit these run one by one, and optax divides 0 by 0 before it looks away.
+    with jax.debug_nans(False):
+        params, value, *_ = lax.while_loop(go_on, step, init)
     return params, value
 
 

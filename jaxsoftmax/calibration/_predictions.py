@@ -1,66 +1,238 @@
 """What the measures are given: probabilities and the classes that came true."""
 
+import dataclasses
+import functools
+import inspect
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, ParamSpec, TypeVar, cast
 
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import core, lax
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import indicator
-from jaxsoftmax._scores import as_scores, check_real
+from jaxsoftmax._scores import as_scores, broadcasts, check_mask, check_real, public, with_ndim
 
+P = ParamSpec("P")
+R = TypeVar("R")
 T = TypeVar("T")
 
 # Rounding takes a probability no further than this beyond 0 and 1.
 _SLACK = 1e-2
 
 
-def as_predictions(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
+@dataclasses.dataclass(frozen=True)
+class Predictions:
+    """Rows of probabilities with what came true.
+
+    Attributes:
+      probs: (n, classes); or (n, 1), of one event each. NaN in rows that hold what is none.
+      labels: (n,) classes, or 0 and 1.
+      weights: (n,), 0 for rows that do not count.
+      shape: the shape that the rows came in.
+    """
+
+    probs: Array
+    labels: Array
+    weights: Array
+    shape: tuple[int, ...]
+
+    @property
+    def of_events(self) -> bool:
+        """Whether there is one column, of something that happens or not."""
+        return self.probs.shape[1] == 1
+
+    def came_true(self) -> Array:
+        """1 for what came true, 0 for what did not, of the shape of the probabilities."""
+        first = 1 if self.of_events else 0
+        classes = jnp.arange(first, first + self.probs.shape[1], dtype=self.labels.dtype)
+        return indicator(self.labels[:, None] == classes[None], self.probs.dtype)
+
+    def reduce(self, values: Array, reduction: str) -> Array:
+        """The mean of a value per row; or the values, 0 for rows that do not count."""
+        if reduction not in ("mean", "none"):
+            raise ValueError(f"reduction must be 'mean' or 'none', got {reduction!r}.")
+        counts = self.weights != 0
+        values = jnp.where(counts, values, 0)
+        return self.mean(values) if reduction == "mean" else values.reshape(self.shape)
+
+    def mean(self, values: Array) -> Array:
+        """The weighted mean of finite values."""
+        return jnp.sum(self.weights * values) / jnp.sum(self.weights)
+
+    def confidences(self) -> "Events":
+        """The largest probability of each row, and whether its class came true."""
+        if self.of_events:
+            value, outcome = self.probs[:, 0], self.came_true()[:, 0]
+        else:
+            value = jnp.max(self.probs, 1)
+            outcome = (jnp.argmax(self.probs, 1) == self.labels).astype(self.probs.dtype)
+        return Events(value, outcome, self.weights).all_or_none(self.probs)
+
+    def of_each_class(self, function: Callable[["Events"], T]) -> T:
+        """`function` of each column, one after the other: bins of all would fill the memory."""
+
+        def of_one(column: tuple[Array, Array]) -> T:
+            return function(Events(*column, self.weights).all_or_none(self.probs))
+
+        return lax.map(of_one, (self.probs.T, self.came_true().T))
+
+
+@dataclasses.dataclass(frozen=True)
+class Events:
+    """Predictions of one event each.
+
+    Attributes:
+      value: the probabilities.
+      outcome: 1 where the event came, 0 where it did not.
+      weights: 0 for those that do not count.
+    """
+
+    value: Array
+    outcome: Array
+    weights: Array
+
+    def all_or_none(self, probs: Array) -> "Events":
+        """NaN, all of them, if any of `probs` is: a maximum, or a bin, may lose it."""
+        known = ~jnp.any(jnp.isnan(probs))
+        value, outcome = (nan_unless(known, x) for x in (self.value, self.outcome))
+        return Events(value, outcome, self.weights)
+
+
+def measure(fun: Callable[P, R]) -> Callable[P, R]:
+    """Jits a measure of `(probs, labels, where, *, weights, ...)`.
+
+    What can't be, such as logits for probabilities, makes NaN of the answer while tracing, for
+    numbers are not known then. Where they are known, an error says what was wrong.
+    """
+    jitted = public(fun)
+    signature = inspect.signature(fun)
+
+    @functools.wraps(fun)
+    def answer(*args: P.args, **kwargs: P.kwargs) -> R:
+        result = jitted(*args, **kwargs)
+        if has_nan(result):
+            given = signature.bind(*args, **kwargs).arguments
+            names = ("probs", "labels", "where", "weights")
+            raise_first(_what_is_wrong(*(given.get(name) for name in names)))
+        return result
+
+    return cast(Callable[P, R], answer)
+
+
+def has_nan(result: Any) -> bool:
+    """Whether there is NaN among numbers that are known."""
+    leaves = jax.tree.leaves(result)
+    if any(isinstance(x, core.Tracer) for x in leaves):
+        return False
+    return any(bool(jnp.any(jnp.isnan(x))) for x in leaves)
+
+
+def raise_first(faults: dict[str, Array]) -> None:
+    """An error of the first sentence whose number is one: what came, NaN if nothing is wrong."""
+    for sentence, got in faults.items():
+        if not isinstance(got, core.Tracer) and not jnp.isnan(got):
+            raise ValueError(sentence.format(f"{float(got):g}"))
+
+
+def _what_is_wrong(
+    probs: ArrayLike, labels: ArrayLike, where: ArrayLike | None, weights: ArrayLike | None
+) -> dict[str, Array]:
+    probs, labels, rows = _checked(probs, labels)
+    counts = _weights(rows, where, weights, probs.dtype) != 0
+    faults = {}
+    beyond = ((probs < -_SLACK) | (probs > 1 + _SLACK)) & counts[..., None]
+    faults["probs must be from 0 to 1, got {}; softmax makes them of logits."] = _one_of(
+        probs, beyond
+    )
+    faults |= wrong_labels(labels, max(probs.shape[-1], 2), counts)
+    return faults | wrong_weights("weights", weights, counts)
+
+
+def wrong_labels(labels: Array, classes: int, counts: Array) -> dict[str, Array]:
+    """A label of a row that counts and is no class, for `raise_first`."""
+    sentence = f"labels must be classes from 0 to {classes - 1}, got {{}}."
+    return {sentence: _one_of(labels, ((labels < 0) | (labels >= classes)) & counts)}
+
+
+def wrong_weights(name: str, weights: ArrayLike | None, counts: ArrayLike) -> dict[str, Array]:
+    """A negative weight of a row that counts, for `raise_first`."""
+    if weights is None:
+        return {}
+    weights, counts = jnp.broadcast_arrays(jnp.asarray(weights), jnp.asarray(counts))
+    return {f"{name} must not be negative, got {{}}.": _one_of(weights, (weights < 0) & counts)}
+
+
+def _one_of(x: Array, chosen: Array) -> Array:
+    """One of those that are chosen; NaN if there is none."""
+    numbers = jnp.where(chosen, x.astype(jnp.result_type(float)), -jnp.inf)
+    largest = jnp.max(numbers, initial=-jnp.inf)
+    return nan_unless(jnp.any(chosen), largest)
+
+
+def as_predictions(
+    probs: ArrayLike, labels: ArrayLike, where: ArrayLike | None, weights: ArrayLike | None
+) -> Predictions:
     """The probabilities and labels, checked.
 
-    If a row holds a number outside of [0, 1] or has a class out of range, all are NaN, and so is
-    what is computed of them: numbers are not known while tracing, so there can be no error.
+    Rows that count and hold a number outside of [0, 1], or have a class out of range, are NaN.
     """
+    probs, labels, rows = _checked(probs, labels)
+    counted = _weights(rows, where, weights, probs.dtype)
+    counts = counted != 0
+    classes = probs.shape[-1]
+    labels = jnp.where(counts, labels, 0)
+    # An impossible row that does not count has no say, and one that is certain has no NaN.
+    probs = jnp.where(counts[..., None], probs, 1)
+    known = (labels >= 0) & (labels < max(classes, 2))
+    known &= jnp.all((probs >= -_SLACK) & (probs <= 1 + _SLACK), -1)
+    # Not by a minimum, which has no derivative at 1 itself.
+    probs = jnp.where(probs > 1, 1, jnp.where(probs < 0, 0, probs))
+    probs = nan_unless(known[..., None], probs)
+    n = labels.size
+    return Predictions(probs.reshape(n, classes), labels.reshape(n), counted.reshape(n), rows)
+
+
+def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array, tuple[int, ...]]:
+    """Probabilities (..., classes), labels, and the shape of the rows."""
     probs, labels = as_scores(probs, "probs"), jnp.asarray(labels)
-    if probs.ndim != 2 or probs.shape[1] == 0:
-        raise ValueError(f"probs must have shape (n, classes), got shape {probs.shape}.")
+    if probs.ndim == 1 and labels.ndim == 1:
+        probs = probs[:, None]
+    if probs.ndim == 0 or probs.shape[-1] == 0:
+        raise ValueError(f"probs must have shape (..., classes), got shape {probs.shape}.")
+    of_events = probs.shape[-1] == 1
+    if of_events and labels.dtype == jnp.bool_:
+        labels = labels.astype(jnp.int32)
     check_real("labels", labels)
     if not jnp.issubdtype(labels.dtype, jnp.integer):
         raise TypeError(f"labels must be integer classes, got dtype {labels.dtype}.")
-    if labels.shape != probs.shape[:1]:
+    if labels.shape != probs.shape[:-1]:
         raise ValueError(
-            f"labels must have shape {probs.shape[:1]}, one per row of probs, got shape "
+            f"labels must have shape {probs.shape[:-1]}, one per row of probs, got shape "
             f"{labels.shape}."
         )
     if jnp.iinfo(labels.dtype).bits < 32:
         labels = labels.astype(jnp.int32)  # there may be more classes than these can count
-    known = (labels >= 0) & (labels < probs.shape[1])
-    valid = jnp.all(known) & jnp.all((probs >= -_SLACK) & (probs <= 1 + _SLACK))
-    # Not by a minimum, which has no derivative at 1 itself.
-    probs = jnp.where(probs > 1, 1, jnp.where(probs < 0, 0, probs))
-    return jnp.where(valid, probs, jnp.nan), labels
+    return probs, labels, probs.shape[:-1]
 
 
-def came_true(labels: Array, classes: int, dtype: Any) -> Array:
-    """1 at the class of each label, 0 at the others."""
-    return indicator(labels[:, None] == jnp.arange(classes, dtype=labels.dtype)[None], dtype)
+def _weights(
+    rows: tuple[int, ...], where: ArrayLike | None, weights: ArrayLike | None, dtype: Any
+) -> Array:
+    """How much each row counts; NaN if that is negative."""
+    counted = row_weights(weights, rows, dtype)
+    return counted if where is None else jnp.where(check_mask(where, rows), counted, 0)
 
 
-def of_each_class(function: Callable[[Array, Array], T], probs: ArrayLike, labels: ArrayLike) -> T:
-    """`function` of each class's probabilities, and of 1 where the class came true and 0 elsewhere.
-
-    One class after the other, for bins of all at once would fill the memory.
-    """
-    probs, labels = as_predictions(probs, labels)
-    columns = probs.T, came_true(labels, probs.shape[1], probs.dtype).T
-    return lax.map(lambda pair: function(*pair), columns)
-
-
-def confidences(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array]:
-    """The largest probability of each row, and 1 where its class came true."""
-    probs, labels = as_predictions(probs, labels)
-    invalid = jnp.isnan(probs[:, 0])
-    hits = (jnp.argmax(probs, 1) == labels).astype(probs.dtype)
-    # A maximum may lose NaN.
-    return jnp.where(invalid, jnp.nan, jnp.max(probs, 1)), jnp.where(invalid, jnp.nan, hits)
+def row_weights(weights: ArrayLike | None, rows: tuple[int, ...], dtype: Any) -> Array:
+    """Weights of rows of this shape, 1 by default; NaN where negative."""
+    if weights is None:
+        return jnp.ones(rows, dtype)
+    weights = jnp.asarray(weights)
+    check_real("weights", weights)
+    if not broadcasts(weights.shape, rows):
+        raise ValueError(f"weights must broadcast to shape {rows}, got shape {weights.shape}.")
+    weights = jnp.broadcast_to(with_ndim(weights, len(rows)), rows).astype(dtype)
+    return nan_unless(weights >= 0, weights)

@@ -1,35 +1,45 @@
 """Proper scores: what is best on average is to say what one believes."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, ArrayLike, Float, Integer, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._scores import public
 from jaxsoftmax.calibration._bins import Binning, into_bins
-from jaxsoftmax.calibration._predictions import as_predictions, came_true, of_each_class
+from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
 
-@public
+@measure
 def negative_log_likelihood(
-    probs: Real[ArrayLike, "n classes"], labels: Integer[ArrayLike, " n"]
-) -> Float[Array, ""]:
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Float[Array, "*rows"]:
     r"""The mean surprise at what came true, in nats.
 
     .. math:: -\frac1n \sum_i \log p_{i y_i}
 
     Args:
-      probs: predicted probabilities. (For scores, `cross_entropy` is more exact.)
-      labels: integer classes.
+      probs: predicted probabilities. (For scores, `cross_entropy` is more exact.) A single column,
+        or (n,) beside labels (n,), is of one event per row: class 1 of two, for instance.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
+      reduction: "mean" is over the rows that count; "none" gives each row its own, 0 where it does
+        not count.
 
     Returns:
-      A scalar, not negative; infinite if a class came true that had probability 0. NaN if a row
-      holds NaN or a number outside of [0, 1] (but for rounding), or has a class out of range, or
-      there are no rows.
+      A scalar, or one number per row, not negative; infinite if a class came true that had
+      probability 0. NaN if a row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -40,32 +50,48 @@ def negative_log_likelihood(
     References:
       Good, 1952: Rational decisions.
     """
-    probs, labels = as_predictions(probs, labels)
-    true = jnp.take_along_axis(probs, labels[:, None], 1, mode="clip")[:, 0]
-    # Rounding may have gone below 0.
-    return jnp.mean(-jnp.log(jnp.where(true < 0, 0, true)))
+    predictions = as_predictions(probs, labels, where, weights)
+    probs, came = predictions.probs, predictions.came_true()
+    if predictions.of_events:
+        true = jnp.where(came > 0, probs, 1 - probs)[:, 0]
+    else:
+        at = predictions.labels[:, None]
+        true = jnp.take_along_axis(probs, at, 1, mode="clip")[:, 0]
+    return predictions.reduce(-jnp.log(true), reduction)
 
 
-@public
+@measure
 def brier_score(
-    probs: Real[ArrayLike, "n classes"], labels: Integer[ArrayLike, " n"]
-) -> Float[Array, ""]:
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
+    reduction: Literal["mean", "none"] = "mean",
+) -> Float[Array, "*rows"]:
     r"""The mean squared distance of the probabilities from what came true.
 
     .. math:: \frac1n \sum_i \sum_k (p_{ik} - [y_i = k])^2
 
     Args:
-      probs: predicted probabilities.
-      labels: integer classes.
+      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
+        event per row: class 1 of two, or that a prediction is right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
+      reduction: "mean" is over the rows that count; "none" gives each row its own, 0 where it does
+        not count.
 
     Returns:
-      A scalar between 0 and 2 (twice what is usual for two classes, both of which are counted
-      here). NaN if a row holds NaN or a number outside of [0, 1] (but for rounding), or has a
-      class out of range, or there are no rows.
+      A scalar, or one number per row, between 0 and 2. The columns that are given are summed, so
+      that for two classes it is twice what is usual, and for a single column just that. NaN if a
+      row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -76,8 +102,9 @@ def brier_score(
     References:
       Brier, 1950: Verification of forecasts expressed in terms of probability.
     """
-    probs, labels = as_predictions(probs, labels)
-    return jnp.mean(jnp.sum((probs - came_true(labels, probs.shape[1], probs.dtype)) ** 2, 1))
+    predictions = as_predictions(probs, labels, where, weights)
+    squares = jnp.sum((predictions.probs - predictions.came_true()) ** 2, 1)
+    return predictions.reduce(squares, reduction)
 
 
 class BrierDecomposition(NamedTuple):
@@ -97,11 +124,13 @@ class BrierDecomposition(NamedTuple):
     within_bins: Float[Array, ""]
 
 
-@public
+@measure
 def brier_decomposition(
-    probs: Real[ArrayLike, "n classes"],
-    labels: Integer[ArrayLike, " n"],
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     num_bins: int = 15,
     binning: Binning = "width",
 ) -> BrierDecomposition:
@@ -117,20 +146,24 @@ def brier_decomposition(
     `a_b` in the bin and `a` overall in which it comes true, and 1 or 0 in `y`.
 
     Args:
-      probs: predicted probabilities.
-      labels: integer classes.
+      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
+        event per row: class 1 of two, or that a prediction is right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
       num_bins: how many bins each class has.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
         predictions into each bin, of which equal ones share one.
 
     Returns:
       A `BrierDecomposition`; `reliability - resolution + uncertainty + within_bins` is
-      `brier_score`. NaN if a row holds NaN or a number outside of [0, 1] (but for rounding),
-      or has a class out of range, or there are no rows.
+      `brier_score`. NaN if a row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -147,18 +180,20 @@ def brier_decomposition(
       Murphy, 1973: A new vector partition of the probability score; Stephenson, Coelho & Jolliffe,
       2008: Two extra components in the Brier score decomposition.
     """
+    predictions = as_predictions(probs, labels, where, weights)
 
-    def of_class(p: Array, y: Array) -> BrierDecomposition:
-        binned = into_bins(p, y, num_bins, binning)
-        overall = jnp.where(jnp.any(jnp.isnan(p)), jnp.nan, jnp.mean(y))
+    def of_class(events: Events) -> BrierDecomposition:
+        binned = into_bins(events, num_bins, binning)
+        overall = predictions.mean(events.outcome)
         away = binned.share - overall
-        beside = p - binned.value[binned.bins]
+        beside = events.value - binned.value[binned.bins]
+        beyond = events.outcome - binned.share[binned.bins]
         return BrierDecomposition(
             reliability=jnp.sum(binned.weight * binned.gap**2),
             resolution=jnp.sum(binned.weight * away**2),
             uncertainty=overall * (1 - overall),
-            within_bins=jnp.mean(beside * (beside - 2 * (y - binned.share[binned.bins]))),
+            within_bins=predictions.mean(beside * (beside - 2 * beyond)),
         )
 
-    parts = of_each_class(of_class, probs, labels)
+    parts = predictions.of_each_class(of_class)
     return BrierDecomposition(*(jnp.sum(part) for part in parts))

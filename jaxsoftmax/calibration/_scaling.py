@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._scores import check_real
 from jaxsoftmax.calibration._examples import Examples, as_examples, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
@@ -195,7 +196,7 @@ def _strength(name: str, value: ArrayLike, like: Array) -> Array:
     if value.shape:
         raise ValueError(f"{name} must be a number, got shape {value.shape}.")
     value = value.astype(like.dtype)
-    return jnp.where(value >= 0, value, jnp.nan)
+    return nan_unless(value >= 0, value)
 
 
 def _bounded(params: Params) -> Params:
@@ -204,4 +205,4 @@ def _bounded(params: Params) -> Params:
 
 
 def _nan_like(value: Array, params: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.where(jnp.isnan(value), jnp.nan, x), params)
+    return jax.tree.map(lambda x: nan_unless(~jnp.isnan(value), x), params)

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, ArrayLike, Float, Integer, Real
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._scores import public
-from jaxsoftmax.calibration._predictions import confidences
+from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax.calibration._predictions import as_predictions, measure
 
 # The steps of the grid on [0, 1], far finer than the errors of any sample.
 _STEPS = 2**12
@@ -14,9 +14,13 @@ _STEPS = 2**12
 _HALVINGS = 26
 
 
-@public
+@measure
 def smooth_calibration_error(
-    probs: Real[ArrayLike, "n classes"], labels: Integer[ArrayLike, " n"]
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
 ) -> Float[Array, ""]:
     r"""The distance between confidence and accuracy, smoothed instead of binned.
 
@@ -28,16 +32,21 @@ def smooth_calibration_error(
     of bins is to be chosen, and small changes of the probabilities change it little.
 
     Args:
-      probs: predicted probabilities; the largest of a row is its confidence.
-      labels: integer classes.
+      probs: predicted probabilities; the largest of a row is its confidence. A single column, or
+        (n,) beside labels (n,), is of one event per row: class 1 of two, or that a prediction is
+        right.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row holds NaN or a number outside of [0, 1] (but for
-      rounding), or has a class out of range, or there are no rows.
+      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
 
     Raises:
       TypeError: if `probs` is not real or `labels` holds no integers.
       ValueError: if shapes do not fit.
+        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
+        class or a negative weight. While tracing, that gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -49,8 +58,11 @@ def smooth_calibration_error(
     References:
       Blasiok & Nakkiran, 2023: Smooth ECE (arXiv:2309.12236).
     """
-    confidence, correct = confidences(probs, labels)
-    spectrum = jnp.fft.rfft(_reflected(confidence, (correct - confidence) / confidence.size))
+    events = as_predictions(probs, labels, where, weights).confidences()
+    confidence = events.value
+    total = jnp.sum(events.weights)
+    shares = events.weights / total
+    spectrum = jnp.fft.rfft(_reflected(confidence, shares * (events.outcome - confidence)))
     squares = (jnp.pi * jnp.arange(_STEPS + 1, dtype=confidence.dtype)) ** 2
 
     def error(width: Array) -> Array:
@@ -71,7 +83,7 @@ def smooth_calibration_error(
     # One step of Newton's method has the derivative that the implicit function theorem gives.
     value, slope = jax.jvp(error, (low,), (zero + 1,))
     width = low + (value - low) / (1 - lax.stop_gradient(slope))
-    return width if confidence.size else jnp.full_like(width, jnp.nan)
+    return nan_unless(total != 0, width)
 
 
 def _reflected(positions: Array, masses: Array) -> Array:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax.calibration._examples import Examples, Loss, as_examples, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.losses import cross_entropy
@@ -105,7 +106,7 @@ def best_temperature(examples: Examples, loss: Loss, scale: Array) -> Array:
     )
     best = jnp.where(constant, 1, scale * _ratio(start + steps * unit))
     best = jnp.minimum(best, jnp.finfo(best.dtype).max)
-    return jnp.where(jnp.isnan(value), jnp.nan, best)
+    return nan_unless(~jnp.isnan(value), best)
 
 
 def _tempered_loss(loss: Loss, scale: Array, log_ratio: Array, block: Examples) -> Array:
