@@ -233,7 +233,10 @@ def test_no_class_has_no_weight_of_another(label, rng):
     logits, labels = examples(rng, n=50)
     labels[0] = label
     weights = np.array([1.0, 1, 1, 1, 0])
-    assert np.isnan(fit_temperature(logits, labels, class_weights=weights))
+    with pytest.raises(ValueError, match=f"labels must be classes from 0 to 4, got {label}"):
+        fit_temperature(logits, labels, class_weights=weights)
+    jitted = jax.jit(functools.partial(fit_temperature, class_weights=weights))
+    assert np.isnan(jitted(logits, labels))
 
 
 def test_fit_with_class_weights(rng):
@@ -246,6 +249,90 @@ def test_fit_with_class_weights(rng):
         fitted = fit_temperature(logits, targets, class_weights=class_weights)
         np.testing.assert_allclose(fitted, best, rtol=1e-6)
     assert abs(fitted / fit_temperature(logits, labels) - 1) > 1e-3
+
+
+@pytest.mark.parametrize("fit", FITS)
+def test_weights_count_like_repetitions(fit, rng):
+    logits, labels = biased_examples(rng)
+    weights = rng.integers(0, 4, size=300)
+    again = np.repeat(np.arange(300), weights)
+    fitted = fit(logits, labels, weights=weights)
+    jax.tree.map(
+        functools.partial(close, rtol=1e-4, atol=1e-4), fitted, fit(logits[again], labels[again])
+    )
+    jax.tree.map(
+        functools.partial(close, rtol=1e-4, atol=1e-4),
+        fitted,
+        fit(logits, labels, weights=weights / 7),
+    )
+
+
+# One column.
+
+
+def binary_examples(rng, n=500):
+    logits = 3 * rng.normal(size=n)
+    return logits, (rng.random(n) < scipy.special.expit(logits / 2 + 0.7)).astype(int)
+
+
+def binary_loss(logits, labels):
+    return np.mean(np.logaddexp(0, np.where(labels == 1, -logits, logits)))
+
+
+def test_temperature_of_one_column(rng):
+    """How far class 1 is above class 0."""
+    logits, labels = binary_examples(rng)
+    best = search(lambda t: binary_loss(logits / t, labels))
+    for z, y in (
+        (logits, labels),
+        (logits, labels == 1),
+        (logits[:, None], labels),
+        (logits[:, None], labels == 1),
+        (logits[:, None], labels[:, None].astype(float)),
+        (np.stack([0 * logits, logits], -1), labels),
+        (logits.reshape(5, 100, 1), labels.reshape(5, 100)),
+    ):
+        close(fit_temperature(z, y), best, rtol=1e-6)
+    soft = scipy.special.expit(logits / 3)
+    close(fit_temperature(logits[:, None], soft[:, None]), 3, rtol=1e-6)
+    twice = np.array([1.0, 2.0])
+    again = np.repeat(np.arange(500), 1 + labels)
+    best = search(lambda t: binary_loss(logits[again] / t, labels[again]))
+    close(fit_temperature(logits, labels, class_weights=twice), best, rtol=1e-6)
+    with pytest.raises(ValueError, match="labels must be classes from 0 to 1, got 2"):
+        fit_temperature(logits, labels + 1)
+    with pytest.raises(ValueError, match=r"labels must have shape \(500,\) if they are classes"):
+        fit_temperature(logits[:, None], labels[:, None])
+    # One row of classes is no column.
+    assert fit_temperature(np.array([1.0, 2.0]), np.array(0)) > 100
+
+
+def test_platt_scaling_of_one_column(rng):
+    logits, labels = binary_examples(rng)
+    odd = np.where(np.arange(500) % 5 > 0, logits, np.nan)
+    where = np.arange(500) % 5 > 0
+    z, y = logits[where], labels[where]
+    best = scipy.optimize.minimize(lambda p: binary_loss(p[0] * z + p[1], y), [1.0, 0.0]).x
+    for given in (odd, odd[:, None]):
+        scale, bias = fit_vector_scaling(given, labels, where)
+        assert scale.shape == bias.shape == (1,)
+        close([scale[0], bias[0]], best, rtol=1e-4)
+    weight, bias = fit_matrix_scaling(logits[where], labels[where], intercept_penalty=0.0)
+    assert weight.shape == (1, 1)
+    close([weight[0, 0], bias[0]], best, rtol=1e-4)
+
+
+def test_one_penalty_or_each(rng):
+    logits, labels = biased_examples(rng)
+    for fit, first in (
+        (fit_vector_scaling, "penalty"),
+        (fit_matrix_scaling, "off_diagonal_penalty"),
+    ):
+        both = fit(logits, labels, ALL, penalty=0.2)
+        each = fit(logits, labels, ALL, **{first: 0.2, "intercept_penalty": 0.2})
+        jax.tree.map(functools.partial(close, rtol=1e-6, atol=1e-6), both, each)
+        other = fit(logits, labels, ALL, penalty=0.2, intercept_penalty=20.0)
+        assert np.max(np.abs(other[1])) < np.max(np.abs(both[1])) / 2
 
 
 def test_fit_to_many_rows(rng):
@@ -300,7 +387,16 @@ def test_a_valid_fit_makes_no_nan():
 def test_fit_has_no_answer_for_what_is_no_class(rng):
     logits, labels = examples(rng)
     wrong = np.where(np.arange(len(labels)) == 7, 5, labels)
-    assert np.isnan(fit_temperature(logits, wrong))
+    for fit in FITS:
+        with pytest.raises(ValueError, match="labels must be classes from 0 to 4, got 5"):
+            fit(logits, wrong)
+        with pytest.raises(ValueError, match="weights must not be negative, got -1"):
+            fit(logits, labels, weights=np.where(wrong == 5, -1.0, 1.0))
+        with pytest.raises(ValueError, match="labels must be classes from 0 to 4, got 5"):
+            fit(logits, labels + 1)
+    assert np.isnan(jax.jit(fit_temperature)(logits, wrong))
+    assert np.isfinite(fit_temperature(logits, wrong, wrong < 5))
+    assert np.isfinite(fit_temperature(logits, wrong, weights=1.0 * (wrong < 5)))
     logits[7, 0] = np.nan
     assert np.isnan(fit_temperature(logits, labels))
 
@@ -354,10 +450,22 @@ def test_wrong_options(rng):
     with pytest.raises(ValueError, match="off_diagonal_penalty must be a number, got shape"):
         fit_matrix_scaling(logits, labels, off_diagonal_penalty=np.ones(5))
     negative = np.array([1.0, 1.0, 1.0, 1.0, -1.0])
-    assert np.isnan(fit_temperature(logits, labels, class_weights=negative))
+    for fit in FITS:
+        with pytest.raises(ValueError, match="class_weights must not be negative, got -1"):
+            fit(logits, labels, class_weights=negative)
+    assert np.isnan(
+        jax.jit(functools.partial(fit_temperature, class_weights=negative))(logits, labels)
+    )
     logits, labels = biased_examples(rng)
-    assert np.all(np.isnan(fit_vector_scaling(logits, labels, ALL, penalty=-1.0)[0]))
-    assert np.all(np.isnan(fit_matrix_scaling(logits, labels, ALL, intercept_penalty=-1.0)[0]))
+    for fit in FITS[1:]:
+        for name in ("penalty", "intercept_penalty"):
+            with pytest.raises(ValueError, match=f"{name} must not be negative, got -1"):
+                fit(logits, labels, ALL, **{name: -1.0})
+    assert np.all(
+        np.isnan(
+            jax.jit(functools.partial(fit_vector_scaling, penalty=-1.0))(logits, labels, ALL)[0]
+        )
+    )
 
 
 # Vector and matrix scaling.

@@ -4,18 +4,27 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, check_mask, check_real
+from jaxsoftmax.calibration._predictions import (
+    explained,
+    row_weights,
+    wrong_labels,
+    wrong_weights,
+)
 
+P = ParamSpec("P")
+R = TypeVar("R")
 Loss = Callable[[Array, Array], Array]
 
 # The numbers in a block: 1 MB of float32.
@@ -32,7 +41,7 @@ class Examples:
     """Rows of logits with their labels.
 
     Attributes:
-      logits: (n, classes), in the dtype that came.
+      logits: (n, classes), in the dtype that came; or (n, 1), how far class 1 of two is above 0.
       labels: (n,) classes or (n, classes) distributions.
       weights: (n,), in the dtype to compute in; 0 for rows that do not count.
     """
@@ -45,6 +54,10 @@ class Examples:
     def dtype(self) -> Any:
         """The dtype to compute in."""
         return self.weights.dtype
+
+    def loss(self, loss: Loss) -> Loss:
+        """The loss of `(logits, labels)`, the logits being as many columns as here."""
+        return loss if self.logits.shape[1] != 1 else lambda z, y: loss(_both_columns(z), y)
 
     def every(self, stride: int) -> "Examples":
         """A part of the examples, evenly spread."""
@@ -80,21 +93,59 @@ class Examples:
         return lax.scan(step, zeros, jnp.arange(-(-n // size), dtype=jnp.int32))[0]
 
 
+def fit(fun: Callable[P, R]) -> Callable[P, R]:
+    """Jits a fit to `(logits, labels, where, *, loss, ...)`; see `explained`."""
+    return explained(public_with_loss(fun), _what_is_wrong)
+
+
+def _what_is_wrong(
+    logits: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    class_weights: ArrayLike | None = None,
+    **others: Any,
+) -> dict[str, Array]:
+    examples = as_examples(logits, labels, where, weights)
+    faults, rows = {}, jnp.shape(labels)
+    if examples.labels.ndim == 1:
+        classes = max(examples.logits.shape[1], 2)
+        faults = wrong_labels(examples.labels, classes, examples.weights != 0)
+    else:
+        rows = rows[:-1]
+    counts = (examples.weights != 0).reshape(rows)
+    faults |= wrong_weights("weights", weights, counts)
+    faults |= wrong_weights("class_weights", class_weights, True)
+    for name, value in others.items():
+        if name.endswith("penalty"):
+            faults |= wrong_weights(name, value, True)
+    return faults
+
+
+def _both_columns(logits: Array) -> Array:
+    return jnp.concatenate([jnp.zeros_like(logits), logits], 1)
+
+
 def as_examples(
     logits: ArrayLike,
     labels: ArrayLike,
     where: ArrayLike | None,
-    class_weights: ArrayLike | None,
+    weights: ArrayLike | None,
+    class_weights: ArrayLike | None = None,
 ) -> Examples:
     """Checks what a fit is given."""
     scores = jnp.asarray(logits)
     dtype = jax.eval_shape(functools.partial(as_scores, name="logits"), logits).dtype
     if scores.ndim == 0:
         raise ValueError("logits must have an axis of classes, got a scalar.")
-    rows, classes = scores.shape[:-1], scores.shape[-1]
     labels = jnp.asarray(labels)
+    if labels.dtype == jnp.bool_ and (labels.ndim == 1 or scores.shape[-1] == 1):
+        labels = labels.astype(jnp.int32)
     check_real("labels", labels)
     are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
+    if are_classes and scores.ndim == labels.ndim == 1:
+        scores = scores[:, None]
+    rows, classes = scores.shape[:-1], scores.shape[-1]
     wanted = rows if are_classes else scores.shape
     if labels.shape != wanted:
         kind = "classes" if are_classes else "distributions"
@@ -103,17 +154,19 @@ def as_examples(
         )
     # A search has no derivatives worth the name.
     scores, labels = lax.stop_gradient((scores, labels))
-    weights = jnp.ones(rows, dtype)
-    if class_weights is not None:
-        weights = _label_weights(labels, class_weights, classes, dtype)
-    if where is not None:
-        weights = jnp.where(check_mask(where, rows), weights, 0)
     n = math.prod(rows)
-    return Examples(
-        scores.reshape(n, classes),
-        labels.reshape((n,) if are_classes else (n, classes)),
-        weights.reshape(n),
-    )
+    scores = scores.reshape(n, classes)
+    labels = labels.reshape((n,) if are_classes else (n, classes))
+    if classes == 1 and not are_classes:
+        labels = jnp.concatenate([1 - labels, labels], 1)
+    counted = lax.stop_gradient(row_weights(weights, rows, dtype)).reshape(n)
+    if class_weights is not None:
+        of_labels = _label_weights(labels, class_weights, max(classes, 2), dtype)
+        counted = jnp.where(counted == 0, 0, counted * of_labels)
+    if where is not None:
+        takes_part = jnp.broadcast_to(check_mask(where, rows), rows)
+        counted = jnp.where(takes_part.reshape(n), counted, 0)
+    return Examples(scores, labels, counted)
 
 
 def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype: Any) -> Array:
@@ -172,8 +225,9 @@ def spread(examples: Examples) -> Array:
     """The root mean square of the logits' distance from their row's mean, infinite ones apart."""
 
     def moments(block: Examples) -> tuple[Array, Array]:
-        counted = jnp.isfinite(block.logits) & (block.weights[:, None] > 0)
-        finite = jnp.where(counted, block.logits / largest, 0)
+        logits = block.logits if block.logits.shape[1] != 1 else _both_columns(block.logits)
+        counted = jnp.isfinite(logits) & (block.weights[:, None] > 0)
+        finite = jnp.where(counted, logits / largest, 0)
         counts = indicator(counted, finite.dtype)
         mean = jnp.sum(finite, 1) / jnp.maximum(jnp.sum(counts, 1), 1)
         return jnp.sum(jnp.where(counted, finite - mean[:, None], 0) ** 2), jnp.sum(counts)

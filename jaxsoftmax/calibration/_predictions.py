@@ -102,21 +102,29 @@ class Events:
 
 
 def measure(fun: Callable[P, R]) -> Callable[P, R]:
-    """Jits a measure of `(probs, labels, where, *, weights, ...)`.
+    """Jits a measure of `(probs, labels, where, *, weights, ...)`; see `explained`."""
+    return explained(public(fun), _what_is_wrong)
+
+
+def explained(
+    fun: Callable[P, R], what_is_wrong: Callable[..., dict[str, Array]]
+) -> Callable[P, R]:
+    """`fun`, with an error outside of jit that says where NaN comes from, if that is known.
 
     What can't be, such as logits for probabilities, makes NaN of the answer while tracing, for
-    numbers are not known then. Where they are known, an error says what was wrong.
+    numbers are not known then.
+
+    Args:
+      fun: gives NaN if something is wrong with its arguments.
+      what_is_wrong: tells, from the same arguments by name, in a form for `raise_first`.
     """
-    jitted = public(fun)
     signature = inspect.signature(fun)
 
     @functools.wraps(fun)
     def answer(*args: P.args, **kwargs: P.kwargs) -> R:
-        result = jitted(*args, **kwargs)
+        result = fun(*args, **kwargs)
         if has_nan(result):
-            given = signature.bind(*args, **kwargs).arguments
-            names = ("probs", "labels", "where", "weights")
-            raise_first(_what_is_wrong(*(given.get(name) for name in names)))
+            raise_first(what_is_wrong(**signature.bind(*args, **kwargs).arguments))
         return result
 
     return cast(Callable[P, R], answer)
@@ -138,7 +146,11 @@ def raise_first(faults: dict[str, Array]) -> None:
 
 
 def _what_is_wrong(
-    probs: ArrayLike, labels: ArrayLike, where: ArrayLike | None, weights: ArrayLike | None
+    probs: ArrayLike,
+    labels: ArrayLike,
+    where: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    **_: Any,
 ) -> dict[str, Array]:
     probs, labels, rows = _checked(probs, labels)
     counts = _weights(rows, where, weights, probs.dtype) != 0

@@ -7,10 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._scores import check_real
-from jaxsoftmax.calibration._examples import Examples, as_examples, mean_loss, spread
+from jaxsoftmax.calibration._examples import Examples, as_examples, fit, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.calibration._temperature import best_temperature
 from jaxsoftmax.losses import cross_entropy
@@ -22,20 +21,22 @@ _MEMORY = 10
 Params = tuple[Array, Array]
 
 
-@public_with_loss
+@fit
 def fit_vector_scaling(
     logits: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
     penalty: ArrayLike = 0.0,
+    intercept_penalty: ArrayLike | None = None,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     class_weights: Real[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> tuple[Float[Array, " classes"], Float[Array, " classes"]]:
     r"""A scale and a bias per class that make held-out labels most likely.
 
     .. math:: \arg\min_{a, b} \frac{\sum_n w_{y_n} L(a \odot z_n + b, y_n)}{\sum_n w_{y_n}}
-              + \frac{\lambda}{k} \sum_j \big[ (t a_j - 1)^2 + b_j^2 \big]
+              + \frac{\lambda}{k} \sum_j (t a_j - 1)^2 + \frac{\mu}{k} \sum_j b_j^2
 
     for `k` classes, with the temperature `t` of `fit_temperature`: a penalty keeps the fit close to
     temperature scaling where examples are few, or told apart without a mistake.
@@ -47,21 +48,26 @@ def fit_vector_scaling(
 
     Args:
       logits: scores of held-out examples, as they go into the mapping. Infinite ones stay as they
-        are.
+        are. A single column, or (n,) beside labels (n,), is of class 1 of two: the fit is Platt's,
+        for `sigmoid(logits * scale + bias)`.
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
-      penalty: the strength `lambda`; a negative one gives NaN.
-      class_weights: how much a row of each class counts; default 1, negative ones give NaN. A row
-        whose label is a distribution counts their mean.
+      penalty: the strength `lambda`.
+      intercept_penalty: the strength `mu`; default `penalty`.
+      weights: how much each row counts; default 1.
+      class_weights: how much a row of each class counts beside; default 1. A row whose label is a
+        distribution counts their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
       `(scale, bias)`, each with one number per class, for `softmax(logits * scale + bias)`. NaN
-      where the loss of a row that counts is, for instance for a class out of range.
+      where the loss of a row that counts is.
 
     Raises:
       TypeError: if `logits` or `penalty` is not real, `where` not boolean, or `labels` not numbers.
-      ValueError: if shapes do not fit, or `loss` does not give one value per row.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row. Outside of jit,
+        also for a class out of range or a negative weight or penalty. While tracing, that gives
+        NaN.
 
     Example:
       These logits rank rightly, but favor class 0 by 2:
@@ -79,7 +85,8 @@ def fit_vector_scaling(
       Guo, Pleiss, Sun & Weinberger, 2017: On calibration of modern neural networks
       (arXiv:1706.04599).
     """
-    examples = as_examples(logits, labels, where, class_weights)
+    examples = as_examples(logits, labels, where, weights, class_weights)
+    loss_of = examples.loss(loss)
     width = spread(examples)
     unit = jnp.where(width == 0, 1, width)
 
@@ -87,16 +94,17 @@ def fit_vector_scaling(
         scale, bias = _bounded(params)
         finite = jnp.isfinite(block.logits)
         scaled = jnp.where(finite, block.logits, 0) / unit * scale[None] + bias[None]
-        return loss(jnp.where(finite, scaled, block.logits), block.labels)
+        return loss_of(jnp.where(finite, scaled, block.logits), block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
-    strength = _strength("penalty", penalty, unit)
+    of_scales = _strength("penalty", None, penalty, unit)
+    of_biases = _strength("intercept_penalty", intercept_penalty, penalty, unit)
     tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss, width))
 
     def objective(params: Params) -> Array:
         scale, bias = _bounded(params)
-        distance = jnp.mean((scale / tempered - 1) ** 2) + jnp.mean(bias**2)
-        return data_term(params) + strength * distance
+        distance = jnp.mean((scale / tempered - 1) ** 2)
+        return data_term(params) + of_scales * distance + of_biases * jnp.mean(bias**2)
 
     start = tempered, jnp.zeros_like(tempered)
     params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
@@ -104,14 +112,16 @@ def fit_vector_scaling(
     return scale / unit, bias
 
 
-@public_with_loss
+@fit
 def fit_matrix_scaling(
     logits: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
-    off_diagonal_penalty: ArrayLike = 1.0,
-    intercept_penalty: ArrayLike = 1.0,
+    penalty: ArrayLike = 1.0,
+    off_diagonal_penalty: ArrayLike | None = None,
+    intercept_penalty: ArrayLike | None = None,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     class_weights: Real[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> tuple[Float[Array, "classes classes"], Float[Array, " classes"]]:
@@ -128,24 +138,28 @@ def fit_matrix_scaling(
     to 1000, either way. The result has no derivatives.
 
     Args:
-      logits: finite scores of held-out examples, as they go into the mapping.
+      logits: finite scores of held-out examples, as they go into the mapping. A single column, or
+        (n,) beside labels (n,), is of class 1 of two: the fit is that of one scale and one bias.
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
-      off_diagonal_penalty: the strength `lambda`; a negative one gives NaN.
-      intercept_penalty: the strength `mu`; a negative one gives NaN.
-      class_weights: how much a row of each class counts; default 1, negative ones give NaN. A row
-        whose label is a distribution counts their mean.
+      penalty: the strength of both penalties, unless they are given.
+      off_diagonal_penalty: the strength `lambda`.
+      intercept_penalty: the strength `mu`.
+      weights: how much each row counts; default 1.
+      class_weights: how much a row of each class counts beside; default 1. A row whose label is a
+        distribution counts their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
       `(weight, bias)` of shapes (classes, classes) and (classes,), for `softmax(logits @ weight +
-      bias)`. NaN where the loss of a row that counts is, for instance for a class out of range, and
-      where one of its logits is infinite.
+      bias)`. NaN where the loss of a row that counts is, and where one of its logits is infinite.
 
     Raises:
       TypeError: if `logits` or a penalty is not real, `where` not boolean, or `labels` not
         numbers.
-      ValueError: if shapes do not fit, or `loss` does not give one value per row.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row. Outside of jit,
+        also for a class out of range or a negative weight or penalty. While tracing, that gives
+        NaN.
 
     Example:
       What is scored as class 2 is often class 1:
@@ -164,16 +178,17 @@ def fit_matrix_scaling(
       Kull, Perello-Nieto, Kangsepp, Silva Filho, Song & Flach, 2019: Beyond temperature scaling
       (arXiv:1910.12656).
     """
-    examples = as_examples(logits, labels, where, class_weights)
+    examples = as_examples(logits, labels, where, weights, class_weights)
+    loss_of = examples.loss(loss)
     width, classes = spread(examples), examples.logits.shape[1]
     unit = jnp.where(width == 0, 1, width)  # what the parameters that multiply are measured in
     identity = jnp.eye(classes, dtype=examples.dtype)
-    across = _strength("off_diagonal_penalty", off_diagonal_penalty, unit)
-    along = _strength("intercept_penalty", intercept_penalty, unit)
+    across = _strength("off_diagonal_penalty", off_diagonal_penalty, penalty, unit)
+    along = _strength("intercept_penalty", intercept_penalty, penalty, unit)
 
     def scaled_loss(params: Params, block: Examples) -> Array:
         weight, bias = _bounded(params)
-        return loss((block.logits / unit) @ weight + bias[None], block.labels)
+        return loss_of((block.logits / unit) @ weight + bias[None], block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
 
@@ -189,8 +204,9 @@ def fit_matrix_scaling(
     return weight / unit, bias
 
 
-def _strength(name: str, value: ArrayLike, like: Array) -> Array:
+def _strength(name: str, value: ArrayLike | None, of_all: ArrayLike, like: Array) -> Array:
     """The strength of a penalty; NaN if it is negative, and so is all that comes of it."""
+    name, value = ("penalty", of_all) if value is None else (name, value)
     value = jnp.asarray(value)
     check_real(name, value)
     if value.shape:

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._elementary import nan_unless
-from jaxsoftmax.calibration._examples import Examples, Loss, as_examples, mean_loss, spread
+from jaxsoftmax.calibration._examples import Examples, Loss, as_examples, fit, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.losses import cross_entropy
 
@@ -19,12 +18,13 @@ from jaxsoftmax.losses import cross_entropy
 _MAX_RATIO = 1000.0
 
 
-@public_with_loss
+@fit
 def fit_temperature(
     logits: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows classes"],
     where: Bool[ArrayLike, "*rows"] | None = None,
     *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
     class_weights: Real[ArrayLike, " classes"] | None = None,
     loss: Callable[[Array, Array], Array] = cross_entropy,
 ) -> Float[Array, ""]:
@@ -41,21 +41,23 @@ def fit_temperature(
     The result has no derivatives. Under `vmap` there is one temperature per head or group.
 
     Args:
-      logits: scores of held-out examples, as they go into the mapping.
+      logits: scores of held-out examples, as they go into the mapping. A single column, or (n,)
+        beside labels (n,), is of class 1 of two, for `sigmoid(logits / t)`.
       labels: their integer classes, or distributions over the classes.
       where: the rows that count, for instance to leave out padding; default all.
-      class_weights: how much a row of each class counts; default 1, negative ones give NaN. A row
-        whose label is a distribution counts their mean.
+      weights: how much each row counts; default 1.
+      class_weights: how much a row of each class counts beside; default 1. A row whose label is a
+        distribution counts their mean.
       loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
 
     Returns:
       The temperature `t`, a scalar, for `softmax(logits / t)`. NaN where the loss of a row that
-      counts is, for instance for a class out of range. Rows of infinite loss, of a class that the
-      logits rule out, have no say.
+      counts is. Rows of infinite loss, of a class that the logits rule out, have no say.
 
     Raises:
       TypeError: if `logits` is not real, `where` not boolean, or `labels` not numbers.
-      ValueError: if shapes do not fit, or `loss` does not give one value per row.
+      ValueError: if shapes do not fit, or `loss` does not give one value per row. Outside of jit,
+        also for a class out of range or a negative weight. While tracing, that gives NaN.
 
     Example:
       Of these predictions, made with probability 0.98, a quarter is wrong:
@@ -71,7 +73,7 @@ def fit_temperature(
       Guo, Pleiss, Sun & Weinberger, 2017: On calibration of modern neural networks
       (arXiv:1706.04599).
     """
-    examples = as_examples(logits, labels, where, class_weights)
+    examples = as_examples(logits, labels, where, weights, class_weights)
     return best_temperature(examples, loss, spread(examples))
 
 
@@ -79,7 +81,7 @@ def best_temperature(examples: Examples, loss: Loss, scale: Array) -> Array:
     """The temperature of `fit_temperature`, given the spread of the logits."""
     constant = scale == 0
     scale = jnp.where(constant, 1, scale)
-    tempered_loss = functools.partial(_tempered_loss, loss, scale)
+    tempered_loss = functools.partial(_tempered_loss, examples.loss(loss), scale)
 
     def mean_loss_within(examples: Examples) -> Callable[[Array], Array]:
         mean = mean_loss(examples, tempered_loss)
