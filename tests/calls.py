@@ -71,6 +71,11 @@ CALLS = {
     "calibration.fit_temperature": (calibration.fit_temperature, (LOGITS, CLASSES)),
     "calibration.fit_vector_scaling": (calibration.fit_vector_scaling, (LOGITS, CLASSES)),
     "calibration.fit_matrix_scaling": (calibration.fit_matrix_scaling, (LOGITS, CLASSES)),
+    "calibration.beta_scaling": (calibration.beta_scaling, (PROBS, *np.ones((3, 5), "float32"))),
+    "calibration.isotonic": (
+        calibration.isotonic,
+        (PROBS, *np.linspace([0, 0.1], [1, 0.9], 4, axis=1, dtype="float32")[:, None].repeat(5, 1)),
+    ),
     **{
         f"calibration.{name}": (getattr(calibration, name), (PROBS, CLASSES))
         for name in (
@@ -82,6 +87,8 @@ CALLS = {
             "brier_decomposition",
             "negative_log_likelihood",
             "reliability_curve",
+            "fit_beta_scaling",
+            "fit_isotonic",
         )
     },
 }

@@ -7,6 +7,10 @@ from jaxsoftmax.calibration._errors import (
 )
 from jaxsoftmax.calibration._errors import expected_calibration_error as expected_calibration_error
 from jaxsoftmax.calibration._errors import maximum_calibration_error as maximum_calibration_error
+from jaxsoftmax.calibration._one_by_one import beta_scaling as beta_scaling
+from jaxsoftmax.calibration._one_by_one import fit_beta_scaling as fit_beta_scaling
+from jaxsoftmax.calibration._one_by_one import fit_isotonic as fit_isotonic
+from jaxsoftmax.calibration._one_by_one import isotonic as isotonic
 from jaxsoftmax.calibration._proper import BrierDecomposition as BrierDecomposition
 from jaxsoftmax.calibration._proper import brier_decomposition as brier_decomposition
 from jaxsoftmax.calibration._proper import brier_score as brier_score

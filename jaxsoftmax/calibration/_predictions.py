@@ -80,6 +80,11 @@ class Predictions:
         return lax.map(of_one, (self.probs.T, self.came_true().T))
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("value", "outcome", "weights"),
+    meta_fields=(),
+)
 @dataclasses.dataclass(frozen=True)
 class Events:
     """Predictions of one event each.
@@ -150,6 +155,7 @@ def _what_is_wrong(
     labels: ArrayLike,
     where: ArrayLike | None = None,
     weights: ArrayLike | None = None,
+    penalty: ArrayLike | None = None,
     **_: Any,
 ) -> dict[str, Array]:
     probs, labels, rows = _checked(probs, labels)
@@ -160,7 +166,8 @@ def _what_is_wrong(
         probs, beyond
     )
     faults |= wrong_labels(labels, max(probs.shape[-1], 2), counts)
-    return faults | wrong_weights("weights", weights, counts)
+    faults |= wrong_weights("weights", weights, counts)
+    return faults | wrong_weights("penalty", penalty, True)
 
 
 def wrong_labels(labels: Array, classes: int, counts: Array) -> dict[str, Array]:

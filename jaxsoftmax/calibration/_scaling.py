@@ -97,8 +97,8 @@ def fit_vector_scaling(
         return loss_of(jnp.where(finite, scaled, block.logits), block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
-    of_scales = _strength("penalty", None, penalty, unit)
-    of_biases = _strength("intercept_penalty", intercept_penalty, penalty, unit)
+    of_scales = strength("penalty", None, penalty, unit)
+    of_biases = strength("intercept_penalty", intercept_penalty, penalty, unit)
     tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss, width))
 
     def objective(params: Params) -> Array:
@@ -183,8 +183,8 @@ def fit_matrix_scaling(
     width, classes = spread(examples), examples.logits.shape[1]
     unit = jnp.where(width == 0, 1, width)  # what the parameters that multiply are measured in
     identity = jnp.eye(classes, dtype=examples.dtype)
-    across = _strength("off_diagonal_penalty", off_diagonal_penalty, penalty, unit)
-    along = _strength("intercept_penalty", intercept_penalty, penalty, unit)
+    across = strength("off_diagonal_penalty", off_diagonal_penalty, penalty, unit)
+    along = strength("intercept_penalty", intercept_penalty, penalty, unit)
 
     def scaled_loss(params: Params, block: Examples) -> Array:
         weight, bias = _bounded(params)
@@ -204,7 +204,7 @@ def fit_matrix_scaling(
     return weight / unit, bias
 
 
-def _strength(name: str, value: ArrayLike | None, of_all: ArrayLike, like: Array) -> Array:
+def strength(name: str, value: ArrayLike | None, of_all: ArrayLike, like: Array) -> Array:
     """The strength of a penalty; NaN if it is negative, and so is all that comes of it."""
     name, value = ("penalty", of_all) if value is None else (name, value)
     value = jnp.asarray(value)

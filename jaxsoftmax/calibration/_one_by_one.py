@@ -1,0 +1,309 @@
+"""Probabilities mended class by class: beta calibration and isotonic regression."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
+
+from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._scores import as_scores, output_dtype, public
+from jaxsoftmax.calibration._minimize import minimize, precise
+from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
+from jaxsoftmax.calibration._scaling import strength
+
+# No parameter is fitted beyond this.
+_LIMIT = 1000.0
+
+
+@measure
+def fit_beta_scaling(
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    penalty: ArrayLike = 0.0,
+    weights: Real[ArrayLike, "*rows"] | None = None,
+) -> tuple[Float[Array, " classes"], Float[Array, " classes"], Float[Array, " classes"]]:
+    r"""Three numbers per class that make held-out labels most likely, each class for itself.
+
+    .. math:: \arg\min_{a, b \ge 0, c} \frac1n \sum_i \Big[ \log(1 + e^{z_i}) - y_i z_i \Big]
+              + \frac{\lambda}{3} \big[ (a - 1)^2 + (b - 1)^2 + c^2 \big],
+              \quad z_i = a \log p_i - b \log(1 - p_i) + c
+
+    for the probabilities `p` of a class, with 1 or 0 in `y` where it came true or not. Other than
+    scaling of logits this bends both ends of a curve, one by `a` and one by `b`, and the identity
+    is among its curves. It needs no logits.
+
+    Found by L-BFGS with a line search that starts at the identity. `a` and `b` are sought up to
+    1000, `c` up to 1000 either way. The result has no derivatives.
+
+    Args:
+      probs: predicted probabilities of held-out examples. A single column, or (n,) beside labels
+        (n,), is of one event per row: class 1 of two, for instance.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      penalty: the strength `lambda`.
+      weights: how much each row counts; default 1.
+
+    Returns:
+      `(a, b, c)`, each with one number per column, for `beta_scaling(probs, a, b, c)`. The identity
+      where no row counts, NaN if a row that counts holds NaN.
+
+    Raises:
+      TypeError: if `probs` or `penalty` is not real or `labels` holds no integers.
+      ValueError: if shapes do not fit. Outside of jit, also if a row that counts holds no
+        probabilities (but for rounding), no class or a negative weight, or `penalty` is negative.
+        While tracing, that gives NaN.
+
+    Example:
+      Of what was predicted with probability 0.9 three quarters came true, of 0.2 a fifth:
+
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> p = jnp.repeat(jnp.array([0.9, 0.2, 0.5]), 20)
+      >>> came_true = jnp.tile(jnp.arange(20), 3) < jnp.repeat(jnp.array([15, 4, 8]), 20)
+      >>> a, b, c = jsm.calibration.fit_beta_scaling(p, came_true)
+      >>> jnp.set_printoptions(precision=2, suppress=True)
+      >>> print(jsm.calibration.beta_scaling(jnp.array([0.2, 0.5, 0.9]), a, b, c))
+      [0.2  0.4  0.75]
+
+    References:
+      Kull, Silva Filho & Flach, 2017: Beta calibration: a well-founded and easily implemented
+      improvement on logistic calibration for binary classifiers.
+    """
+    predictions = as_predictions(probs, labels, where, weights)
+    pull = strength("penalty", None, penalty, predictions.probs)
+    return predictions.of_each_class(lambda events: _fit_beta(lax.stop_gradient(events), pull))
+
+
+def _fit_beta(events: Events, pull: Array) -> tuple[Array, Array, Array]:
+    both = jnp.stack(_logs(events.value))
+    total = jnp.sum(events.weights)
+    shares = events.weights / jnp.where(total == 0, 1, total)
+    # Logs in units of their size, and roots of what may not be negative.
+    unit = jnp.sqrt(jnp.sum(shares[None] * both**2, 1))
+    unit = jnp.where(unit > 0, unit, 1)
+    roots = jnp.sqrt(unit)
+
+    def parameters(params: tuple[Array, Array]) -> tuple[Array, Array]:
+        slopes, shift = params
+        return jnp.minimum(slopes**2 / unit, _LIMIT), jnp.clip(shift, -_LIMIT, _LIMIT)
+
+    def objective(params: tuple[Array, Array]) -> Array:
+        slopes, shift = parameters(params)
+        z = slopes @ both + shift
+        distance = (jnp.sum((slopes - 1) ** 2) + shift**2) / 3
+        return jnp.sum(shares * (jax.nn.softplus(z) - events.outcome * z)) + pull * distance
+
+    start = roots, jnp.zeros_like(total)
+    params, value = minimize(objective, start, precise(both.dtype), memory=10)
+    slopes, shift = parameters(params)
+    known = ~jnp.isnan(value)
+    return nan_unless(known, slopes[0]), nan_unless(known, slopes[1]), nan_unless(known, shift)
+
+
+def _logs(p: Array) -> tuple[Array, Array]:
+    """`log p` and `-log(1 - p)`, finite."""
+    limits = jnp.finfo(p.dtype)
+    return jnp.log(jnp.maximum(p, limits.tiny)), -jnp.log1p(-jnp.minimum(p, 1 - limits.eps))
+
+
+@public
+def beta_scaling(
+    probs: Real[ArrayLike, "*rows classes"],
+    a: Real[ArrayLike, " classes"],
+    b: Real[ArrayLike, " classes"],
+    c: Real[ArrayLike, " classes"],
+) -> Float[Array, "*rows classes"]:
+    r"""Probabilities with both ends of their curve bent; see `fit_beta_scaling`.
+
+    .. math:: \hat p_k = \sigma\big(a_k \log p_k - b_k \log(1 - p_k) + c_k\big),
+              \quad q_k = \hat p_k \Big/ \sum_j \hat p_j
+
+    Of a single column, or (n,) with parameters of one, there is nothing to divide by.
+
+    Args:
+      probs: probabilities.
+      a: what multiplies `log p`.
+      b: what multiplies `-log(1 - p)`.
+      c: what is added.
+
+    Returns:
+      Probabilities of the shape and dtype of `probs`.
+
+    Raises:
+      TypeError: if an argument is not real.
+      ValueError: if there are not as many parameters as columns.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> a, b, c = jnp.array([[1.0], [1.0], [0.0]])  # the identity
+      >>> print(jsm.calibration.beta_scaling(jnp.array([0.25, 0.5]), a, b, c))
+      [0.25 0.5 ]
+
+    References:
+      Kull, Silva Filho & Flach, 2017: Beta calibration.
+    """
+    parameters = tuple(as_scores(x, name) for name, x in (("a", a), ("b", b), ("c", c)))
+
+    def of_class(p: Array, a: Array, b: Array, c: Array) -> Array:
+        rises, falls = _logs(p)
+        return jax.nn.sigmoid(a * rises + b * falls + c)
+
+    return _class_by_class(of_class, probs, dict(zip("abc", parameters, strict=True)))
+
+
+@measure
+def fit_isotonic(
+    probs: Real[ArrayLike, "*rows classes"],
+    labels: Integer[ArrayLike, "*rows"],
+    where: Bool[ArrayLike, "*rows"] | None = None,
+    *,
+    weights: Real[ArrayLike, "*rows"] | None = None,
+) -> tuple[Float[Array, "classes points"], Float[Array, "classes points"]]:
+    r"""The rising function of each class's probability that is nearest to what came true.
+
+    .. math:: \arg\min_{f_1 \le f_2 \le \dots} \sum_i w_i (f_i - y_i)^2
+
+    over the examples in the order of their probabilities, equal ones sharing a value; with 1 or 0
+    in `y`. It assumes no form but the order, and so needs more examples than the fits by few
+    numbers: a thousand and more.
+
+    Found by pooling of neighbors that are in the wrong order, all such pairs at once, again and
+    again until there are none. The result has no derivatives.
+
+    Args:
+      probs: predicted probabilities of held-out examples. A single column, or (n,) beside labels
+        (n,), is of one event per row: class 1 of two, for instance.
+      labels: integer classes; of events, 1 or True where it came true.
+      where: the rows that count, for instance to leave out padding; default all.
+      weights: how much each row counts; default 1.
+
+    Returns:
+      `(points, values)`, a row for each column, for `isotonic(probs, points, values)`: the
+      probabilities of the examples in ascending order, with what comes true of them. There are two
+      more points than rows; points repeat. The identity where no row counts, NaN if a row that
+      counts holds NaN.
+
+    Raises:
+      TypeError: if `probs` is not real or `labels` holds no integers.
+      ValueError: if shapes do not fit. Outside of jit, also if a row that counts holds no
+        probabilities (but for rounding), no class or a negative weight. While tracing, that gives
+        NaN.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> p = jnp.array([0.1, 0.2, 0.3, 0.6, 0.7, 0.9])
+      >>> points, values = jsm.calibration.fit_isotonic(p, jnp.array([0, 1, 0, 1, 0, 1]))
+      >>> print(jsm.calibration.isotonic(p, points, values))
+      [0.  0.5 0.5 0.5 0.5 1. ]
+
+    References:
+      Zadrozny & Elkan, 2002: Transforming classifier scores into accurate multiclass probability
+      estimates; Barlow et al., 1972: Statistical inference under order restrictions.
+    """
+    predictions = as_predictions(probs, labels, where, weights)
+    return predictions.of_each_class(lambda events: _fit_isotonic(lax.stop_gradient(events)))
+
+
+def _fit_isotonic(events: Events) -> tuple[Array, Array]:
+    # Two more that do not count, for a line is drawn between two.
+    x, y, w = (jnp.pad(x, (0, 2)) for x in (events.value, events.outcome, events.weights))
+    # What does not count is put beside the largest that does.
+    x = jnp.where(w == 0, jnp.max(jnp.where(w == 0, 0, x)), x)
+    x, y, w = lax.sort((x, y, w), num_keys=1)
+    starts = jnp.concatenate([jnp.zeros(1, bool), x[1:] != x[:-1]])
+    rises = _pool(w * y, w, jnp.cumsum(starts, dtype=jnp.int32))
+    total = jnp.sum(w)
+    line = jnp.linspace(0, 1, x.size, dtype=x.dtype)
+    return jnp.where(total == 0, line, x), jnp.where(total == 0, line, rises)
+
+
+def _pool(sums: Array, weights: Array, block: Array) -> Array:
+    """The mean of the block that each example ends in, given that of the start.
+
+    Of two neighboring blocks that do not rise both are in one block of the solution, and so are all
+    of a run of such.
+    """
+    n = block.size
+
+    def merged(parts: Array, block: Array) -> Array:
+        return jax.vmap(lambda x: jax.ops.segment_sum(x, block, n, indices_are_sorted=True))(parts)
+
+    def means(parts: Array) -> Array:
+        sums, weights = parts
+        # Blocks that are no more are above all.
+        return jnp.where(weights == 0, jnp.inf, sums / jnp.where(weights == 0, 1, weights))
+
+    def step(carry: tuple) -> tuple:
+        parts, block, _ = carry
+        mean = means(parts)
+        rises = jnp.concatenate([jnp.zeros(1, bool), mean[1:] > mean[:-1]])
+        into = jnp.cumsum(rises, dtype=jnp.int32)
+        return merged(parts, into), into[block], jnp.any(into[block] != block)
+
+    start = merged(jnp.stack([sums, weights]), block), block, jnp.ones((), bool)
+    parts, block, _ = lax.while_loop(lambda carry: carry[-1], step, start)
+    return means(parts)[block]
+
+
+@public
+def isotonic(
+    probs: Real[ArrayLike, "*rows classes"],
+    points: Real[ArrayLike, "classes points"],
+    values: Real[ArrayLike, "classes points"],
+) -> Float[Array, "*rows classes"]:
+    r"""Probabilities by rising functions of them, one per class; see `fit_isotonic`.
+
+    .. math:: q_k = f_k(p_k) \Big/ \sum_j f_j(p_j)
+
+    with `f` straight between its points and level beyond them. Rows that would be all 0 are even.
+    Of a single column, or (n,) with one function, there is nothing to divide by.
+
+    Args:
+      probs: probabilities.
+      points: where each class's function is known, ascending.
+      values: what it is there.
+
+    Returns:
+      Probabilities of the shape and dtype of `probs`.
+
+    Raises:
+      TypeError: if an argument is not real.
+      ValueError: if there are not as many functions as columns.
+
+    Example:
+      >>> import jax.numpy as jnp, jaxsoftmax as jsm
+      >>> points, values = jnp.array([[0.0, 1.0]]), jnp.array([[0.5, 1.0]])
+      >>> print(jsm.calibration.isotonic(jnp.array([0.0, 0.5]), points, values))
+      [0.5  0.75]
+
+    References:
+      Zadrozny & Elkan, 2002: Transforming classifier scores into accurate multiclass probability
+      estimates.
+    """
+    parameters = {"points": as_scores(points, "points"), "values": as_scores(values, "values")}
+    return _class_by_class(jnp.interp, probs, parameters)
+
+
+def _class_by_class(
+    fun: Callable[..., Array], probs: ArrayLike, parameters: dict[str, Array]
+) -> Array:
+    """`fun(probs, *parameters)` of each column, made to sum to 1 if there are several."""
+    p = as_scores(probs, "probs")
+    counts = {name: x.shape[0] if x.ndim else 0 for name, x in parameters.items()}
+    column = p.ndim == 1 and set(counts.values()) == {1}
+    columns = p.reshape(-1, 1) if column else p.reshape(-1, p.shape[-1] if p.ndim else 0)
+    for name, count in counts.items():
+        if count != columns.shape[1]:
+            raise ValueError(
+                f"{name} must be of {columns.shape[1]} classes, as probs of shape {p.shape}, got "
+                f"shape {parameters[name].shape}."
+            )
+    values = tuple(x.astype(p.dtype) for x in parameters.values())
+    mended = jax.vmap(fun)(columns.T, *values).T
+    if columns.shape[1] > 1:
+        total = jnp.sum(mended, 1, keepdims=True)
+        mended = jnp.where(total == 0, 1, mended) / jnp.where(total == 0, columns.shape[1], total)
+    return mended.reshape(p.shape).astype(output_dtype(probs))
