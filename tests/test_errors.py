@@ -85,7 +85,11 @@ SENTENCES = [
         "num_iterations must be an integer, got float.",
         lambda: jsm.sinkhorn(X, num_iterations=2.0),
     ),
-    (TypeError, "k must be an integer or an array of such, got float.", lambda: jsm.top_k_mask(X, 1.5)),
+    (
+        TypeError,
+        "k must be an integer or an array of such, got float.",
+        lambda: jsm.top_k_mask(X, 1.5),
+    ),
     (
         TypeError,
         "num_bins must be an integer, got str.",
