@@ -8,17 +8,14 @@ import dataclasses
 import io
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from PIL import Image
 
 from benchmarks.measuring import Result, Spread
+
+if TYPE_CHECKING:  # what only measures needs no matplotlib
+    from matplotlib.axes import Axes
 
 _INK, _FAINT, _GRID = "#1d2430", "#6b7380", "#e6e8ec"
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#AA4499", "#B8860B", "#56B4E9", "#882255")
@@ -66,7 +63,7 @@ class Growth:
         """In inches."""
         return _GROWTH_HEIGHT
 
-    def draw(self, ax: Axes, results: Sequence[Result]) -> None:
+    def draw(self, ax: "Axes", results: Sequence[Result]) -> None:
         """Draws it."""
         lines: dict[str, list[Result]] = {}
         for result in results:
@@ -85,7 +82,7 @@ class Growth:
         ax.set(xscale="log", yscale="log", xlabel=self.x_label, ylabel=self.y_label)
         sizes = sorted({result.x for line in lines.values() for result in line})
         ax.set_xticks(sizes, [f"{x:,.0f}" for x in sizes])
-        ax.xaxis.set_minor_locator(NullLocator())
+        ax.set_xticks([], minor=True)
         _plain_numbers(ax.yaxis)
         _name_ends(ax, ends, colors)
 
@@ -114,7 +111,7 @@ class Ratios:
         """In inches."""
         return 1.2 + _ROW_HEIGHT * len({row for row, *_ in self._points(results)})
 
-    def draw(self, ax: Axes, results: Sequence[Result]) -> None:
+    def draw(self, ax: "Axes", results: Sequence[Result]) -> None:
         """Draws it."""
         points = self._points(results)
         rows = list(dict.fromkeys(row for row, *_ in points))
@@ -184,6 +181,11 @@ Panel = Growth | Ratios
 
 def save(path: Path, panels: Sequence[Panel], results: Sequence[Result]) -> None:
     """Draws the panels, one below the other."""
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from PIL import Image
+
     with matplotlib.rc_context(_STYLE):
         heights = [panel.height(results) for panel in panels]
         figure = Figure((_WIDTH, sum(heights)), dpi=_DOTS_PER_INCH, layout="constrained")
@@ -224,6 +226,8 @@ def _colors(results: Sequence[Result]) -> dict[str, str]:
 
 
 def _plain_numbers(axis: Any) -> None:
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     low, high = axis.get_view_interval()
     # One decade has room for numbers between.
     between = (1.0, 2.0, 5.0) if high / low < 100 else (1.0,)
@@ -232,7 +236,7 @@ def _plain_numbers(axis: Any) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _name_ends(ax: Axes, ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
+def _name_ends(ax: "Axes", ends: dict[str, tuple[float, float]], colors: dict[str, str]) -> None:
     """Writes names at the ends of lines, moved apart where they would overlap."""
     low, high = ax.get_ylim()
     apart = (high / low) ** 0.07

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Protocol
 
 import jax
-from tqdm import tqdm
 
 from benchmarks import charts, tables
 from benchmarks.environment import Environment
@@ -104,6 +103,8 @@ def _parser(topics: Sequence[Topic]) -> argparse.ArgumentParser:
 
 
 def _measure(topic: Topic, out: Path, quick: bool) -> Path:
+    from tqdm import tqdm
+
     environment = Environment()
     results: list[Result] = []
     with tqdm(topic.steps(quick), topic.name, leave=False) as progress:

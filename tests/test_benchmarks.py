@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import charts, measuring, tables
+from benchmarks import charts, measuring, on_device, tables
+from benchmarks.accelerators import Program
 from benchmarks.measuring import Comparison, Entry, Missing, Result, Spread, relate
 
 
@@ -142,3 +143,31 @@ def test_charts_show_what_was_found(tmp_path):
     )
     charts.save(tmp_path / "chart.png", panels, results)
     assert (tmp_path / "chart.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("actual", "wanted", "error"),
+    [
+        (np.float32([1, 2.5]), np.array([1, 2]), 0.25),
+        ((np.zeros(2), np.ones(2)), (np.zeros(2), np.full(2, 4.0)), 0.75),
+        (np.array([np.nan, -np.inf]), np.array([np.nan, -np.inf]), 0),
+        (np.array([np.nan, 1]), np.array([0, 1]), np.inf),
+        (np.ones(2), np.ones(3), np.inf),
+        (np.array(1e-9), np.array(0), 1e-3),  # as good as nothing
+    ],
+)
+def test_errors_on_a_device(actual, wanted, error):
+    assert on_device.error(actual, wanted) == pytest.approx(error)
+
+
+def test_what_does_not_work_on_a_device_is_a_line():
+    def broken(x):
+        raise ValueError("not | here")
+
+    entries = {"first": Entry(jnp.negative), "broken": Entry(broken, "first")}
+    program = Program("negate", entries, (jnp.ones(3, jnp.float32),))
+    first, line = on_device.measured(program, quick=True, deadline=np.inf)
+    assert line.quantities == {"result": "not measured: ValueError: not / here"}
+    assert first.quantities["time"].median > 0
+    late = on_device.measured(program, quick=True, deadline=0)
+    assert all("no time was left" in result.quantities["result"] for result in late)
