@@ -7,6 +7,10 @@ measured, written down and drawn is the same for all:
     transforms.py    gradients, tangents and products of a Hessian, of any function
     limits.py        what the machine can do at best: a copy, a matrix product
     peers.py         functions of other libraries, those that may be missing among them
+    ahead.py         programs for devices that are not there, and what they should take
+    hlo.py           the text of a compiled program
+    kernels.py       what such a program does
+    collectives.py   what of it crosses devices
     environment.py   the machine, versions, date and load
     tables.py        Markdown
     charts.py        pictures
