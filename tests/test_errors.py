@@ -360,13 +360,13 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "probs must have shape (n, classes), got shape (3,).",
+        "labels must have shape (3,), one per row of probs, got shape (2,).",
         lambda: cal.expected_calibration_error(X[0], Y),
     ),
     (
         ValueError,
-        "norm must be 1, 2 or inf, got 3.",
-        lambda: cal.expected_calibration_error(X, Y, norm=3),
+        "norm must be a number from 1 to inf, got 0.5.",
+        lambda: cal.expected_calibration_error(X, Y, norm=0.5),
     ),
     (
         ValueError,

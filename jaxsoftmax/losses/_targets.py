@@ -9,6 +9,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import checked
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
 from jaxsoftmax._scores import check_real, output_dtype
 from jaxsoftmax._sharding import share_like
@@ -104,7 +105,7 @@ def one_per_row(
 ) -> Array:
     """The losses as they are returned: NaN, without gradient, for a class out of range."""
     if isinstance(target, Classes):
-        loss = jnp.where(target.known, loss, jnp.nan)
+        loss = nan_unless(target.known, jnp.where(target.known, loss, 0))
     return rows.flatten(loss).astype(output_dtype(scores))
 
 
