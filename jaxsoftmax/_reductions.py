@@ -172,13 +172,13 @@ class Rows:
             return self.sum(entries)
         return on_local_cpu_or_else(by_parts, lambda *_: self.sum(entries), first, sink)
 
-    def max(self, entries: Entries) -> Array:
-        """The largest entry of each row, -inf in rows without entries."""
+    def max(self, entries: Entries, least: float = -jnp.inf) -> Array:
+        """The largest entry of each row, `least` where there is none that is larger."""
         first, *sink = entries
         if self.segment_ids is None:
-            local = jnp.max(first, self.axes, keepdims=True, initial=-jnp.inf)
+            local = jnp.max(first, self.axes, keepdims=True, initial=least)
         else:
-            local = self._per_segment("max", -jnp.inf, first)
+            local = self._per_segment("max", least, first)
         top = lax.pmax(local, self.names) if self.names else local
         return jnp.maximum(top, sink[0]) if sink else top
 

@@ -53,6 +53,10 @@ class Form:
       slopes_sum_to_one: whether they do, in each row where there are any but 0: those of softmax,
         which are its probabilities.
       is_fixed: whether no threshold is solved for, so that the Jacobian is `diag(s)`.
+      start: what `solve` returns but for its last number, which multiplies the weights and is 1
+        here: for those who come by the sum of the weights in another way. None: not known.
+      origin: `(*row values) -> tau` such that `weight(score, *row values)` is that of
+        `score - tau` with the row values 0 and 1. None: there is none.
     """
 
     solve: Callable[..., tuple[Array, ...]]
@@ -62,6 +66,8 @@ class Form:
     totals: Callable[..., tuple[Array, ...]] = _nothing
     slopes_sum_to_one: bool = False
     is_fixed: bool = False
+    start: Callable[..., tuple[Array, ...]] | None = None
+    origin: Callable[..., Array] | None = None
 
     def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
         """The probabilities; never differentiated."""

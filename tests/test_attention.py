@@ -315,6 +315,31 @@ def test_all_tilings_agree(tiling, tiled, rng):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 2.0**-20), (jnp.bfloat16, 2.0**-7)])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_scores_that_are_made_again_are_the_same(dtype, rounding, is_causal, tiled, rng):
+    """As on GPUs. Scores far from 0, which the products have to subtract, and values that are."""
+    q, k, v = inputs(rng)
+    q, k, v, sink = 5 * q + 3, k + 2, v + 4, rng.normal(size=N)
+    ct = rng.normal(size=(B, T, N, v.shape[-1]))
+    args = [x.astype(dtype) for x in (q, k, v, ct)] + [sink.astype(np.float32)]
+
+    def everything(q, k, v, ct, sink):
+        def attention(q, k, v, sink):
+            return attend(q, k, v, is_causal=is_causal, sink=sink, scale=0.3)
+
+        out, pull_back = jax.vjp(attention, q, k, v, sink)
+        return out, pull_back(ct)
+
+    exact = everything(*(x.astype(np.float64) for x in args))
+    tiled(Tiling(2**10, 2**10, 2**10, (1, T), 2, products_again=True))
+    found = jax.jit(lambda *args: everything(*args))(*args)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        np.testing.assert_allclose(
+            x.astype(np.float64), y, rtol=0, atol=4 * rounding * np.max(np.abs(y))
+        )
+
+
 @pytest.mark.parametrize(
     ("batch", "key_heads", "row_size", "rows", "group"),
     [

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -417,14 +418,14 @@ def _in_blocks(
     if parts_in_all(operands["query"]) > 1:
         cuts_of = functools.partial(_shared_cuts, block_size, operands["query"], sizes)
     else:
-        cuts_of = functools.partial(_cuts, block_size, rules, sizes)
+        cuts_of = functools.partial(_cuts, block_size, rules, operands["query"], sizes)
     default, cuts = cuts_of(TILING), {name: cuts_of(own) for name, own in TILINGS.items()}
     layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name]) for name in names]
     arrays = list(operands.values())
     return attend_in_blocks(prepare_of, default, cuts, layout, arrays, names.index("value"))
 
 
-def _cuts(block_size: int | None, rules: Rules, sizes: Sizes, tiling: Tiling) -> Cuts:
+def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:
     """How attention is cut where it is one device's own."""
     # Where positions are not known while tracing, no key is out of reach.
     known = all(isinstance(first, int) for first in rules.first[2:])
@@ -434,7 +435,7 @@ def _cuts(block_size: int | None, rules: Rules, sizes: Sizes, tiling: Tiling) ->
     # Of functions that are not ours it is not known which of their arrays belong to a head.
     if isinstance(rules.normalizer, Configured) and not rules.kv_names:
         per_head = sizes.heads // sizes.key_heads
-        rows = block_size or sizes.queries
+        rows = block_size or _rows_of_band(sizes, reach, tiling)
         row_size = per_head * sizes.keys
         batch, heads = tiling.group_sizes(sizes.batch, sizes.key_heads, row_size, rows)
         groups = Groups(sizes.batch // batch, sizes.key_heads // heads)
@@ -443,11 +444,16 @@ def _cuts(block_size: int | None, rules: Rules, sizes: Sizes, tiling: Tiling) ->
             forward = tiling.group
 
     def bands_of(scores: int) -> tuple[Band, ...]:
-        rows = block_size or tiling.block_rows(sizes.queries, together * sizes.keys, scores)
-        rows = min(rows, sizes.queries)
-        return bands(sizes.queries, sizes.keys, rows, reach, tiling.bands)
+        queries = _rows_of_band(sizes, reach, tiling)
+        rows = block_size or tiling.block_rows(queries, together * sizes.keys, scores)
+        return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach, tiling.bands)
 
-    return Cuts(groups, bands_of(forward), bands_of(backward))
+    return Cuts(groups, bands_of(forward), bands_of(backward), tiling.again(query.dtype))
+
+
+def _rows_of_band(sizes: Sizes, reach: Reach, tiling: Tiling) -> int:
+    """How many rows see one stretch of keys."""
+    return sizes.queries if reach == Reach() else math.ceil(sizes.queries / tiling.bands)
 
 
 def _shared_cuts(block_size: int | None, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:
@@ -460,7 +466,8 @@ def _shared_cuts(block_size: int | None, query: Array, sizes: Sizes, tiling: Til
         parts = parts_of(query, ROW_AXIS)
         return interleaved(sizes.queries, sizes.keys, rows * devices, parts)
 
-    return Cuts(Groups(), (band_of(tiling.forward),), (band_of(tiling.backward),))
+    again = tiling.again(query.dtype)
+    return Cuts(Groups(), (band_of(tiling.forward),), (band_of(tiling.backward),), again)
 
 
 def _aligned(x: Any) -> Any:

@@ -68,7 +68,7 @@ class Rules:
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("rows", "entries", "params", "row_values", "dropout"),
+    data_fields=("rows", "entries", "params", "row_values", "dropout", "factors"),
     meta_fields=("form",),
 )
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +82,7 @@ class Prepared:
       params: the parameters of the form.
       row_values: a number per row, (B, N, rows), if it was asked for.
       dropout: what weights are multiplied by, if any are dropped.
+      factors: queries, keys and a scale, if the scores are their product and nothing else.
     """
 
     form: Form
@@ -90,6 +91,7 @@ class Prepared:
     params: tuple[Array, ...]
     row_values: tuple[Array, ...]
     dropout: Array | None
+    factors: tuple[Array, Array, Array] | None
 
     def kept(self, weights: Array) -> Array:
         """The weights after dropout."""
@@ -126,7 +128,16 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     if rules.dropout_key is not None:
         dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
     row_values = () if row_value is None else (row_value(scores, **options),)
-    return Prepared(*found, row_values, dropout)
+    return Prepared(*found, row_values, dropout, _factors(rules, part))
+
+
+def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
+    changes = rules.score_mod, rules.mask_mod, rules.before, rules.after, rules.soft_cap
+    others = "bias", "mask", "query_lengths", "key_lengths", "query_segments"
+    if any(x is not None for x in changes) or any(name in part for name in others):
+        return None
+    scale = jnp.asarray(1 if rules.scale is None else rules.scale, wide(part["query"].dtype))
+    return part["query"], part["key"], scale
 
 
 def _with_arrays(
@@ -163,13 +174,26 @@ class Block:
         return _mix(made.kept(weights), parts[self.value]), *made.row_values
 
     def attend_and_keep(
-        self, first: First, parts: Sequence[Array]
+        self, again: bool, first: First, parts: Sequence[Array]
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
-        """The same, and the threshold of each row; without derivatives."""
-        made = self.prepare(first, *parts)
-        threshold = made.form.solve(made.rows, made.entries, *made.params)
-        weights = made.form.weights(made.rows, made.entries, threshold, made.params)[0]
-        return (_mix(made.kept(weights), parts[self.value]), *made.row_values), threshold
+        """The same, and the threshold of each row; without derivatives.
+
+        Args:
+          again: whether to make scores again rather than read them: see `Tiling`.
+          first: where the block begins.
+          parts: what it sees of the operands.
+        """
+        made, value = self.prepare(first, *parts), parts[self.value]
+        find = made.form.start or made.form.solve
+        threshold = find(made.rows, made.entries, *made.params)
+        weights = _weights_of(made, threshold, again)
+        if made.form.start is None:
+            out = _mix(made.kept(weights[0]), value)
+        else:
+            out, total = _mix_and_sum(made, weights, value)
+            by = _threshold.inverse_of(total)
+            out, threshold = out * by, (*threshold[:-1], by)
+        return (out, *made.row_values), threshold
 
     def pull_back(
         self,
@@ -196,6 +220,7 @@ class Block:
 
     def pull_back_from(
         self,
+        again: bool,
         wanted: Sequence[int],
         first: First,
         parts: Sequence[Array],
@@ -210,15 +235,20 @@ class Block:
             return (made.entries, made.params, made.row_values), made
 
         _, pullback, made = jax.vjp(smooth, *(parts[i] for i in wanted), has_aux=True)
-        p = made.form.weights(made.rows, made.entries, threshold, made.params)
+        p = _weights_of(made, threshold, again)
         value, (ct_out, *ct_row_values) = parts[self.value], ct
         factor = _grouped(ct_out, value.shape[1]).astype(value.dtype)
-        ct_weights = made.kept(_products.scores(factor, value).reshape(p[0].shape))
         # The slopes of softmax are its weights, and the mean is known.
         mean = jnp.sum(ct_out * out, -1, keepdims=True) if made.form.slopes_sum_to_one else None
         if mean is not None and made.rows.names:
             mean = lax.psum(mean, made.rows.names)
-        cts = ct_weights, *map(jnp.zeros_like, p[1:])
+        if again and mean is not None and made.dropout is None:
+            less_mean = _less(factor, value, mean).astype(value.dtype)
+            cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
+            mean = jnp.zeros_like(mean)
+        else:
+            ct_weights = made.kept(_products.scores(factor, value).reshape(p[0].shape))
+            cts = ct_weights, *map(jnp.zeros_like, p[1:])
         ct_entries, *ct_params = _threshold.pull_back(
             made.form, made.rows, p, made.params, cts, mean
         )
@@ -364,6 +394,44 @@ def _grouped(x: Array, key_heads: int) -> Array:
     """(B, N, rows, ...) with the heads that share keys as rows of one product."""
     batch, heads, rows, *rest = x.shape
     return x.reshape(batch, key_heads, heads // key_heads * rows, *rest)
+
+
+def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
+    """The weights, given the threshold."""
+    form, factors = made.form, made.factors
+    if not again or factors is None or form.origin is None:
+        return form.weights(made.rows, made.entries, threshold, made.params)
+    query, key, scale = factors
+    origin = form.origin(*threshold)
+    grouped = _grouped(query, key.shape[1])
+    gaps = _less(grouped, key, origin / jnp.where(scale == 0, 1, scale)) * scale
+    none, one = jnp.zeros_like(scale), jnp.ones_like(scale)
+    weights = form.weight(gaps, none, one, *made.params).astype(key.dtype)
+    of_sink = [form.weight(z, *threshold, *made.params) for z in made.entries[1:]]
+    return weights.astype(gaps.dtype), *of_sink
+
+
+def _less(query: Array, key: Array, row_values: Array) -> Array:
+    """Products less a number per row, (B, N, rows, S), that need no kernel but their own."""
+    batch, heads, rows, _ = row_values.shape
+    row_values = _grouped(row_values, key.shape[1])
+    less = _products.scores_less(query, _products.with_ones(key), row_values)
+    return less.reshape(batch, heads, rows, -1)
+
+
+def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array, Array]:
+    """The values, weighted and summed, and the sums of the weights, (B, N, rows, 1)."""
+    first, *sink = weights
+    if made.dropout is None and first.shape[2] > value.shape[2]:
+        # Of values that are 1 the product makes sums, with no other kernel that reads the weights;
+        # where these are few, that would not be worth a copy of the values.
+        mixed = _mix(first, _products.with_ones(value))
+        out, total = mixed[..., : -_products.ONES], mixed[..., -1:]
+    else:
+        out, total = _mix(made.kept(first), value), jnp.sum(first, -1, keepdims=True)
+    if made.rows.names:
+        total = lax.psum(total, made.rows.names)
+    return out, sum(sink, total)
 
 
 def _mix(weights: Array, value: Array) -> Array:

@@ -34,11 +34,13 @@ class Cuts:
       groups: of the batch and the heads.
       forward: the blocks of query rows, of each group.
       backward: those of the reverse rule, which may be smaller.
+      again: whether to make scores again rather than read them: see `Tiling`.
     """
 
     groups: Groups
     forward: tuple[Band, ...]
     backward: tuple[Band, ...]
+    again: bool
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -170,16 +172,16 @@ def _of_rows(outs: Sequence[Any], bands: Sequence[Band]) -> Any:
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend(plan: Plan, *arrays: Array) -> tuple[Array, ...]:
-    return _forward(plan, Block.attend, arrays)
+    return _forward(plan, arrays)[0]
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _attend_and_keep(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
     """The outputs, and the thresholds, which have no derivatives of their own."""
-    return _forward(plan, Block.attend_and_keep, arrays)
+    return _forward(plan, arrays)
 
 
-def _forward(plan: Plan, attend: Callable[..., Any], arrays: Sequence[Array]) -> Any:
+def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
     def forward(cuts: Cuts, *arrays: Array) -> Any:
         def of_group(place: Any, arrays: Sequence[Array], state: Any) -> Any:
             start, found = _group_start(arrays, place), []
@@ -189,7 +191,8 @@ def _forward(plan: Plan, attend: Callable[..., Any], arrays: Sequence[Array]) ->
                 def output(
                     state: None, first_row: Any, parts: Any, _: Any, block: Block = block
                 ) -> Any:
-                    return state, attend(block, _first(start, first_row), parts())
+                    first = _first(start, first_row)
+                    return state, block.attend_and_keep(cuts.again, first, parts())
 
                 found.append(_over_blocks(plan.operands, band, output, arrays)[1])
             return _of_rows(found, cuts.forward), state
@@ -265,7 +268,9 @@ def _pulled(
     """
 
     def pulled(cuts: Cuts, arrays: Sequence[Array], kept: Any, ct: Any) -> list[Array]:
-        pull: Callable[..., list[Array]] = _pull_from_kept if from_kept else _pull_back
+        pull: Callable[..., list[Array]] = _pull_back
+        if from_kept:
+            pull = functools.partial(_pull_from_kept, cuts.again)
         groups = cuts.groups
         # Groups have parts of their own, or else they add to one sum; and so have blocks.
         apart = [i for i in wanted if groups.are_apart(plan.operands[i], arrays[i])]
@@ -292,9 +297,11 @@ def _pull_back(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct:
     return block.pull_back(wanted, first, parts, ct)
 
 
-def _pull_from_kept(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any) -> Any:
+def _pull_from_kept(
+    again: bool, block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any
+) -> Any:
     out, thresholds = kept
-    return block.pull_back_from(wanted, first, parts, out, thresholds, ct)
+    return block.pull_back_from(again, wanted, first, parts, out, thresholds, ct)
 
 
 def _pulled_of_group(

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax import _jax
@@ -35,6 +36,33 @@ def rows(scores: Array, key: Array) -> Array:
 def columns(query: Array, scores: Array) -> Array:
     """(..., rows, features), (..., rows, length) -> (..., features, length)."""
     return _of_alike(_COLUMNS, query, scores)
+
+
+def scores_less(query: Array, key: Array, row_values: Array) -> Array:
+    """`scores(query, key)` less a number per row, (..., rows, 1), for keys `with_ones`.
+
+    The number is one more feature of the query, in as many parts as their dtype needs to hold it:
+    what is made of the product needs no other array, and so no kernel of its own on a GPU.
+    """
+    parts, rest = [], -row_values
+    for _ in range(_PARTS):
+        part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
+        parts.append(part.astype(query.dtype))
+        rest = rest - part
+    missing = jnp.zeros((*query.shape[:-1], ONES - _PARTS), query.dtype)
+    return scores(jnp.concatenate([query, *parts, vary_like(missing, query)], -1), key)
+
+
+def with_ones(key: Array) -> Array:
+    """Keys with `ONES` features more that are 1."""
+    ones = jnp.ones((*key.shape[:-2], ONES, key.shape[-1]), key.dtype)
+    return jnp.concatenate([key, vary_like(ones, key)], -2)
+
+
+# A GPU multiplies matrices fast whose sizes are multiples of 8.
+ONES = 8
+# Of 8 bits each, as bfloat16 has them: as many as float32 has.
+_PARTS = 3
 
 
 def _of_alike(axes: str, first: Array, second: Array) -> Array:

@@ -2,6 +2,9 @@
 
 import dataclasses
 import math
+from typing import Any
+
+import jax.numpy as jnp
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,6 +18,8 @@ class Tiling:
       rows: the fewest and the most rows that a block has.
       bands: into how many stretches of blocks a causal mask or a window is cut. A stretch sees the
         keys that one of its queries can reach, and each is a program of its own.
+      products_again: whether a product takes less time than to write its result and read it: then
+        scores are made again rather than read, and what is written is rounded as the inputs are.
     """
 
     forward: int
@@ -22,6 +27,7 @@ class Tiling:
     group: int | None
     rows: tuple[int, int]
     bands: int
+    products_again: bool = False
 
     def block_rows(self, queries: int, row_size: int, scores: int) -> int:
         """How many rows a block should have.
@@ -40,6 +46,10 @@ class Tiling:
             if queries % rows == 0:
                 return rows
         return math.ceil(queries / math.ceil(queries / most))
+
+    def again(self, dtype: Any) -> bool:
+        """Whether to make scores again; not in a dtype that cannot hold all that float32 can."""
+        return self.products_again and dtype in (jnp.bfloat16, jnp.float32)
 
     def group_sizes(self, batch: int, key_heads: int, row_size: int, rows: int) -> tuple[int, int]:
         """How many entries of the batch, and how many heads of the keys, to take together.
@@ -62,10 +72,11 @@ def _divisor(n: int, most: int) -> int:
     return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
 
 
-# GPU, as compiled for H100: all of dK and dV is rewritten for each block, and each is launched by
-# the host, so blocks are as large as memory allows: a fifth of what all scores would take. Other
-# platforms take this one, too.
-TILING = Tiling(2**26, 2**26, None, (64, 1024), 8)
+# GPU, as compiled for H100: scores go to the memory, so a block has as many as leave a fifth of what
+# all of them would take; whole heads, or all of dK and dV would be rewritten for each block of rows.
+# To make scores again takes 46 us a block, to read them 80. 8 bands would save a twentieth of the
+# time under a causal mask, and take twice as long to compile. Other platforms take this one, too.
+TILING = Tiling(2**26, 2**26, 2**26, (64, 4096), 4, products_again=True)
 # Those of other platforms, by the names that `jax.lax.platform_dependent` knows.
 TILINGS = {
     # As measured: a block's scores should stay near the core that works on them, yet a block of few

@@ -301,9 +301,14 @@ def _unless_infinite(
 _SMALL = 2**16
 
 
+def _start(rows: Rows, scores: Entries) -> tuple[Array, Array]:
+    largest = float(jnp.finfo(scores[0].dtype).max)
+    top = rows.max(rows.map(_as_number, [scores]), least=-largest)
+    return top, jnp.ones_like(top)
+
+
 def _solve(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    finfo = jnp.finfo(scores[0].dtype)
-    top = jnp.clip(rows.max(scores), finfo.min, finfo.max)
+    top, _ = _start(rows, scores)
     return top, _threshold.inverse_of(rows.sum(rows.map(_exp_below, [scores], [top])))
 
 
@@ -312,8 +317,12 @@ def _weight(score: Array, top: Array, by: Array) -> Array:
 
 
 def _exp_below(score: Array, top: Array) -> Array:
-    """`exp(score - top)`, where `top` is the largest score, or number if that is +inf."""
-    return jnp.exp(jnp.minimum(score - top, 0))
+    return jnp.exp(_as_number(score) - top)
+
+
+def _as_number(score: Array) -> Array:
+    """The score, and the largest number in place of +inf."""
+    return jnp.minimum(score, jnp.finfo(score.dtype).max)
 
 
 class _Softmax(Form):
@@ -321,7 +330,14 @@ class _Softmax(Form):
         return _softmax_probabilities(rows, scores)
 
 
-SOFTMAX = _Softmax(_solve, _weight, slope=lambda p: p, slopes_sum_to_one=True)
+SOFTMAX = _Softmax(
+    _solve,
+    _weight,
+    slope=lambda p: p,
+    slopes_sum_to_one=True,
+    start=_start,
+    origin=lambda top, by: top - jnp.log(by),
+)
 
 
 @custom_vjp
