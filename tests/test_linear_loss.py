@@ -124,6 +124,30 @@ def test_weights_wider_than_a_block(monkeypatch):
     all_close(ours, jax.value_and_grad(whole, (0, 1, 2))(*OPERANDS))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_that_an_accelerator_takes_as_one(reduction, monkeypatch):
+    """All of them run on accelerators only, and are run here in their stead."""
+    monkeypatch.setattr("jaxsoftmax.linear_loss._chunks.chunk_size_for", lambda num_classes: 2)
+    monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, default, **_: default(*args))
+    taken = []
+    in_one = jsm.linear_loss._losses.in_one
+
+    def recorded(*sizes):
+        taken.append(in_one(*sizes))
+        return taken[-1]
+
+    monkeypatch.setattr("jaxsoftmax.linear_loss._losses.in_one", recorded)
+    options = {"loss": smoothed, "reduction": reduction}
+    ours = functools.partial(chunked, chunk_size=None, **options)
+    theirs = functools.partial(whole, **options)
+
+    def derivatives(f):
+        return f(*OPERANDS), *jax.jvp(jax.grad(weighed(f), (0, 1, 2)), OPERANDS, tangents(OPERANDS))
+
+    all_close(derivatives(ours), derivatives(theirs))
+    assert taken[0] == 4  # all four, of two rows each
+
+
 def test_leading_axes_and_no_bias(rng):
     hidden, labels = rng.normal(size=(2, 3, 4, WIDTH)), rng.integers(5, size=(2, 3, 4))
     expected = jsm.cross_entropy(hidden @ WEIGHT, labels)

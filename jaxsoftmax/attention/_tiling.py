@@ -72,10 +72,10 @@ def _divisor(n: int, most: int) -> int:
     return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
 
 
-# GPU, as compiled for H100: scores go to the memory, so a block has as many as leave a fifth of what
-# all of them would take; whole heads, or all of dK and dV would be rewritten for each block of rows.
-# To make scores again takes 46 us a block, to read them 80. 8 bands would save a twentieth of the
-# time under a causal mask, and take twice as long to compile. Other platforms take this one, too.
+# GPU, as compiled for H100: scores go to the memory, so a block has no more than leave a fifth of
+# what all take; whole heads, or all of dK and dV would be rewritten for each block of rows. To
+# make scores again takes 46 us a block, to read them 80. Under a causal mask 8 bands would save a
+# twentieth of the time, and take twice as long to compile. Other platforms take this one, too.
 TILING = Tiling(2**26, 2**26, 2**26, (64, 4096), 4, products_again=True)
 # Those of other platforms, by the names that `jax.lax.platform_dependent` knows.
 TILINGS = {

@@ -91,5 +91,21 @@ def chunk_size_for(num_classes: int) -> int:
     return max(256, _SCORES // max(num_classes, 1))
 
 
-# How many scores a chunk has that is large enough for any machine.
+def in_one(count: int, size: int, num_classes: int) -> int:
+    """How many of `count` equal chunks an accelerator should take as one; they divide the count.
+
+    Args:
+      count: how many chunks there are.
+      size: rows per chunk.
+      num_classes: how many scores a row has.
+    """
+    most = max(_SCORES_OF_ACCELERATOR // max(size * num_classes, 1), 1)
+    return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+
+
+# How many scores a chunk has that is large enough for any CPU.
 _SCORES = 2**23
+# Each chunk rewrites the gradient of all weights. As compiled for 8,192 rows and 32,768 classes of
+# width 1,024 in bfloat16, with 256, 1,024 and 2,048 rows a chunk: 5.9, 3.2 and 3.0 ms on an H100,
+# 27.7, 16.9 and 17.0 on a v5e, at a tenth, a fifth and a third of the memory of all scores.
+_SCORES_OF_ACCELERATOR = 2**25

@@ -11,7 +11,7 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import hoist
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
-from jaxsoftmax.linear_loss._chunks import chunks_of_rows
+from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
 from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total
 
@@ -56,13 +56,16 @@ def summed_or_each(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
     pure, params, rest = hoist(losses_of, some, labels[0])
     operands = Operands(hidden, layer.weight, layer.bias, params)
     rows = Labelled(labels, keep, rest)
+    group = 1
+    if how.chunk_size is None and isinstance(chunks, Chunks):
+        group = in_one(chunks.count, chunks.size, layer.weight.shape[1])
     if not how.in_sum:
-        return chunks.join(each(pure, operands, rows))
+        return chunks.join(each(pure, group, operands, rows))
     # What the loss closes over may be shared by devices that have different rows. Its gradient is
     # then summed over them, and so the cotangents, which may differ, have to be met before that.
     if all(vary_like(x, hidden, but=how.names) is x for x in params):
-        return total(pure, operands, rows)
-    return jnp.sum(each(pure, operands, rows))
+        return total(pure, group, operands, rows)
+    return jnp.sum(each(pure, group, operands, rows))
 
 
 def _check_losses(losses: Any, labels: Array, dtype: Any) -> Array:

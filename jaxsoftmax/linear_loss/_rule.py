@@ -16,7 +16,7 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._reductions import on_local_cpu_or_else, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
-from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for
+from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for, in_one
 
 
 class Operands(NamedTuple):
@@ -137,19 +137,73 @@ def _add_product_in_blocks(total: Array, hidden: Array, ct_scores: Array) -> Arr
 _BLOCK = 2**20
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def total(losses: Losses, operands: Operands, rows: Labelled) -> Array:
+def _by_platform(
+    function: Callable[..., Any],
+    losses: Losses,
+    group: int,
+    operands: Operands,
+    rows: Labelled,
+    *of_rows: Array,
+) -> Any:
+    """`function(losses, operands, rows, *of_rows)`, with larger chunks on accelerators.
+
+    Args:
+      function: `_losses` or `_gradients`.
+      losses: makes losses of the scores of one chunk.
+      group: how many chunks are one on an accelerator.
+      operands: as `function` takes them.
+      rows: the same.
+      of_rows: numbers for each row.
+    """
+    if group == 1:
+        return function(losses, operands, rows, *of_rows)
+    count, size = rows.labels.shape
+
+    def together(operands: Operands, rows: Labelled, *of_rows: Array) -> Any:
+        def joined(x: Array) -> Array:
+            return x.reshape(count // group, group * size, *x.shape[2:])
+
+        def apart(x: Array) -> Array:
+            return x.reshape(count, size, *x.shape[2:])
+
+        found = function(
+            _of_group(losses, group, size),
+            operands._replace(hidden=joined(operands.hidden)),
+            Labelled(joined(rows.labels), joined(rows.keep), rows.rest),
+            *map(joined, of_rows),
+        )
+        if not isinstance(found, tuple):
+            return apart(found)
+        values, gradients = found
+        return apart(values), gradients._replace(hidden=apart(gradients.hidden))
+
+    one_by_one = functools.partial(function, losses)
+    return lax.platform_dependent(operands, rows, *of_rows, cpu=one_by_one, default=together)
+
+
+def _of_group(losses: Losses, group: int, size: int) -> Losses:
+    """The losses of so many chunks of so many rows, one after the other in one chunk."""
+
+    def of_group(params: list[Array], rest: list[Array], scores: Array, labels: Array) -> Array:
+        by_chunk = [x.reshape(group, size, *x.shape[1:]) for x in (scores, labels)]
+        return jax.vmap(losses, in_axes=(None, None, 0, 0))(params, rest, *by_chunk).reshape(-1)
+
+    return of_group
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
+def total(losses: Losses, group: int, operands: Operands, rows: Labelled) -> Array:
     """The sum of all losses. Its gradients are formed in the forward pass."""
-    return jnp.sum(_losses(losses, operands, rows))
+    return jnp.sum(_by_platform(_losses, losses, group, operands, rows))
 
 
-def _total_fwd(losses: Losses, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
+def _total_fwd(losses: Losses, group: int, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
     ones = jnp.ones(rows.labels.shape, wide(operands.weight.dtype))
-    values, gradients = _gradients(losses, operands, rows, ones)
+    values, gradients = _by_platform(_gradients, losses, group, operands, rows, ones)
     return jnp.sum(values), (gradients, operands)
 
 
-def _total_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[Operands, None]:
+def _total_bwd(losses: Losses, group: int, residuals: Any, ct: Array) -> tuple[Operands, None]:
     gradients, operands = residuals
     return jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands), None
 
@@ -158,28 +212,33 @@ total.defvjp(_total_fwd, _total_bwd)
 
 
 def _total_batch(
-    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Labelled
+    axis_size: int,
+    batched: Any,
+    losses: Losses,
+    group: int,
+    operands: Operands,
+    rows: Labelled,
 ) -> Array | None:
-    values = _each_batch(axis_size, batched, losses, operands, rows)
+    values = _each_batch(axis_size, batched, losses, group, operands, rows)
     return None if values is None else jnp.sum(values, range(1, values.ndim))
 
 
 total.defbatch(_total_batch)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def each(losses: Losses, operands: Operands, rows: Labelled) -> Array:
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
+def each(losses: Losses, group: int, operands: Operands, rows: Labelled) -> Array:
     """The losses. The scores are computed once more for their gradients."""
-    return _losses(losses, operands, rows)
+    return _by_platform(_losses, losses, group, operands, rows)
 
 
-def _each_fwd(losses: Losses, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
-    return each(losses, operands, rows), (operands, rows)
+def _each_fwd(losses: Losses, group: int, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
+    return each(losses, group, operands, rows), (operands, rows)
 
 
-def _each_bwd(losses: Losses, residuals: Any, ct: Array) -> tuple[Operands, None]:
+def _each_bwd(losses: Losses, group: int, residuals: Any, ct: Array) -> tuple[Operands, None]:
     def pulled(point: tuple[Operands, Labelled], ct: Array) -> Operands:
-        return _gradients(losses, *point, ct)[1]
+        return _by_platform(_gradients, losses, group, *point, ct)[1]
 
     # A loop of its own for the transpose: JAX's would keep for each chunk what they all add to.
     gradients = linear_pair(pulled, functools.partial(_pushed, losses), residuals, ct)
@@ -210,7 +269,12 @@ each.defvjp(_each_fwd, _each_bwd)
 
 
 def _each_batch(
-    axis_size: int, batched: Any, losses: Losses, operands: Operands, rows: Labelled
+    axis_size: int,
+    batched: Any,
+    losses: Losses,
+    group: int,
+    operands: Operands,
+    rows: Labelled,
 ) -> Array | None:
     """Under `vmap`: more rows, if that is all that there are more of, and no larger chunks."""
     batched_operands, batched_rows = batched
@@ -228,19 +292,18 @@ def _each_batch(
     hidden, labels, keep = map(chunks_of, arrays, of_rows)
     count, size = labels.shape
     # Small chunks are grouped, or each would be a matrix product of few rows.
-    group = max(1, chunk_size_for(operands.weight.shape[1]) // size)
-    groups = Chunks.of((count,), group)
-
-    def of_group(params: list[Array], rest: list[Array], scores: Array, labels: Array) -> Array:
-        by_chunk = [x.reshape(groups.size, size, *x.shape[1:]) for x in (scores, labels)]
-        return jax.vmap(losses, in_axes=(None, None, 0, 0))(params, rest, *by_chunk).reshape(-1)
+    together = max(1, chunk_size_for(operands.weight.shape[1]) // size)
+    groups = Chunks.of((count,), together)
 
     def grouped(x: Array) -> Array:
         x = groups.split(x)
         return x.reshape(groups.count, groups.size * size, *x.shape[3:])
 
+    if group > 1:
+        group = in_one(groups.count, groups.size * size, operands.weight.shape[1])
     operands = operands._replace(hidden=grouped(hidden))
-    values = each(of_group, operands, Labelled(grouped(labels), grouped(keep), rows.rest))
+    rows = Labelled(grouped(labels), grouped(keep), rows.rest)
+    values = each(_of_group(losses, groups.size, size), group, operands, rows)
     return values.reshape(-1, size)[:count].reshape(axis_size, -1, size)
 
 
