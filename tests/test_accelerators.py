@@ -40,22 +40,22 @@ BOUNDS = {
     ("softmax, vjp", "h100"): Bound(3, 3, 0.1, 130),  # to be 2 kernels and 84 MB
     ("log_softmax", "h100"): Bound(5, 5, 0.1, 75),  # to be 1 kernel and 34 MB
     ("log_softmax, vjp", "h100"): Bound(6, 6, 0.1, 150),  # to be 2 kernels and 84 MB
-    ("attention", "h100"): Bound(15, 70, 520, 7900),
-    ("attention, vjp", "h100"): Bound(47, 264, 1100, 31_000),  # to be 19,000 MB
-    ("attention, causal", "h100"): Bound(37, 37, 490, 4500),
-    ("attention, causal, vjp", "h100"): Bound(95, 95, 860, 13_000),
-    ("linear_cross_entropy", "h100"): Bound(17, 393, 38, 6000),
-    ("linear_cross_entropy, gradient", "h100"): Bound(31, 612, 190, 22_000),  # to be 9,000 MB
+    ("attention", "h100"): Bound(19, 97, 380, 7900),
+    ("attention, vjp", "h100"): Bound(46, 240, 480, 19_000),
+    ("attention, causal", "h100"): Bound(32, 58, 550, 5100),
+    ("attention, causal, vjp", "h100"): Bound(94, 180, 890, 16_000),
+    ("linear_cross_entropy", "h100"): Bound(18, 120, 150, 4300),
+    ("linear_cross_entropy, gradient", "h100"): Bound(32, 170, 340, 11_000),
     ("softmax", "v5e"): Bound(5, 5, 0.1, 56),
     ("softmax, vjp", "v5e"): Bound(6, 6, 0.1, 93),
     ("log_softmax", "v5e"): Bound(5, 5, 0.1, 56),
     ("log_softmax, vjp", "v5e"): Bound(6, 6, 0.1, 93),
-    ("attention", "v5e"): Bound(17, 249, 38, 150),
-    ("attention, vjp", "v5e"): Bound(68, 977, 130, 1100),
-    ("attention, causal", "v5e"): Bound(22, 399, 38, 150),
-    ("attention, causal, vjp", "v5e"): Bound(79, 1276, 130, 1200),
-    ("linear_cross_entropy", "v5e"): Bound(14, 389, 0.1, 2400),
-    ("linear_cross_entropy, gradient", "v5e"): Bound(25, 673, 150, 15_000),  # to be 6,000 MB
+    ("attention", "v5e"): Bound(18, 290, 0.3, 74),
+    ("attention, vjp", "v5e"): Bound(69, 1100, 130, 1100),
+    ("attention, causal", "v5e"): Bound(43, 530, 38, 150),
+    ("attention, causal, vjp", "v5e"): Bound(150, 1700, 120, 1100),
+    ("linear_cross_entropy", "v5e"): Bound(22, 170, 150, 3000),
+    ("linear_cross_entropy, gradient", "v5e"): Bound(36, 260, 490, 7500),
 }
 
 BATCH, LENGTH, HEADS, FEATURES = 4, 4096, 8, 64
