@@ -22,64 +22,16 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._jax import is_local, varying
 from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Terms = Callable[..., Sequence[Array]]
-Add = Callable[[Sequence[Array], Sequence[Array]], Sequence[Array]]
 T = TypeVar("T")
 
 
 def _add(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
     return tuple(map(jnp.add, x, y))
-
-
-def add_exactly(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
-    """Adds terms of which the second gathers what rounding takes from the first."""
-    total, lost = two_sum(x[0], y[0])
-    return total, x[1] + y[1] + lost, *map(jnp.add, x[2:], y[2:])
-
-
-def _as_they_are(*terms: Array) -> Sequence[Array]:
-    return terms
-
-
-def _in_two_parts(first: Array, *others: Array) -> Sequence[Array]:
-    return first, jnp.zeros_like(first), *others
-
-
-@dataclasses.dataclass(frozen=True)
-class Adding:
-    """How terms are added up.
-
-    Attributes:
-      add: adds two sums.
-      few: adds a few terms, before all else.
-      prepare: makes sums of what `few` gives, or of single terms.
-      depth: how many terms are few.
-      shortest: the row that it pays to fold.
-      later: how sums are added, if not like terms.
-    """
-
-    add: Add = _add
-    few: Add = _add
-    prepare: Callable[..., Sequence[Array]] = _as_they_are
-    depth: int = 8
-    shortest: int = 32
-    later: "Adding | None" = None
-
-
-PLAIN = Adding()
-# The first sum is followed by what rounding took from it. Of additions of a few terms nothing is
-# gathered: their errors are many, and cancel.
-EXACT = Adding(
-    add_exactly,
-    prepare=_in_two_parts,
-    depth=4,
-    later=Adding(add_exactly, add_exactly, depth=4, shortest=64),
-)
 
 
 @functools.partial(
@@ -119,7 +71,6 @@ class Rows:
         function: Terms,
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
-        adding: Adding = PLAIN,
     ) -> tuple[Array, ...]:
         """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
 
@@ -129,48 +80,22 @@ class Rows:
           function: `(*entries, *row_values) -> terms`, entry by entry, as for `map`.
           entries: the entries that it takes.
           row_values: the row values that it takes.
-          adding: how they are added, `PLAIN` or `EXACT`.
         """
-
-        def terms(*args: Array) -> Sequence[Array]:
-            return adding.prepare(*function(*args))
-
         if self.segment_ids is not None:
-            parts = zip(*self.map(terms, entries, row_values), strict=True)
+            parts = zip(*self.map(function, entries, row_values), strict=True)
             return tuple(map(self.sum, parts))
         first, *sinks = zip(*entries, strict=True)
         sums = on_local_cpu_or_else(
-            functools.partial(self._sums_on_cpu, function, adding),
-            functools.partial(self._joint_sums, terms),
+            functools.partial(self._sums_on_cpu, function),
+            functools.partial(self._joint_sums, function),
             first,
             tuple(row_values),
         )
         if self.names:
-            sums = self._over_devices(sums, adding)
+            sums = lax.psum(tuple(sums), self.names)
         for sink in sinks:
-            sums = adding.add(sums, terms(*sink, *row_values))
+            sums = _add(sums, function(*sink, *row_values))
         return tuple(sums)
-
-    def exact_sum(self, entries: Entries) -> Array:
-        """The sum of each row, added in two parts; not for reverse rules."""
-        total, lost = self.sums(lambda x: (x,), [entries], adding=EXACT)
-        return total + lost
-
-    def sum_in_parts(self, entries: Entries) -> Array:
-        """The sum of each row, of which long ones lose fewer digits; not for reverse rules.
-
-        XLA for CPU adds neighbors well, but then their sums one by one: these are added exactly.
-        """
-        first, *sink = entries
-        few = self._few_neighbors(first)
-
-        def by_parts(first: Array, sink: list[Array]) -> Array:
-            parts = jnp.sum(first.reshape(*first.shape[:-1], first.shape[-1] // few, few), -1)
-            return self.exact_sum((parts, *sink))
-
-        if few == 1:
-            return self.sum(entries)
-        return on_local_cpu_or_else(by_parts, lambda *_: self.sum(entries), first, sink)
 
     def max(self, entries: Entries, least: float = -jnp.inf) -> Array:
         """The largest entry of each row, `least` where there is none that is larger."""
@@ -205,17 +130,6 @@ class Rows:
         result = (function(*first, *spread),)
         return (*result, *(function(*sink, *row_values) for sink in sinks))
 
-    def witness(self, entries: Entries, sums: Array) -> Array:
-        """One value per row that is NaN if all of its `entries` and so their `sums` are.
-
-        XLA for CPU gets through many rows in one pass, with no sums left over. Through few it needs
-        a second, which may write over what it reads unless that is looked at, too.
-        """
-        first = entries[0]
-        if self.segment_ids is not None or first.size == 0 or not _are_many_rows(sums.size):
-            return sums
-        return first[tuple(slice(1) if i in self.axes else slice(None) for i in range(first.ndim))]
-
     def are_shared(self, scores: Array) -> bool:
         """Whether devices may have to tell each other about a row, as far as types tell."""
         return bool(self.names) or any(parts_of(scores, axis) > 1 for axis in self.axes)
@@ -235,13 +149,6 @@ class Rows:
         """The shape of row values, given that of the scores."""
         size = 1 if self.segment_ids is None else self.num_segments
         return tuple(size if i in self.axes else n for i, n in enumerate(scores.shape))
-
-    def _few_neighbors(self, x: Array) -> int:
-        """How many to add first, such that a row is cut evenly; 1 where it does not pay."""
-        length = self._length_in_memory(x)
-        if length < _LONG or _are_many_rows(math.prod(x.shape[:-1])):
-            return 1
-        return next((few for few in range(64, 7, -1) if length % few == 0), 1)
 
     def _length_in_memory(self, x: Array) -> int:
         """How many entries of a row are side by side, if all of them are; 0 if not, or unknown."""
@@ -277,41 +184,32 @@ class Rows:
     ) -> tuple[Array, ...]:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
 
-    def _over_devices(self, sums: Sequence[Array], adding: Adding) -> Sequence[Array]:
-        if adding is not EXACT:
-            return lax.psum(tuple(sums), self.names)
-        # What rounding took is added before the sum leaves the device: one number less to tell.
-        first, lost, *others = sums
-        first, *others = lax.psum((first + lost, *others), self.names)
-        return first, jnp.zeros_like(first), *others
-
     def _sums_on_cpu(
-        self,
-        function: Terms,
-        adding: Adding,
-        entries: Sequence[Array],
-        row_values: Sequence[Array],
+        self, function: Terms, entries: Sequence[Array], row_values: Sequence[Array]
     ) -> tuple[Array, ...]:
         # XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and
         # lanes, it is reduced over the depth, and LLVM vectorizes across the lanes. What is left is
         # a minor axis again.
         minor = entries[0].ndim - 1
         length = entries[0].shape[minor] if minor in self.axes else 1
-        lanes, depth = _folding(length, adding)
+        lanes, depth = _folding(length)
         if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
-            terms = adding.prepare(*function(*entries, *row_values))
-            return _reduce(terms, adding.add, self.axes)
+            return _reduce(function(*entries, *row_values), self.axes)
         whole = length - length % (depth * lanes)
         # The entries are cut, not the terms: terms of two uses would be held in memory.
         folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
         spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
-        partial = _reduce(function(*folded, *spread), adding.few, (minor + 1,))
+        partial = _reduce(function(*folded, *spread), (minor + 1,))
         partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
-        sums = self._sums_on_cpu(adding.prepare, adding.later or adding, partial, ())
+        sums = self._sums_on_cpu(_as_they_are, partial, ())
         if whole == length:
             return sums
         rest = [x[..., whole:] for x in entries]
-        return tuple(adding.add(sums, self._sums_on_cpu(function, adding, rest, row_values)))
+        return tuple(_add(sums, self._sums_on_cpu(function, rest, row_values)))
+
+
+def _as_they_are(*terms: Array) -> Sequence[Array]:
+    return terms
 
 
 def is_known(size: Any) -> bool:
@@ -323,13 +221,6 @@ def is_known(size: Any) -> bool:
 _MOST = 2**31 - 1
 # As measured: fewer are gone through before it pays to choose among them.
 _MANY, _PARTS = 1024, 64
-# As measured: the sum of fewer loses no digit that counts.
-_LONG = 256
-
-
-def _are_many_rows(count: Any) -> bool:
-    """Whether XLA for CPU takes a softmax of as many in one pass, as seen in its programs."""
-    return is_known(count) and count >= 4096
 
 
 def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:
@@ -344,24 +235,18 @@ def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], 
     return lax.platform_dependent(*args, cpu=here, default=otherwise)
 
 
-def of_stored(
-    function: Callable[[Entries], tuple[Entries, Array]], entries: Entries
-) -> tuple[Entries, Array]:
-    """Calls a function with entries as they are in memory, on CPUs.
+def rounded(scores: Entries) -> Entries:
+    """The scores as they would be in memory, on CPUs.
 
     XLA for CPU computes a product anew wherever it is used, and does not round it where it is added
-    to something: no score might be equal to the largest of them. What goes into a conditional is
-    rounded once. That it goes one way only, XLA does not find out.
-
-    Args:
-      function: gives entries of the same types, and a flag.
-      entries: what it takes.
+    to something: no score might be equal to the largest of them. It does where a minimum is taken.
     """
 
-    def never(entries: Entries) -> tuple[Entries, Array]:
-        return entries, vary_like(jnp.zeros((), bool), entries[0])
+    def on_cpu(scores: Entries) -> Entries:
+        most = jnp.finfo(scores[0].dtype).max
+        return tuple(jnp.where(z == jnp.inf, z, jnp.minimum(z, most)) for z in scores)
 
-    return lax.cond(lax.optimization_barrier(True), function, never, entries)
+    return on_local_cpu_or_else(on_cpu, lambda scores: scores, scores)
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
@@ -385,19 +270,18 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     return jnp.sum(x, axes, keepdims=True)
 
 
-def _folding(length: int, adding: Adding) -> tuple[int, int]:
+def _folding(length: int) -> tuple[int, int]:
     """Lanes and depth, as measured on rows of 10 to 100,000.
 
-    LLVM vectorizes no depth that it does not unroll, which it does up to 8, and up to 4 where there
-    is much to be done to an entry.
+    LLVM vectorizes no depth that it does not unroll, which it does up to 8.
     """
-    if not is_known(length) or length < adding.shortest:
+    if not is_known(length) or length < 32:
         return 1, 1
     lanes = 32 if length >= 256 else 16
-    return lanes, min(length // lanes, adding.depth)
+    return lanes, min(length // lanes, 8)
 
 
-def _reduce(terms: Sequence[Array], add: Add, axes: tuple[int, ...]) -> tuple[Array, ...]:
+def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    sums = lax.reduce(tuple(terms), zeros, add, axes)
+    sums = lax.reduce(tuple(terms), zeros, _add, axes)
     return tuple(jnp.expand_dims(x, axes) for x in sums)

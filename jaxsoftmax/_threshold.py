@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._reductions import (
     Entries,
     Rows,
@@ -98,7 +98,43 @@ def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple
 def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
+    if form.slopes_sum_to_one:
+        p = rows.map(form.slope, [p], params)
+        return None, linear_pair(_softmax_jacobian, _softmax_jacobian, (rows, p), ct)
     return None, *pull_back(form, rows, p, params, ct)
+
+
+def _softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
+    """`p (ct - sum(p ct))`; symmetric, and so its own transpose."""
+    rows, p = point
+    relative = relative_to_dominating(rows, p, ct)
+    mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
+    return rows.map(lambda p, c, m: p * (c - m), [p, relative], [mean])
+
+
+def relative_to_dominating(rows: Rows, p: Entries, x: Entries) -> Entries:
+    """`x` less that of the entry that dominates its row, if there is one: its own is exactly 0.
+
+    To the softmax it is the same. But where `p` is nearly 1, `x - sum(p x)` would cancel, and with
+    it the sum over the other entries, which is all that is left.
+    """
+    of_dominating = rows.sum(rows.map(jnp.multiply, [dominating(rows, p), x]))
+    return rows.map(jnp.subtract, [x], [of_dominating])
+
+
+def dominating(rows: Rows, p: Entries) -> Entries:
+    """1 where a probability is above 1/2, 0 elsewhere."""
+    p = lax.stop_gradient(p)
+
+    def on_gpu(p: Entries) -> Entries:
+        # A rule that begins with a difference from a maximum is one kernel there.
+        top = rows.max(p)
+        return rows.map(lambda p, t: jnp.where(p - t == 0, jnp.round(p), 0), [p], [top])
+
+    def elsewhere(p: Entries) -> Entries:
+        return rows.map(jnp.round, [p])
+
+    return lax.platform_dependent(p, cuda=on_gpu, rocm=on_gpu, default=elsewhere)
 
 
 def pull_back(
@@ -186,7 +222,7 @@ def top_of(rows: Rows, scores: Entries) -> Array:
     # JAX has no derivative of a maximum over devices. Only differences of scores matter: it would
     # change nothing but losses whose targets do not sum to 1.
     top = rows.max(lax.stop_gradient(scores) if rows.names else scores)
-    return jnp.where(top == -jnp.inf, jnp.finfo(top.dtype).min, top)
+    return jnp.maximum(top, jnp.finfo(top.dtype).min)
 
 
 def gap(score: Array, top: Array) -> Array:

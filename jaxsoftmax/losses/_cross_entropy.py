@@ -8,8 +8,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import exp
-from jaxsoftmax._reductions import EXACT, Entries, Rows, indicator
+from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -158,40 +157,18 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     """
     own = classes.pick(rows, scores[0])
     hits = (classes.hits(rows, scores[0]),)
-    top, log_sum = _top_and_log_sum(rows, scores, hits, own)
-    own_gap, own_lost = _softmax.exact_gap(own, top)
-    absent = (own_gap == -jnp.inf) & ~jnp.isnan(log_sum)
-    surprise = jnp.where(absent, jnp.inf, (log_sum - own_lost) - own_gap)
+    total = _softmax.total_of(rows, scores)
+    own_gap = _threshold.gap(own, total.top)
+    absent = (own_gap == -jnp.inf) & ~jnp.isnan(total.log)
+    surprise = jnp.where(absent, jnp.inf, total.log - own_gap)
 
-    def excess(score: Array, hit: Array, top: Array, log_sum: Array, own: Array) -> Array:
-        gap, lost = _softmax.exact_gap(score, top)
-        return jnp.where(hit, own, jnp.exp(gap + (lost - log_sum)))
+    def excess(score: Array, hit: Array, shift: Array, by: Array, own: Array) -> Array:
+        return jnp.where(hit, own, jnp.exp(_threshold.gap(score, shift)) * by)
 
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
-    log_sum = jnp.where(log_sum == -jnp.inf, 0, log_sum)
-    scores, top = lax.optimization_barrier((scores, top))
-    return surprise, rows.map(excess, [scores, hits], [top, log_sum, own_excess])
-
-
-def _top_and_log_sum(rows: Rows, scores: Entries, hits: Entries, own: Array) -> tuple[Array, Array]:
-    """The maximum, and the log-sum-exp of the gaps to it.
-
-    Where devices have to tell each other about a row, its class is kept apart and not its maxima:
-    its score is known, so they tell one number less. It keeps the digits that the loss has. Where
-    the class is not the largest, the loss is at least by how much, and the others may be rounded.
-    """
-    if not rows.are_shared(scores[0]):
-        return _softmax.top_and_log_sum(rows, scores)
-
-    def terms(score: Array, hit: Array, top: Array) -> tuple[Array]:
-        weight = exp(*_softmax.exact_gap(score, top), lift=_softmax.LIFT)
-        return (jnp.where(hit, 0, weight),)
-
-    top = _threshold.top_of(rows, scores)
-    others, lost = rows.sums(terms, [scores, hits], [top], EXACT)
-    own_weight = exp(*_softmax.exact_gap(own, top))
-    return top, _softmax.log_of_lifted(own_weight, others, lost)
+    scores, shift = lax.optimization_barrier((rounded(scores), total.shift))
+    return surprise, rows.map(excess, [scores, hits], [shift, total.by, own_excess])
 
 
 def _surprise_and_excess_fwd(

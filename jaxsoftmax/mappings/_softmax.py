@@ -1,36 +1,16 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
-import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
-from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import exp, log, two_sum
-from jaxsoftmax._reductions import (
-    EXACT,
-    Entries,
-    Rows,
-    add_exactly,
-    indicator,
-    is_known,
-    of_stored,
-    on_local_cpu_or_else,
-)
-from jaxsoftmax._scores import (
-    Axis,
-    Options,
-    divided_by_zero,
-    known_number,
-    output_dtype,
-    prepare,
-    public,
-)
+from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._elementary import log1p
+from jaxsoftmax._reductions import Entries, Rows, indicator, on_local_cpu_or_else, rounded
+from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form, has_form
 
 
@@ -91,12 +71,7 @@ def softmax(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments)
     rows, scores = prepare(x, axis, options)
-    dtype = output_dtype(x)
-    is_plain = known_number(temperature) == 1 and sink is None
-    if jnp.finfo(dtype).bits == 16 and is_plain and not rows.are_shared(scores[0]):
-        # The scores are still those that came, and lose nothing.
-        return _softmax_in_half_precision(rows, (scores[0].astype(dtype),))[0]
-    return _threshold.apply(SOFTMAX, rows, scores)[0].astype(dtype)
+    return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
 
 
 @public
@@ -204,7 +179,7 @@ def logsumexp(
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
-def pivot(rows: Rows, scores: Entries) -> Array:
+def pivot(rows: Rows, scores: Entries, top: Array) -> Array:
     """What to subtract from scores before `exp`, such that the differences are exact.
 
     A rounding error in `score - top` is an error of the same size in the logarithm of the
@@ -212,9 +187,9 @@ def pivot(rows: Rows, scores: Entries) -> Array:
     maximum that no sum overflows and so far from it that next to no score that matters falls
     below it. The difference of a score above it is exact.
     """
-    finfo = jnp.finfo(scores[0].dtype)
-    room = math.floor(math.log(float(finfo.max)) - 2 - math.log(max(rows.length(scores), 1)))
-    top = rows.max(scores)
+    finfo = jnp.finfo(top.dtype)
+    # The sum of the exponentials and its reciprocal are to be normal numbers.
+    room = math.floor(-math.log(float(finfo.tiny)) - 2 - math.log(max(rows.length(scores), 1)))
     # Where whole numbers get sparse, a maximum less the room would be rounded to far below that.
     room = jnp.floor(jnp.minimum(_LARGE * room / jnp.maximum(top, 1), room))
     below = jnp.floor(top) - room
@@ -224,81 +199,20 @@ def pivot(rows: Rows, scores: Entries) -> Array:
 _LARGE = 2.0**20
 
 
-def as_finite(score: Array) -> Array:
-    """+inf as the largest number, and that as the next: infinite scores have the row to themselves.
+class _Softmax(Form):
+    def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
+        """The exponentials over their sum.
 
-    Not by a minimum, which may lose NaN: XLA for CPU does, in some shapes. (Nor is what is selected
-    left unrounded, as `of_stored` says of products.)
-    """
-    largest = jnp.finfo(score.dtype).max
-    finite = jnp.where(score == largest, jnp.nextafter(largest, jnp.zeros_like(largest)), score)
-    return jnp.where(score == jnp.inf, largest, finite)
-
-
-def _softmax_probabilities(rows: Rows, scores: Entries) -> Entries:
-    without = functools.partial(_shares_of_exp, rows)
-    return _unless_infinite(rows, without, functools.partial(_with_infinities, rows), scores)
-
-
-def _shares_of_exp(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
-    """The exponentials over their sum, and the sum."""
-    shift = pivot(rows, scores)
-    weights = rows.map(lambda z, s: jnp.exp(z - s), [scores], [shift])
-    total = _total(rows, weights)
-    return _threshold.normalized(rows, weights, total), total
-
-
-def _with_infinities(rows: Rows, scores: Entries) -> Entries:
-    return _shares_of_exp(rows, rows.map(as_finite, [scores]))[0]
-
-
-def _total(rows: Rows, weights: Entries) -> Array:
-    if jnp.finfo(weights[0].dtype).bits == 32:
-        return rows.sum_in_parts(weights)
-    # XLA for CPU adds float64 one by one, with an error that grows with the row.
-    return rows.exact_sum(weights)
-
-
-def _unless_infinite(
-    rows: Rows,
-    without: Callable[[Entries], tuple[Entries, Array]],
-    with_infinities: Callable[[Entries], Entries],
-    scores: Entries,
-) -> Entries:
-    """The first function's probabilities, or the second's if those are not numbers.
-
-    To look at each score for +inf takes XLA for CPU half as long again, and so it is told from the
-    result, which is NaN in such a row.
-
-    Args:
-      rows: the rows of `scores`.
-      without: gives probabilities and the sums of weights, if no score is +inf.
-      with_infinities: gives probabilities.
-      scores: the scores.
-    """
-
-    def attempt(scores: Entries) -> tuple[Entries, Array]:
-        p, total = without(scores)
-        return p, jnp.any(jnp.isnan(rows.witness(p, total)))
-
-    def at_once(scores: Entries) -> Entries:
-        p, failed = of_stored(attempt, scores)
-
-        def again(_: Any) -> tuple[Array, Entries]:
-            return jnp.zeros_like(failed), with_infinities(scores)
-
-        # At most one turn: a `cond` would go both ways under `vmap`.
-        return lax.while_loop(lambda state: state[0], again, (failed, p))[1]
-
-    size = scores[0].size
-    is_small = is_known(size) and size < _SMALL
-    if is_small or rows.are_shared(scores[0]):  # devices had better agree on one sum
-        return with_infinities(scores)
-    return on_local_cpu_or_else(at_once, with_infinities, scores)
-
-
-# As measured: below, a second look takes less time than to decide on one.
-_SMALL = 2**16
+        Of arithmetic alone XLA for CPU, too, makes one pass, and of a select or a clamp it does
+        not. So scores of +inf are bounded by a minimum, which also rounds scores that are products;
+        XLA for CPU loses a NaN that comes first in it. And the maximum is bounded by minus a
+        maximum: XLA makes a clamp of a minimum that a maximum follows.
+        """
+        largest = jnp.finfo(scores[0].dtype).max
+        top = -jnp.maximum(-rows.max(scores), -largest)
+        shift = pivot(rows, scores, top)
+        weights = rows.map(lambda z, t, s: jnp.exp(jnp.minimum(t, z) - s), [scores], [top, shift])
+        return _threshold.normalized(rows, weights)
 
 
 def _start(rows: Rows, scores: Entries) -> tuple[Array, Array]:
@@ -325,11 +239,6 @@ def _as_number(score: Array) -> Array:
     return jnp.minimum(score, jnp.finfo(score.dtype).max)
 
 
-class _Softmax(Form):
-    def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
-        return _softmax_probabilities(rows, scores)
-
-
 SOFTMAX = _Softmax(
     _solve,
     _weight,
@@ -341,61 +250,11 @@ SOFTMAX = _Softmax(
 
 
 @custom_vjp
-def _softmax_in_half_precision(rows: Rows, scores: Entries) -> Entries:
-    """Softmax of scores in half precision, rounded once.
-
-    Their differences are exact in float32, or nearly so, and so nothing keeps XLA from fusing all
-    of it: no float32 array is written.
-    """
-
-    def without(scores: Entries) -> tuple[Entries, Array]:
-        top = jnp.maximum(rows.max(scores), jnp.finfo(scores[0].dtype).min)
-        weights = rows.map(lambda z, t: jnp.exp(_widened(z) - _widened(t)), [scores], [top])
-        total = rows.sum(weights)
-        p = _threshold.normalized(rows, weights, total)
-        return rows.map(lambda p, z: p.astype(z.dtype), [p, scores]), total
-
-    def with_infinities(scores: Entries) -> Entries:
-        p = _with_infinities(rows, rows.map(_widened, [scores]))
-        return rows.map(lambda p, z: p.astype(z.dtype), [p, scores])
-
-    return _unless_infinite(rows, without, with_infinities, scores)
-
-
-def _widened(x: Array) -> Array:
-    return x.astype(jnp.float32)
-
-
-def _half_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
-    # The probabilities are computed once more: to keep them in float32 would take twice the memory.
-    return _softmax_in_half_precision(rows, scores), (rows, scores)
-
-
-def _half_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    rows, scores = residuals
-    p = _softmax_of_widened(rows, scores)
-    _, ct_scores = _threshold.apply_bwd(SOFTMAX, (rows, p, ()), rows.map(_widened, [ct]))
-    return None, rows.map(lambda dz, c: dz.astype(c.dtype), [ct_scores, ct])
-
-
-def _softmax_of_widened(rows: Rows, scores: Entries) -> Entries:
-    return _threshold.apply(SOFTMAX, rows, rows.map(_widened, [scores]))
-
-
-_softmax_in_half_precision.defvjp(_half_fwd, _half_bwd)
-
-
-@custom_vjp
 def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
-    top, log_sum = top_and_log_sum(rows, scores)
-
-    def log_p(score: Array, top: Array, log_sum: Array) -> Array:
-        gap, lost = exact_gap(score, top)
-        absent = (gap == -jnp.inf) & ~jnp.isnan(log_sum)
-        return jnp.where(absent, gap, gap + (lost - log_sum))
-
-    return rows.map(log_p, [scores], [top, log_sum])
+    total = total_of(rows, scores)
+    log_p = lambda z, t, s: _threshold.gap(z, t) - s  # noqa: E731
+    return rows.map(log_p, [rounded(scores)], [total.top, total.log])
 
 
 def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
@@ -404,9 +263,28 @@ def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
 
 
 def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
+    return None, linear_pair(_log_pulled_back, _log_pushed_forward, residuals, ct)
+
+
+def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
+    """`ct - p sum(ct)`, of which the entry that dominates is minus the sum of the others."""
     rows, log_p = residuals
+    p = rows.map(jnp.exp, [log_p])
+    dominates = _threshold.dominating(rows, p)
     ct = rows.map(lambda c, lp: jnp.where(lp == -jnp.inf, 0, c), [ct, log_p])
-    return None, rows.map(lambda c, lp, s: c - jnp.exp(lp) * s, [ct, log_p], [rows.sum(ct)])
+    others = rows.map(lambda c, p, d, s: (1 - d) * (c - p * s), [ct, p, dominates], [rows.sum(ct)])
+    return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
+
+
+def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
+    """`dz - sum(p dz)`, 0 where no score takes part."""
+    rows, log_p = residuals
+    p = rows.map(jnp.exp, [log_p])
+    relative = _threshold.relative_to_dominating(rows, p, tangents)
+    mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
+    return rows.map(
+        lambda dz, lp, m: jnp.where(lp == -jnp.inf, 0, dz - m), [relative, log_p], [mean]
+    )
 
 
 log_probabilities.defvjp(_log_fwd, _log_bwd)
@@ -415,8 +293,8 @@ log_probabilities.defvjp(_log_fwd, _log_bwd)
 @custom_vjp
 def log_sum(rows: Rows, scores: Entries) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
-    top, log_sum_of_gaps = top_and_log_sum(rows, scores)
-    return top + log_sum_of_gaps
+    total = total_of(rows, scores)
+    return jnp.where(total.by == 0, -jnp.inf, total.top + total.log)
 
 
 def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
@@ -431,36 +309,44 @@ def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
 log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
 
 
-def exact_gap(score: Array, top: Array) -> tuple[Array, Array]:
-    """The score less the maximum, and what rounding took from that."""
-    _, lost = two_sum(score, -top)
-    gap = _threshold.gap(score, top)
-    return gap, jnp.where(jnp.isfinite(lost) & (gap < 0), lost, 0)
+class Total(NamedTuple):
+    """The sum of exponentials of one row, as row values.
 
-
-def top_and_log_sum(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    """The maximum, and the log-sum-exp of the scores less the maximum, to the last digits.
-
-    The maxima count 1 each and are kept apart: where one score dominates, all the digits of the
-    answer are in the sum of the others.
+    Attributes:
+      top: the maximum, finite in a row in which nothing takes part.
+      log: the log-sum-exp of the scores less the maximum; 0 in such a row.
+      shift: what to subtract from scores before `exp`.
+      by: what to multiply that by, to have probabilities; 0 in such a row.
     """
 
-    # Gaps are computed where they are used, thrice: to hold them in memory would take longer.
-    def terms(score: Array, top: Array) -> tuple[Array, Array]:
-        at_top = score == top
-        below = jnp.where(at_top, 0, exp(*two_sum(score, -top), lift=LIFT))
-        return below, indicator(at_top, below.dtype)
+    top: Array
+    log: Array
+    shift: Array
+    by: Array
 
+
+def total_of(rows: Rows, scores: Entries) -> Total:
+    """The sum of exponentials, of which the maxima count 1 each and are kept apart.
+
+    Where one score dominates, all the digits of the answer are in the sum of the others.
+    """
     top = _threshold.top_of(rows, scores)
-    below, lost, tops = rows.sums(terms, [scores], [top], EXACT)
-    return top, log_of_lifted(tops, below, lost)
 
+    def exactly(top: Array) -> tuple[Array, Array]:
+        shift = pivot(rows, scores, top)
+        return shift, jnp.exp(-_threshold.gap(top, shift))
 
-def log_of_lifted(first: Array, others: Array, lost: Array) -> Array:
-    """The logarithm of `first` and a sum that was lifted, with what rounding took from that."""
-    others, lost = (x * 2.0**-LIFT for x in (others, lost))
-    return log(*add_exactly((first, lost), (others, jnp.zeros_like(others))))
+    # Exact differences are a second use of scores and maximum, which costs a GPU five kernels.
+    shift, scale = on_local_cpu_or_else(exactly, lambda top: (top, jnp.ones_like(top)), top)
 
+    def terms(score: Array, top: Array, shift: Array) -> tuple[Array, Array]:
+        at_top = _threshold.gap(score, top) == 0
+        weight = jnp.where(at_top, 0, jnp.exp(score - shift))
+        return weight, indicator(at_top, weight.dtype)
 
-# Of exponentials that are added exactly: what rounding takes from e^-80 is too small for float32.
-LIFT = 64
+    others, tops = rows.sums(terms, [rounded(scores)], [top, shift])
+    others *= scale
+    total = tops + others
+    # 1 is taken from what is there: a row in which nothing takes part has neither.
+    log = log1p(others + (tops - jnp.minimum(total, 1)))
+    return Total(top, log, shift, jnp.where(total == 0, 0, scale / total))

@@ -70,8 +70,8 @@ def _shares_and_slopes(rows: Rows, scores: Entries) -> tuple[Entries, Entries]:
     With `D = sum(s dz)` they change by `dp = max(s, 0) dz - p D` and `ds = s dz - s D`, and so have
     all derivatives between them.
     """
-    scores = rows.map(_softmax.as_finite, [scores])
-    pivot = jnp.maximum(_softmax.pivot(rows, scores), 0)
+    scores = rows.map(_as_finite, [scores])
+    pivot = jnp.maximum(_softmax.pivot(rows, scores, rows.max(scores)), 0)
 
     def excess(score: Array, pivot: Array) -> Array:
         # (exp(score) - 1) exp(-pivot); far from 0 nothing cancels.
@@ -93,6 +93,16 @@ def _shares_and_slopes(rows: Rows, scores: Entries) -> tuple[Entries, Entries]:
         rows.map(share, [excesses], [total]),
         rows.map(slope, [scores, excesses], [pivot, total]),
     )
+
+
+def _as_finite(score: Array) -> Array:
+    """+inf as the largest number, and that as the next: infinite scores have the row to themselves.
+
+    Not by a minimum, which may lose NaN: XLA for CPU does, in some shapes.
+    """
+    largest = jnp.finfo(score.dtype).max
+    finite = jnp.where(score == largest, jnp.nextafter(largest, jnp.zeros_like(largest)), score)
+    return jnp.where(score == jnp.inf, largest, finite)
 
 
 def _fwd(rows: Rows, scores: Entries) -> tuple[tuple[Entries, Entries], Any]:
