@@ -420,6 +420,12 @@ def test_bad_smoothing_and_z_loss_are_named(options, message):
         jsm.cross_entropy(SCORES, LABELS, **options)
 
 
+def test_entmax_loss_at_1_of_what_is_nearly_certain():
+    value, gradient = jax.value_and_grad(jsm.entmax_loss)(np.array([40.0, 0.0]), 0, 1.0)
+    rest = np.exp(-40.0)
+    np.testing.assert_allclose([value, *gradient], [rest, -rest, rest], rtol=1e-5)
+
+
 def test_ties_at_the_top():
     scores = np.array([[3.0, 3.0, 3.0], [np.inf, np.inf, 0.0]])
     close(jsm.cross_entropy(scores, np.array([1, 1])), np.log([3.0, 2.0]))

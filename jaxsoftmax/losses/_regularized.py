@@ -15,6 +15,7 @@ from jaxsoftmax._elementary import sqrt
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Fixed, Options, known_number, prepare, public
 from jaxsoftmax._threshold import Form
+from jaxsoftmax.losses._cross_entropy import cross_entropy
 from jaxsoftmax.losses._targets import as_distribution, not_negative, one_per_row
 from jaxsoftmax.mappings import _entmax, _softmax
 
@@ -113,6 +114,8 @@ def entmax_loss(
       (arXiv:1901.02324).
     """
     known = known_number(alpha)
+    if known == 1 and jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
+        return cross_entropy(scores, targets, axis, where, temperature=temperature)
     if known in _TSALLIS:
         return _loss(_TSALLIS[known], scores, targets, axis, where, temperature)
     return _loss(_ANY_TSALLIS, scores, targets, axis, where, temperature, alpha)
