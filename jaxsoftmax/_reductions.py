@@ -14,7 +14,7 @@ and row values together. A mapping written in these terms runs on every kind of 
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -71,6 +71,7 @@ class Rows:
         function: Terms,
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
+        on_cpu: Terms | None = None,
     ) -> tuple[Array, ...]:
         """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
 
@@ -80,13 +81,14 @@ class Rows:
           function: `(*entries, *row_values) -> terms`, entry by entry, as for `map`.
           entries: the entries that it takes.
           row_values: the row values that it takes.
+          on_cpu: what to sum there instead, if XLA needs help to do it well.
         """
         if self.segment_ids is not None:
             parts = zip(*self.map(function, entries, row_values), strict=True)
             return tuple(map(self.sum, parts))
         first, *sinks = zip(*entries, strict=True)
         sums = on_local_cpu_or_else(
-            functools.partial(self._sums_on_cpu, function),
+            functools.partial(self._sums_on_cpu, on_cpu or function),
             functools.partial(self._joint_sums, function),
             first,
             tuple(row_values),
@@ -194,8 +196,7 @@ class Rows:
         length = entries[0].shape[minor] if minor in self.axes else 1
         lanes, depth = _folding(length)
         if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
-            terms = function(*entries, *row_values)
-            return _reduce(map(_in_pairs, terms) if function is _as_they_are else terms, self.axes)
+            return _reduce(function(*entries, *row_values), self.axes)
         whole = length - length % (depth * lanes)
         # The entries are cut, not the terms: terms of two uses would be held in memory.
         folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
@@ -211,14 +212,6 @@ class Rows:
 
 def _as_they_are(*terms: Array) -> Sequence[Array]:
     return terms
-
-
-def _in_pairs(lanes: Array) -> Array:
-    """The sum of lanes, 16 of them: of so few levels that next to nothing is lost."""
-    while lanes.shape[-1] % 2 == 0:
-        half = lanes.shape[-1] // 2
-        lanes = lanes[..., :half] + lanes[..., half:]
-    return lanes
 
 
 def is_known(size: Any) -> bool:
@@ -284,14 +277,13 @@ def _folding(length: int) -> tuple[int, int]:
 
     LLVM vectorizes no depth that it does not unroll, which it does up to 8.
     """
-    if not is_known(length) or length < 32:
+    if not is_known(length) or length < 16:
         return 1, 1
-    lanes = 32 if length >= 256 else 16
+    lanes = 32 if length >= 256 else 16 if length >= 32 else 4
     return lanes, min(length // lanes, 8)
 
 
-def _reduce(terms: Iterable[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
-    terms = tuple(terms)
+def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
     zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    sums = lax.reduce(terms, zeros, _add, axes)
+    sums = lax.reduce(tuple(terms), zeros, _add, axes)
     return tuple(jnp.expand_dims(x, axes) for x in sums)

@@ -162,13 +162,14 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(total.log)
     surprise = jnp.where(absent, jnp.inf, total.log - own_gap)
 
-    def excess(score: Array, hit: Array, shift: Array, by: Array, own: Array) -> Array:
-        return jnp.where(hit, own, jnp.exp(_threshold.gap(score, shift)) * by)
+    def excess(score: Array, hit: Array, top: Array, log: Array, own: Array) -> Array:
+        gap = _threshold.gap(score, top)
+        return jnp.where(hit, own, jnp.exp(gap + (_softmax.lost_by_gap(score, top) - log)))
 
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
-    scores, shift = lax.optimization_barrier((rounded(scores), total.shift))
-    return surprise, rows.map(excess, [scores, hits], [shift, total.by, own_excess])
+    values = lax.optimization_barrier((total.top, total.log, own_excess))
+    return surprise, rows.map(excess, [rounded(scores), hits], values)
 
 
 def _surprise_and_excess_fwd(

@@ -8,8 +8,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
-from jaxsoftmax._elementary import log1p
-from jaxsoftmax._reductions import Entries, Rows, indicator, on_local_cpu_or_else, rounded
+from jaxsoftmax._elementary import log1p, two_sum
+from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
 from jaxsoftmax._threshold import Form, has_form
 
@@ -294,7 +294,7 @@ log_probabilities.defvjp(_log_fwd, _log_bwd)
 def log_sum(rows: Rows, scores: Entries) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
     total = total_of(rows, scores)
-    return jnp.where(total.by == 0, -jnp.inf, total.top + total.log)
+    return jnp.where(total.sum == 0, -jnp.inf, total.top + total.log)
 
 
 def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
@@ -310,19 +310,17 @@ log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
 
 
 class Total(NamedTuple):
-    """The sum of exponentials of one row, as row values.
+    """The sum of exponentials of each row, as row values.
 
     Attributes:
       top: the maximum, finite in a row in which nothing takes part.
-      log: the log-sum-exp of the scores less the maximum; 0 in such a row.
-      shift: what to subtract from scores before `exp`.
-      by: what to multiply that by, to have probabilities; 0 in such a row.
+      sum: the sum of the exponentials of the scores less the maximum; 0 in such a row.
+      log: its logarithm; 0 in such a row.
     """
 
     top: Array
+    sum: Array
     log: Array
-    shift: Array
-    by: Array
 
 
 def total_of(rows: Rows, scores: Entries) -> Total:
@@ -330,23 +328,25 @@ def total_of(rows: Rows, scores: Entries) -> Total:
 
     Where one score dominates, all the digits of the answer are in the sum of the others.
     """
+
+    def terms(score: Array, top: Array) -> tuple[Array, Array]:
+        gap = _threshold.gap(score, top)
+        weight = jnp.where(gap == 0, 0, jnp.exp(score - top))
+        return weight, indicator(gap == 0, weight.dtype)
+
+    # What rounding takes is a second use of score and maximum: four kernels more on a GPU.
+    def exact_terms(score: Array, top: Array) -> tuple[Array, Array]:
+        weight, at_top = terms(score, top)
+        return weight * (1 + lost_by_gap(score, top)), at_top
+
     top = _threshold.top_of(rows, scores)
-
-    def exactly(top: Array) -> tuple[Array, Array]:
-        shift = pivot(rows, scores, top)
-        return shift, jnp.exp(-_threshold.gap(top, shift))
-
-    # Exact differences are a second use of scores and maximum, which costs a GPU five kernels.
-    shift, scale = on_local_cpu_or_else(exactly, lambda top: (top, jnp.ones_like(top)), top)
-
-    def terms(score: Array, top: Array, shift: Array) -> tuple[Array, Array]:
-        at_top = _threshold.gap(score, top) == 0
-        weight = jnp.where(at_top, 0, jnp.exp(score - shift))
-        return weight, indicator(at_top, weight.dtype)
-
-    others, tops = rows.sums(terms, [rounded(scores)], [top, shift])
-    others *= scale
+    others, tops = rows.sums(terms, [rounded(scores)], [top], exact_terms)
     total = tops + others
     # 1 is taken from what is there: a row in which nothing takes part has neither.
-    log = log1p(others + (tops - jnp.minimum(total, 1)))
-    return Total(top, log, shift, jnp.where(total == 0, 0, scale / total))
+    return Total(top, total, log1p(others + (tops - jnp.minimum(total, 1))))
+
+
+def lost_by_gap(score: Array, top: Array) -> Array:
+    """What rounding takes from the score less the maximum."""
+    _, lost = two_sum(score, -top)
+    return jnp.where(jnp.isfinite(lost), lost, 0)
