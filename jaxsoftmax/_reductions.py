@@ -109,6 +109,26 @@ class Rows:
         top = lax.pmax(local, self.names) if self.names else local
         return jnp.maximum(top, sink[0]) if sink else top
 
+    def top_and_others(self, entries: Entries) -> tuple[Array, Array]:
+        """The largest entry, and the sum of `exp(entry - top)` of all others; not for rules.
+
+        In one pass. No digit is lost where one entry dominates, because its 1 is never added. In a
+        row without entries they are -inf and -1.
+        """
+        first, *sink = entries
+        starts = jnp.full((), -jnp.inf, first.dtype), jnp.full((), -1, first.dtype)
+        found = lax.reduce((first, jnp.zeros_like(first)), starts, _join_exps, self.axes)
+        top, others = (jnp.expand_dims(x, self.axes) for x in found)
+        if self.names:
+            top_of_all = lax.pmax(top, self.names)
+            weight = jnp.where(top == top_of_all, others, (1 + others) * _exp_gap(top, top_of_all))
+            ties = indicator(top == top_of_all, top.dtype)
+            others, ties = lax.psum((weight, ties), self.names)
+            top, others = top_of_all, others + (ties - 1)
+        for z in sink:
+            top, others = _join_exps((top, others), (z, jnp.zeros_like(z)))
+        return top, others
+
     def has_many(self, entries: Entries) -> bool:
         """Whether it pays to look at some of the largest entries first."""
         return self._length_in_memory(entries[0]) >= _MANY
@@ -135,6 +155,10 @@ class Rows:
     def are_shared(self, scores: Array) -> bool:
         """Whether devices may have to tell each other about a row, as far as types tell."""
         return bool(self.names) or any(parts_of(scores, axis) > 1 for axis in self.axes)
+
+    def can_be_joined(self, scores: Array) -> bool:
+        """Whether `top_and_others` can take them: no segments, no row that XLA has spread."""
+        return self.segment_ids is None and all(parts_of(scores, axis) == 1 for axis in self.axes)
 
     def flatten(self, values: Array) -> Array:
         """Row values as they are returned to the caller: without the normalized axes."""
@@ -270,6 +294,19 @@ def sum_to(x: Array, shape: tuple[int, ...]) -> Array:
     """Sums `x` down to `shape`: the transpose of broadcasting to the same number of axes."""
     axes = tuple(i for i, (n, m) in enumerate(zip(x.shape, shape, strict=True)) if n != m)
     return jnp.sum(x, axes, keepdims=True)
+
+
+def _exp_gap(x: Array, y: Array) -> Array:
+    """`exp(-|x - y|)`, 1 where both are the same infinity."""
+    return jnp.exp(jnp.where(x == y, 0, -jnp.abs(x - y)))
+
+
+def _join_exps(first: Sequence[Array], second: Sequence[Array]) -> tuple[Array, Array]:
+    """What `Rows.top_and_others` returns for two rows in one, given what it returns for each."""
+    (x, of_x), (y, of_y) = first, second
+    weight = _exp_gap(x, y)
+    others = jnp.where(x >= y, of_x + (1 + of_y) * weight, of_y + (1 + of_x) * weight)
+    return jnp.maximum(x, y), others
 
 
 def _folding(length: int) -> tuple[int, int]:

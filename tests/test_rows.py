@@ -4,6 +4,7 @@ Each is held against the same function on plain rows, differentiated by JAX thro
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 import jaxsoftmax as jsm
+from jaxsoftmax._reductions import Rows
 from tests.cases import FUNCTIONS, Mapping, named
 from tests.tools import on_mesh
 
@@ -267,3 +269,43 @@ def test_no_segment_has_anything(fun):
     )
     assert fun(np.ones(0), segment_ids=np.zeros(0, int)).shape == (0,)
     assert jsm.logsumexp(np.ones(0), segment_ids=np.zeros(0, int)).shape == (0,)
+
+
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize(
+    ("row", "top", "others"),
+    [
+        ([45, 0], 45, math.exp(-45)),
+        ([0, -45, -46], 0, math.exp(-45) + math.exp(-46)),
+        ([1, 1, 1], 1, 2),
+        ([-1000, -1001], -1000, math.exp(-1)),
+        ([math.inf, 1, math.inf], math.inf, 1),
+        ([-math.inf, 3], 3, 0),
+        ([-math.inf, -math.inf], -math.inf, 1),
+        ([], -math.inf, -1),
+        ([1, math.nan], math.nan, math.nan),
+        ([math.inf, math.nan], math.nan, math.nan),
+    ],
+)
+def test_the_largest_and_the_exponentials_of_the_others(row, top, others):
+    """As accelerators take them in one pass, which no CPU does by itself."""
+    row = np.array(row, float)
+    found = Rows((0,)).top_and_others((row,))
+    np.testing.assert_allclose(np.ravel(found), [top, others], rtol=1e-14)
+    if len(row) > 1:  # the last entry as a sink
+        found = Rows((0,)).top_and_others((row[:-1], row[-1:]))
+        np.testing.assert_allclose(np.ravel(found), [top, others], rtol=1e-14)
+
+
+def test_the_largest_and_the_exponentials_of_the_others_over_devices():
+    row = np.array([3.0, -40.0, 3.0, -1.0])
+    mesh = jax.make_mesh((2,), ("a",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows = Rows((0,), ("a",))
+    spread = jax.shard_map(
+        lambda x: rows.top_and_others((x,)),
+        mesh=mesh,
+        in_specs=PartitionSpec("a"),
+        out_specs=PartitionSpec(),
+    )
+    others = 1 + math.exp(-4) + math.exp(-43)
+    np.testing.assert_allclose(np.ravel(spread(row)), [3, others], rtol=1e-14)

@@ -157,7 +157,7 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     """
     own = classes.pick(rows, scores[0])
     hits = (classes.hits(rows, scores[0]),)
-    total = _softmax.total_of(rows, scores)
+    total = _softmax.total_at_once(rows, scores)
     own_gap = _threshold.gap(own, total.top)
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(total.log)
     surprise = jnp.where(absent, jnp.inf, total.log - own_gap)

@@ -1,9 +1,11 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
@@ -293,7 +295,7 @@ log_probabilities.defvjp(_log_fwd, _log_bwd)
 @custom_vjp
 def log_sum(rows: Rows, scores: Entries) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
-    total = total_of(rows, scores)
+    total = total_at_once(rows, scores)
     return jnp.where(total.sum == 0, -jnp.inf, total.top + total.log)
 
 
@@ -344,6 +346,24 @@ def total_of(rows: Rows, scores: Entries) -> Total:
     total = tops + others
     # 1 is taken from what is there: a row in which nothing takes part has neither.
     return Total(top, total, log1p(others + (tops - jnp.minimum(total, 1))))
+
+
+def total_at_once(rows: Rows, scores: Entries) -> Total:
+    """What `total_of` returns, in one pass where a platform takes maximum and sum together.
+
+    Not for who goes through the scores once more: a GPU makes one kernel of all three passes.
+    """
+
+    def at_once(scores: Entries) -> Total:
+        top, others = rows.top_and_others(scores)
+        none = top == -jnp.inf
+        total, log = (jnp.where(none, 0, x) for x in (1 + others, log1p(others)))
+        return Total(jnp.where(none, jnp.finfo(top.dtype).min, top), total, log)
+
+    in_two = functools.partial(total_of, rows)
+    if not rows.can_be_joined(scores[0]):
+        return in_two(scores)
+    return lax.platform_dependent(scores, cpu=in_two, default=at_once)
 
 
 def lost_by_gap(score: Array, top: Array) -> Array:
