@@ -81,3 +81,12 @@ def test_api_pages_name_each_public_object_once():
 def test_links_lead_to_files(page):
     for target in LINK.findall(FENCE.sub("", page.read_text("utf-8"))):
         assert (page.parent / target).exists(), target
+
+
+def test_each_recipe_is_in_the_list_of_recipes_and_on_the_site():
+    recipes = {page.name for page in ROOT.glob("docs/recipes/*.md")} - {"README.md"}
+    listed = LINK.findall((ROOT / "docs/recipes/README.md").read_text("utf-8"))
+    listed = collections.Counter(name for name in listed if "/" not in name)
+    assert listed == dict.fromkeys(recipes, 1)
+    nav = re.findall(r": recipes/(\S+)$", (ROOT / "mkdocs.yml").read_text("utf-8"), re.M)
+    assert collections.Counter(nav) == dict.fromkeys(recipes, 1)
