@@ -1,4 +1,56 @@
-"""Pure JAX functions that turn scores into probabilities."""
+"""Pure JAX functions that turn scores into probabilities.
+
+    >>> import jax.numpy as jnp, jaxsoftmax as jsm
+    >>> jsm.sparsemax(jnp.array([1.0, 0.5, -1.0]))
+    Array([0.75, 0.25, 0.  ], dtype=float32)
+
+A mapping is called as `mapping(x, axis=-1, where=None, *, temperature=1.0)`. All functions work
+under `jax.jit`, `jax.vmap` and the other transformations, and have derivatives in both modes.
+`help(jaxsoftmax.softmax)` shows one function with its formula, arguments, errors and an example.
+
+Mappings: from scores to probabilities
+    softmax               the default: every entry gets something
+    log_softmax           its logarithm, exact also where one entry dominates
+    logsumexp             the logarithm of the denominator of softmax: one value per row
+    entmax15              sparse, with smooth edges; between softmax and sparsemax
+    sparsemax             sparser; probabilities are linear in the scores
+    entmax                `alpha` from 1 (softmax) over 2 (sparsemax) upwards; can be learned
+    normmax               sparse; the larger `alpha`, the more evenly the entries share
+    budget_sparsemax      entries from 0 to 1 that sum to a budget: choose several
+    softpick              scores below 0 get nothing, and a row may sum to less than 1
+    stick_breaking        each entry takes a share of what the entries before it left
+    sinkhorn              soft assignment: rows and columns have fixed sums
+    hardmax               everything to the largest score; ties share
+
+Losses: from scores and targets to one value per row
+    cross_entropy         of softmax; with label smoothing and z-loss
+    entmax_loss           of entmax and entmax15
+    sparsemax_loss        of sparsemax
+    fenchel_young_loss    of your own mapping
+    linear_cross_entropy  any of these for a large last layer, without holding all scores
+
+Attention with any mapping
+    dot_product_attention  the signature of `jax.nn`; memory is linear in the sequence
+    attention_fn           the same for Flax's `MultiHeadAttention`
+
+Choosing and sampling
+    top_k_mask            the k largest scores, as a mask for `where`
+    top_p_mask            the most probable entries that together reach p (nucleus)
+    min_p_mask            the entries that reach p times the largest probability
+    sample                random indices
+    gumbel_softmax        random one-hot rows, hard or soft, with a gradient
+    straight_through      one-hot forward, the derivatives of a mapping
+
+Measures: one value per row of probabilities
+    shannon_entropy       how uncertain
+    tsallis_entropy       the same for other `alpha`
+    support_size          how many entries are above 0
+
+Modules and tools
+    calibration           do probabilities match frequencies? measures, and fits that correct them
+    plots                 pictures of the above; needs matplotlib
+    custom_vjp            `jax.custom_vjp` whose functions also have forward mode
+"""
 
 import importlib as _importlib
 import typing as _typing
@@ -35,6 +87,40 @@ from jaxsoftmax.sampling import straight_through as straight_through
 
 __version__ = "0.1.0"
 
+__all__ = [
+    "attention_fn",
+    "budget_sparsemax",
+    "calibration",
+    "cross_entropy",
+    "custom_vjp",
+    "dot_product_attention",
+    "entmax",
+    "entmax15",
+    "entmax_loss",
+    "fenchel_young_loss",
+    "gumbel_softmax",
+    "hardmax",
+    "linear_cross_entropy",
+    "log_softmax",
+    "logsumexp",
+    "min_p_mask",
+    "normmax",
+    "plots",
+    "sample",
+    "shannon_entropy",
+    "sinkhorn",
+    "softmax",
+    "softpick",
+    "sparsemax",
+    "sparsemax_loss",
+    "stick_breaking",
+    "straight_through",
+    "support_size",
+    "top_k_mask",
+    "top_p_mask",
+    "tsallis_entropy",
+]
+
 if _typing.TYPE_CHECKING:
     from jaxsoftmax import calibration as calibration
     from jaxsoftmax import plots as plots
@@ -50,4 +136,4 @@ def __getattr__(name: str) -> _typing.Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_LATER})
+    return sorted([*__all__, "__version__"])

@@ -19,6 +19,8 @@ from jaxsoftmax.measures import support_size
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+__all__ = ["reliability_diagram", "simplex_plot", "support_plot"]
+
 _GREY = "#6b7380"
 # Of a palette made for color-blind readers too.
 _COLORS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7")
@@ -279,3 +281,7 @@ def _axes_or_new(ax: Axes | None) -> Axes:
             'pip install "jaxsoftmax[plots]"'
         ) from error
     return pyplot.subplots(layout="constrained")[1]
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

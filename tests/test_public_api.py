@@ -10,6 +10,7 @@ import sys
 import pytest
 
 import jaxsoftmax as jsm
+from jaxsoftmax.attention._options import Options
 from tests.calls import public_functions
 
 HIDDEN_MODULES = (
@@ -91,6 +92,36 @@ def test_pytest_collects_the_examples(request):
     for parameter in FUNCTIONS:
         _, value = parameter.values
         assert f"::{value.__module__}.{value.__qualname__}\n" in out
+
+
+PUBLIC_MODULES = (jsm, jsm.calibration, jsm.plots)
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES, ids=lambda module: module.__name__)
+def test_a_shell_completes_public_names_alone(module):
+    public = {name for p in OBJECTS if (name := p.values[0]) in vars(module)}
+    public = {name for name in public if vars(module)[name].__module__.startswith(module.__name__)}
+    if module is jsm:
+        public |= {"calibration", "plots"}
+    assert sorted(public) == sorted(module.__all__)
+    assert set(dir(module)) - {"__version__"} == public
+    assert all(hasattr(module, name) for name in dir(module))
+
+
+@pytest.mark.parametrize("module", PUBLIC_MODULES[:2], ids=lambda module: module.__name__)
+def test_help_tells_of_each_public_name_in_a_line(module):
+    listed = re.findall(r"^    (\w+) {2,}\S", module.__doc__, re.M)
+    results = {"ReliabilityCurve", "BrierDecomposition"}  # what functions return
+    values = set(module.__all__) - results
+    told = set(listed) | set(re.findall(r"apply `(\w+)`", module.__doc__))
+    assert told == values
+    assert len(listed) == len(set(listed))
+
+
+def test_attention_can_be_typed_with_each_of_its_options():
+    parameters = inspect.signature(jsm.dot_product_attention).parameters.values()
+    by_keyword = {p.name for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert by_keyword == {*Options.__annotations__, "return_residual"}
 
 
 def test_import_is_light():

@@ -3,8 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, Unpack, overload
 
 import jax
 import jax.numpy as jnp
@@ -31,22 +30,55 @@ from jaxsoftmax.attention._block import OF_NORMALIZER, First, Prepared, Rules, p
 from jaxsoftmax.attention._blocks import Cuts, Prepare, attend_in_blocks
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
+from jaxsoftmax.attention._options import AxisName, MaskMod, Normalizer, Options, ScoreMod
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling
 from jaxsoftmax.mappings import logsumexp, softmax
 
-Normalizer = Callable[..., Array]
-ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
-MaskMod = Callable[[Array, Array, Array, Array], Array]
+Mask = Bool[ArrayLike, "*#B #N #T #S"]
+Bias = Real[ArrayLike, "*#B #N #T #S"]
 
 
+@overload
 def dot_product_attention(
     query: Float[ArrayLike, "*B T N H"],
     key: Float[ArrayLike, "*B S K H"],
     value: Float[ArrayLike, "*B S K V"],
-    bias: Real[ArrayLike, "*#B #N #T #S"] | None = None,
-    mask: Bool[ArrayLike, "*#B #N #T #S"] | None = None,
+    bias: Bias | None = None,
+    mask: Mask | None = None,
+    *,
+    return_residual: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N V"]: ...
+@overload
+def dot_product_attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K V"],
+    bias: Bias | None = None,
+    mask: Mask | None = None,
+    *,
+    return_residual: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]: ...
+@overload
+def dot_product_attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K V"],
+    bias: Bias | None = None,
+    mask: Mask | None = None,
+    *,
+    return_residual: bool,
+    **options: Unpack[Options],
+) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]: ...
+def dot_product_attention(
+    query: Float[ArrayLike, "*B T N H"],
+    key: Float[ArrayLike, "*B S K H"],
+    value: Float[ArrayLike, "*B S K V"],
+    bias: Bias | None = None,
+    mask: Mask | None = None,
     *,
     normalizer: Normalizer = softmax,
     scale: ArrayLike | None = None,
@@ -62,10 +94,10 @@ def dot_product_attention(
     mask_mod: MaskMod | None = None,
     dropout_rate: float = 0.0,
     dropout_key: Array | None = None,
-    kv_axis_name: str | tuple[str, ...] | None = None,
+    kv_axis_name: AxisName | None = None,
     block_size: int | None = None,
     return_residual: bool = False,
-    query_axis_name: str | tuple[str, ...] | None = None,
+    query_axis_name: AxisName | None = None,
 ) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     r"""Attention with any normalizer, in memory linear in the sequence, differentiable every way.
 
