@@ -25,35 +25,33 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
     comes from the rule that you have already written:
 
     1. The pullback `ct -> bwd(res, ct)` at a point is the transpose `J^T` of the Jacobian there.
-    2. It is linear in `ct`, so `jax.linear_transpose` can turn it round: its transpose is `J`.
-    3. `J` applied to the tangents is all that forward mode asks for. So the function is a
-       `jax.custom_jvp`, whose rule runs `fwd` and then calls one linear function of the tangents,
-       which evaluates as the transpose of `bwd` and is transposed as `bwd` itself.
-    4. So reverse mode calls `bwd`, as it is, with what `jax.custom_vjp` gives it; `jax.grad` costs
-       what it costs there, and `bwd` need not be linear, nor be transposed.
+    2. It is linear in `ct`, so `jax.linear_transpose` applies. Its transpose is `J`.
+    3. Forward mode needs only `J` applied to the tangents. So the function is a `jax.custom_jvp`
+       whose rule runs `fwd` and then calls one linear function of the tangents. When evaluated,
+       that is the transpose of `bwd`; when transposed, it is `bwd` itself.
+    4. So reverse mode calls `bwd` as it is, with the same arguments as `jax.custom_vjp`. `jax.grad`
+       costs the same as there, and `bwd` need not be linear.
     5. Both directions are traced through `fwd` and `bwd`, so higher orders follow as long as
        `fwd` and `bwd` are differentiable: let `fwd` call the decorated function itself, not a
        solver, and second derivatives use the rule instead of unrolling the solver.
 
-    What forward mode asks of `bwd`: it has to be linear in the cotangent, made of operations that
-    JAX can transpose. A part of it that does not depend on the cotangent counts in reverse mode
-    only.
+    For forward mode, `bwd` has to be linear in the cotangent and consist of operations that JAX can
+    transpose. A part of it that does not depend on the cotangent counts in reverse mode only.
 
     Arguments without a tangent (integers, booleans, keys, None, and pytrees that mix them with
     floats) need no declaration; `bwd` returns None for them, as with `jax.custom_vjp`.
 
     Args:
-      fun: the function, of any pytrees.
+      fun: the function. Its arguments and results are any pytrees.
       nondiff_argnums: positions of arguments that are not arrays (functions, strings, ...). As
         with `jax.custom_vjp`, they come first in the arguments of `bwd`.
-      nondiff_argnames: names of more of them.
+      nondiff_argnames: names of further such arguments.
 
     Raises:
-      AttributeError: when it is called before it was given its rule by `defvjp`.
-      TypeError: when it is given an argument that can be passed by keyword only, when `bwd` returns
-        something of another structure than the arguments, or when forward mode meets a `bwd` that
-        JAX cannot transpose.
-      ValueError: when `bwd` returns a cotangent of another shape than its argument.
+      AttributeError: if it is called before `defvjp` has set its rule.
+      TypeError: if an argument can be passed by keyword only, if the result of `bwd` has another
+        structure than the arguments, or, in forward mode, if JAX cannot transpose `bwd`.
+      ValueError: if `bwd` returns a cotangent of another shape than its argument.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm

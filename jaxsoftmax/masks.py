@@ -44,13 +44,13 @@ def top_k_mask(
 
     .. math:: \#\{ j : x_j > x_i \} + \#\{ j < i : x_j = x_i \} < k
 
-    There is no temperature, which leaves the order of scores as it is.
+    There is no temperature, since it does not change the order of scores.
 
     Args:
       x: scores of any shape and real dtype. -inf is a score like any other: where fewer than `k`
         are above it, the first ones of -inf fill up. NaN counts as +inf.
       k: how many to keep: an integer, or an array of integers, one per row, which may be traced.
-        Rows that are not longer are kept whole. What is known while tracing takes less time.
+        Shorter rows are kept whole. A number that is known while tracing takes less time.
       axis: one array axis.
       where: what may be kept; a boolean mask that broadcasts to `x`.
 
@@ -135,20 +135,22 @@ def top_p_mask(
 
     Args:
       x: scores of any shape and real dtype. -inf is never kept. NaN counts as +inf.
-      p: the probability to reach; a number from 0 to 1 or one value per row. 1 keeps all that is
-        not -inf.
+      p: the probability to reach; a number from 0 to 1 or one value per row. 1 keeps every entry
+        that is not -inf.
       axis: one array axis.
-      where: what takes part, such as another mask: the probabilities are of that alone.
-      temperature: divides the scores; the one that is sampled at. A number or one value per row,
-        not negative.
-      min_tokens_to_keep: how many to keep at least, of what is not -inf.
+      where: which entries take part, such as another mask. The probabilities are computed among
+        these.
+      temperature: divides the scores. Use the same one as for sampling. A number or one value per
+        row, not negative.
+      min_tokens_to_keep: the smallest number of entries to keep, among those that are not -inf.
 
     Returns:
       Booleans of the shape of `x`, of which at least one per row is True unless nothing in the row
       is above -inf. Of equal scores the first are kept.
 
     Raises:
-      TypeError: if `x` or `p` is not real, `where` not boolean or `min_tokens_to_keep` no integer.
+      TypeError: if `x` or `p` is not real, `where` not boolean or `min_tokens_to_keep` not an
+        integer.
       ValueError: if `p` is a number out of range or does not broadcast to one value per row, `axis`
         is not one array axis in range, shapes do not fit, or `temperature` or `min_tokens_to_keep`
         is a negative number.
@@ -220,21 +222,22 @@ def min_p_mask(
 
     Args:
       x: scores of any shape and real dtype. -inf is never kept. NaN counts as +inf.
-      p: the fraction of the largest probability; a number from 0 to 1 or one value per row. 0
-        keeps all that has any probability.
+      p: the fraction of the largest probability; a number from 0 to 1 or one value per row. 0 keeps
+        every entry with a probability above 0.
       axis: the axes to compare over: array axes, mesh axis names, both in a tuple, or None for all
         array axes.
-      where: what takes part, such as another mask.
-      temperature: divides the scores; the one that is sampled at. A number or one value per row,
-        not negative.
-      min_tokens_to_keep: how many to keep at least, of what is not -inf; more than one go along one
-        array axis only.
+      where: which entries take part, such as another mask.
+      temperature: divides the scores. Use the same one as for sampling. A number or one value per
+        row, not negative.
+      min_tokens_to_keep: the smallest number of entries to keep, among those that are not -inf. If
+        it is more than 1, `axis` must be one array axis.
 
     Returns:
       Booleans of the shape of `x`. The largest scores are always kept, unless -inf.
 
     Raises:
-      TypeError: if `x` or `p` is not real, `where` not boolean or `min_tokens_to_keep` no integer.
+      TypeError: if `x` or `p` is not real, `where` not boolean or `min_tokens_to_keep` not an
+        integer.
       ValueError: if `p` is a number out of range or does not broadcast to one value per row, an
         axis is out of range, shapes do not fit, or `temperature` or `min_tokens_to_keep` is a
         negative number.

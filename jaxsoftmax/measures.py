@@ -60,9 +60,9 @@ def tsallis_entropy(
 
     .. math:: H_\alpha(p) = \frac{1}{\alpha (\alpha - 1)} \sum_i (p_i - p_i^\alpha)
 
-    It is smooth in `alpha`, at 1 too. The gradient in `p` is
-    :math:`(1 - \alpha p_i^{\alpha - 1}) / (\alpha (\alpha - 1))`. At `p = 0` and `alpha` of at most
-    1, where it is infinite, it is taken as 0.
+    It is smooth in `alpha`, also at 1. The gradient in `p` is :math:`(1 - \alpha p_i^{\alpha - 1})
+    / (\alpha (\alpha - 1))`. At `p = 0` and `alpha` of at most 1, where it is infinite, it is taken
+    as 0.
 
     Args:
       p: probabilities, or non-negative numbers, of any shape.
@@ -109,7 +109,7 @@ def tsallis_entropy(
 
 @public
 def support_size(p: Real[ArrayLike, "*shape"], axis: Axis = -1) -> Int[Array, "*rows"]:
-    r"""How many entries have any probability.
+    r"""How many entries have a probability above 0.
 
     .. math:: \#\{i : p_i > 0\}
 

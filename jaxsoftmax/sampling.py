@@ -51,8 +51,8 @@ def sample(
 
     .. math:: i = \arg\max_j (x_j / t + g_j), \quad g_j \sim \mathrm{Gumbel}(0, 1)
 
-    The noise is drawn in float32 or better, whatever the dtype of the scores. Several draws without
-    replacement are where :math:`x_j / t + g_j` is largest, second largest, and so on.
+    The noise is drawn in float32 or better, for any dtype of the scores. Several draws without
+    replacement are the positions where :math:`x_j / t + g_j` is largest, second largest, and so on.
 
     Args:
       key: a key of `jax.random.key`, used once. Rows are independent of each other.
@@ -62,23 +62,23 @@ def sample(
       where: what may be drawn, such as a mask of `top_k_mask`, `top_p_mask` or `min_p_mask` at the
         same temperature; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative. 0 gives the
-        position of the maximum, of equal ones the first; without replacement, of the next largest
-        after that.
-      shape: the shape of the answer, as in `jax.random.categorical`: axes of draws, and then the
-        shape of `x` without `axis`. Default: that alone, one draw per row.
-      replace: whether what has been drawn may be drawn again. If not, all draws of a row differ,
-        in the order in which they are drawn; `axis` must then be array axes.
+        position of the maximum (of the first one, if several are equal); without replacement, the
+        next largest scores follow.
+      shape: the shape of the result, as in `jax.random.categorical`: axes of draws, followed by the
+        shape of `x` without `axis`. Default: the latter alone, which is one draw per row.
+      replace: whether a position may be drawn more than once. If not, all draws of a row differ, in
+        the order in which they are drawn; `axis` must then be array axes.
 
     Returns:
-      int32 positions of shape `shape`. Along several axes a position counts as if they were
-      flattened, mesh axes first. -1 where there is nothing (left) to draw, all being excluded or
-      -inf, and where a score that takes part is NaN.
+      int32 positions of shape `shape`. If there are several axes, positions are those of the
+      flattened axes, mesh axes first. The result is -1 where nothing is left to draw, because all
+      entries are excluded or -inf, and where a score that takes part is NaN.
 
     Raises:
-      TypeError: if `key` is no key, `x` not real or `where` not boolean.
+      TypeError: if `key` is not a key, `x` not real or `where` not boolean.
       ValueError: if `key` is more than one, an axis is out of range, shapes do not fit,
-        `temperature` is a negative number, or more are asked for without replacement than there
-        are.
+        `temperature` is a negative number, or if you ask for more draws without replacement than
+        there are entries.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -159,14 +159,14 @@ def gumbel_softmax(
     temperature: ArrayLike = 1.0,
     hard: bool = False,
 ) -> Float[Array, "*shape"]:
-    r"""A draw from `softmax(x)` that is differentiable, being not quite one-hot.
+    r"""A differentiable draw from `softmax(x)`: nearly one-hot.
 
     .. math:: p = \mathrm{softmax}\big((x + g) / t\big), \quad g_i \sim \mathrm{Gumbel}(0, 1)
 
     The largest entry is at `i` with probability :math:`\mathrm{softmax}(x)_i` at any temperature,
-    and is the one that `sample(key, x)` gives. The lower the temperature, the nearer to one-hot. It
-    divides the noise too, unlike the temperature of `sample`: it softens what has been drawn, and
-    does not change how likely that is.
+    and it is the one that `sample(key, x)` returns. A lower temperature makes the result closer to
+    one-hot. Unlike the temperature of `sample`, it divides the noise as well. So it softens the
+    draw, and does not change how likely each draw is.
 
     Args:
       key: a key of `jax.random.key`, used once. Rows are independent of each other.
@@ -176,15 +176,15 @@ def gumbel_softmax(
       where: what may be drawn, such as a mask of `top_k_mask`, `top_p_mask` or `min_p_mask`; a
         boolean mask that broadcasts to `x`.
       temperature: divides the perturbed scores; a number or one value per row, not negative. 0
-        gives one-hot rows without gradient.
+        gives one-hot rows without a gradient.
       hard: whether to return exactly one-hot rows that have the gradient of the soft ones.
 
     Returns:
-      Probabilities of the shape and dtype of `x`; all 0 in a row in which there is nothing to
-      draw, NaN in one with a NaN that takes part.
+      Probabilities of the shape and dtype of `x`; all 0 in a row in which nothing can be drawn, and
+      NaN in a row with a NaN that takes part.
 
     Raises:
-      TypeError: if `key` is no key, `x` not real, `where` not boolean or `hard` no bool.
+      TypeError: if `key` is not a key, `x` not real, `where` not boolean or `hard` not a bool.
       ValueError: if `key` is more than one, an axis is out of range, shapes do not fit, or
         `temperature` is a negative number.
 
@@ -216,24 +216,24 @@ def straight_through(
 
     .. math:: f(x) = \mathrm{hard}(x), \quad Df(x) = D\,\mathrm{mapping}(x)
 
-    The value is exactly that of `hard`, with nothing left over from adding and subtracting the
-    soft one; the derivatives are those of `mapping` in both modes and to any order.
+    The value is exactly that of `hard`, without rounding errors from adding and subtracting the
+    soft value. The derivatives are those of `mapping`, in both modes and to any order.
 
     Args:
-      mapping: what gives the derivatives: a mapping of this package, or your own. Its first
-        argument is the scores, and it has an `axis`.
-      hard: what gives the value, of the same shape. It is called with what says which rows there
-        are (`axis`, `where`, `sink`, `segment_ids`, `num_segments`), and not with the temperature.
-        `hardmax` chooses one here, the first of the largest as `jnp.argmax` does: a choice is
-        one-hot. (For ties that share, give `lambda x, **rows: hardmax(x, **rows)`.)
+      mapping: has the derivatives: a mapping of this package, or your own. Its first argument is
+        the scores, and it has an argument `axis`.
+      hard: has the value, in the same shape. It gets the arguments that say what the rows are
+        (`axis`, `where`, `sink`, `segment_ids`, `num_segments`), but not the temperature. Here
+        `hardmax` returns one-hot rows: of several largest scores it chooses the first, as
+        `jnp.argmax` does. (If ties should share, pass `lambda x, **rows: hardmax(x, **rows)`.)
 
     Returns:
       A mapping with the parameters of `mapping`.
 
     Raises:
-      ValueError: if `mapping` has no `axis`; when called, if `hard` does not take an argument that
-        says which rows there are, or gives another shape than `mapping`. (`hardmax` takes no
-        segments; `functools.partial(softmax, temperature=0)` does.)
+      ValueError: if `mapping` has no `axis`; when called, if `hard` does not take one of these
+        arguments, or returns another shape than `mapping`. (`hardmax` takes no segments;
+        `functools.partial(softmax, temperature=0)` does.)
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm

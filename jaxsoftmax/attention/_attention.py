@@ -103,46 +103,50 @@ def dot_product_attention(
 
     .. math:: \mathrm{normalizer}(\mathrm{cap}(\mathrm{scale} \cdot Q K^\top + \mathrm{bias})) V
 
-    The signature and the meaning of `jax.nn.dot_product_attention`, and more. The scores of a block
-    of query rows are made, normalized and used before those of the next are made; derivatives of
-    every kind and order make them once more. Keys that no query of a band of blocks can see, since
-    `is_causal` or `local_window_size` exclude them, are not computed.
+    It has the signature and the meaning of `jax.nn.dot_product_attention`, and more options. It
+    works on one block of query rows at a time: it computes, normalizes and uses their scores before
+    it continues with the next block. Derivatives of every kind and order compute the scores once
+    more. Keys that no query of a band of blocks can see, because of `is_causal` or
+    `local_window_size`, are not computed.
 
     B is the batch, T the length of the queries, S that of keys and values, N the number of query
     heads, K that of key and value heads, of which N is a multiple, H the features of queries and
-    keys and V those of values. Half precision is summed, scored and normalized in float32. Queries
-    that see nothing get 0 and have gradient 0.
+    keys and V those of values. In half precision, products are summed and scores normalized in
+    float32. Queries that see no key get 0, with gradient 0.
 
     Args:
       query: queries, (B, T, N, H) or (T, N, H).
       key: keys, (B, S, K, H) or (S, K, H), in the dtype of `query`.
       value: values, (B, S, K, V) or (S, K, V), in the dtype of `query`.
       bias: added to the scores; broadcasts to (B, N, T, S). -inf excludes.
-      mask: what takes part; booleans that broadcast to (B, N, T, S).
-      normalizer: makes weights of scores: `f(scores, axis=axis, where=mask)`, with `scores` of
+      mask: which keys a query sees; booleans that broadcast to (B, N, T, S).
+      normalizer: turns scores into weights: `f(scores, axis=axis, where=mask)`, with `scores` of
         shape (B, N, rows, S) and a boolean `mask` that broadcasts to it. Any mapping of this
         package, a `functools.partial` of one (a parameter per head has shape (N, 1, 1)) or a
-        function of your own that gives each row of scores its weights.
+        function of your own.
       scale: multiplies the products of queries and keys; None: :math:`1 / \sqrt H`.
-      is_causal: whether a query sees no keys after its own position, counted from the first of
+      is_causal: if true, a query sees no key after its own position. Positions of both are counted
+        from the first.
+      query_seq_lengths: how many queries are not padding, (B,). The output of the others is 0, even
+        if they contain NaN.
+      key_value_seq_lengths: how many keys and values are not padding, (B,). The others take no
+        part, even if they contain NaN. Keys and values that other masks exclude have to be finite:
+        0 times NaN is NaN.
+      local_window_size: how many keys a query sees before and after its own position; an int means
         both.
-      query_seq_lengths: how many queries are not padding, (B,). The rest give 0, whatever they
-        hold.
-      key_value_seq_lengths: how many keys and values are not padding, (B,). The rest take no part,
-        whatever they hold, be it NaN. What the other masks exclude has to be finite, in keys and
-        values: 0 times NaN is NaN.
-      local_window_size: how far a query sees before and after its own position; an int is both.
-      query_segment_ids: integers, (B, T), for packed sequences: queries see keys of their number.
+      query_segment_ids: integers, (B, T), for packed sequences: a query sees keys with the same
+        number.
       key_value_segment_ids: integers, (B, S); goes with `query_segment_ids`.
       logits_soft_cap: bounds the scores by `cap * tanh(scores / cap)`, the bias included.
-      sink: a virtual score per head, (N,) or a number, whose share is dropped; for normalizers with
+      sink: one more score per head, (N,) or a number, whose share is dropped; for normalizers with
         an argument `sink` (softmax, sparsemax, entmax, entmax15).
       score_mod: `f(score, batch, head, q_index, kv_index) -> score`, of single numbers, after the
         cap and before the masks.
-      mask_mod: `f(batch, head, q_index, kv_index) -> bool`, of single numbers: what takes part.
-      dropout_rate: the share of the weights to drop; the rest is divided by 1 less the share. Which
-        are dropped depends on `dropout_key` and the four indices of a weight, on nothing else: not
-        on blocks, windows or devices along `kv_axis_name`.
+      mask_mod: `f(batch, head, q_index, kv_index) -> bool`, of single numbers: whether the query
+        sees the key.
+      dropout_rate: the share of the weights to drop. The others are divided by 1 minus the share.
+        Whether a weight is dropped depends only on `dropout_key` and its four indices, not on
+        blocks, windows or devices along `kv_axis_name`.
       dropout_key: a key of `jax.random`, needed if anything is dropped.
       kv_axis_name: the mesh axis, within `shard_map`, that keys and values are spread over, or a
         tuple of several; queries are on all their devices. Positions of keys are then global: the
@@ -152,7 +156,7 @@ def dot_product_attention(
         on all devices. Outside of `shard_map` there is nothing to name: arrays on a mesh of
         explicit axes stay where they are, and so they do under automatic sharding (where causal
         masks save no time, since nothing tells which device has which keys).
-      block_size: how many query rows make a block; None: as sizes suggest.
+      block_size: how many query rows make a block. None chooses it from the sizes.
       return_residual: whether to return the logarithm of the softmax's denominator as well.
       query_axis_name: the mesh axis, within `shard_map`, that queries are spread over, or a tuple
         of several. Positions of queries are then global, and `query_seq_lengths` are of whole
@@ -164,11 +168,12 @@ def dot_product_attention(
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
       the logsumexp of each row of scores and sink, (B, T, N) or (T, N), in float32 (float64 if
-      queries are), -inf for queries that see nothing, not even a sink. Unlike that of `jax.nn` it
-      has a gradient.
+      queries are), -inf for queries that see no key and no sink. Unlike in `jax.nn`, it has a
+      gradient.
 
     Raises:
-      TypeError: if dtypes differ or do not fit, or what should be a function is none.
+      TypeError: if dtypes differ or do not fit, or a function is expected and something else is
+        passed.
       ValueError: if shapes do not fit, `sink` goes to a normalizer without that argument,
         `return_residual` to one that is not softmax, or an option is out of range.
 
@@ -196,8 +201,8 @@ def dot_product_attention(
       (2,)
 
     Note:
-      Outside of `jax.jit`, a call with a normalizer, `score_mod` or `mask_mod` that is not of this
-      package is compiled anew each time, since they may close over other arrays.
+      Outside of `jax.jit`, each call with a normalizer, `score_mod` or `mask_mod` of your own
+      compiles again, since it may close over other arrays.
 
     References:
       Rabe & Staats, 2021: Self-attention does not need O(n^2) memory (arXiv:2112.05682); Dao, 2023:

@@ -20,10 +20,10 @@ class ReliabilityCurve(NamedTuple):
 
     Attributes:
       confidence: the mean confidence of the predictions in the bin.
-      accuracy: the share of them that is right.
-      count: how many there are, or what they weigh if there are weights.
+      accuracy: the share of these predictions that is right.
+      count: how many predictions there are, or the sum of their weights if there are weights.
       lower: the lower end of the 95 % interval of the accuracy.
-      upper: its upper end.
+      upper: the upper end of that interval.
     """
 
     confidence: Float[Array, " bins"]
@@ -45,35 +45,36 @@ def reliability_curve(
     key: PRNGKeyArray | None = None,
     num_resamples: int = 1000,
 ) -> ReliabilityCurve:
-    """How often predictions come true, by how confident they were.
+    """How often predictions are right, by how confident they were.
 
-    The confidence of a prediction is its largest probability. The interval of the accuracy, at
-    95 %, is that of the bootstrap if there is a key: the range of the accuracies, less 2.5 % at
-    either end, that one gets from drawing as many predictions with replacement, the bins being
-    kept. Without a key it is Wilson's, which does not shrink to a point where all of a bin is right
-    or all is wrong, and so serves small bins better.
+    The confidence of a prediction is its largest probability. The accuracy has a 95 % interval.
+    With a key, it comes from the bootstrap: as many predictions are drawn with replacement, with
+    the same bins, and 2.5 % of the accuracies are cut off at either end. Without a key, it is
+    Wilson's interval. That one does not shrink to a point if all predictions of a bin are right or
+    all are wrong, so it is better for small bins.
 
     Args:
-      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
-        event per row: class 1 of two, or that a prediction is right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      probs: predicted probabilities. A single column, or (n,) with labels (n,), means one event per
+        row: class 1 of two, or that a prediction is right.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin, of which equal ones share one.
+        predictions into each bin; equal predictions share a bin.
       key: a key of `jax.random.key`, to bootstrap.
       num_resamples: how often the bootstrap draws.
 
     Returns:
-      A `ReliabilityCurve` of arrays to plot, all NaN but for the count if a row holds NaN or a
-      number outside of [0, 1] (but for rounding), or has a class out of range.
+      A `ReliabilityCurve` of arrays to plot. All but the count are NaN if a row contains NaN or a
+      number outside of [0, 1] (up to rounding), or has a class out of range.
 
     Raises:
-      TypeError: if `probs` is not real, `labels` holds no integers or `key` is no key.
+      TypeError: if `probs` is not real, `labels` are not integers or `key` is not a key.
       ValueError: if shapes do not fit, for an unknown `binning`, or fewer than one bin or resample.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+        Outside of `jit`, also if a row that counts has numbers that are not probabilities (up to
+        rounding), a label that is not a class, or a negative weight. While tracing, the result is
+        then NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm

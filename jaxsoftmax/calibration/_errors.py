@@ -31,37 +31,37 @@ def expected_calibration_error(
 
     with the accuracy `a` and mean confidence `c` of each bin; for `r = inf` the largest distance.
 
-    Even of perfectly calibrated predictions this is not 0, since the accuracies of few are left to
-    chance. `debiased` takes off what chance does to the squares:
+    Even for perfectly calibrated predictions this is not 0, since the accuracy of a few predictions
+    depends on chance. `debiased` subtracts what chance adds to the squares:
 
     .. math:: \Big[ \sum_b \frac{n_b}{n} \Big( (a_b - c_b)^2 - \frac{a_b (1 - a_b)}{n_b - 1} \Big)
               \Big]_+^{1/2}
 
-    over the bins with more than one prediction. Of other norms than 2 the bias can't be told from
-    the data, so there is no such estimator. With weights, `n_b` is there the number of predictions
-    of equal weight that tell as much, :math:`(\sum w)^2 / \sum w^2`.
+    over the bins with more than one prediction. For norms other than 2, the data do not tell the
+    bias, so there is no such estimator. With weights, `n_b` is here the number of predictions of
+    equal weight that would tell as much, :math:`(\sum w)^2 / \sum w^2`.
 
     Args:
-      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
-        event per row: class 1 of two, or that a prediction is right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      probs: predicted probabilities. A single column, or (n,) with labels (n,), means one event per
+        row: class 1 of two, or that a prediction is right.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin, of which equal ones share one.
+        predictions into each bin; equal predictions share a bin.
       norm: the exponent `r`, a number from 1 to inf.
-      debiased: whether to use the debiased estimator, which is for `norm` 2.
+      debiased: whether to use the debiased estimator; needs `norm=2`.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
+      A scalar between 0 and 1. NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
+      TypeError: if `probs` is not real or `labels` are not integers.
       ValueError: if shapes do not fit, or for an unknown `binning` or `norm` or fewer than one bin,
-        or `debiased` with another `norm` than 2.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+        or `debiased` with another `norm` than 2. Outside of `jit`, also if a row that counts has
+        numbers that are not probabilities (up to rounding), a label that is not a class, or a
+        negative weight. While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -97,24 +97,24 @@ def maximum_calibration_error(
     `norm=inf`.
 
     Args:
-      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
-        event per row: class 1 of two, or that a prediction is right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      probs: predicted probabilities. A single column, or (n,) with labels (n,), means one event per
+        row: class 1 of two, or that a prediction is right.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
       num_bins: how many bins.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin, of which equal ones share one; that keeps a bin of few from
-        deciding.
+        predictions into each bin, so that a bin of few cannot decide the result; equal predictions
+        share a bin.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
+      A scalar between 0 and 1. NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+      TypeError: if `probs` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin. Outside
+        of `jit`, also if a row that counts has numbers that are not probabilities (up to rounding),
+        a label that is not a class, or a negative weight. While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -144,7 +144,7 @@ def classwise_calibration_error(
     norm: float = 1,
     debiased: bool = False,
 ) -> Float[Array, ""]:
-    r"""The calibration error of each class's probability, all of them and not just the largest.
+    r"""The calibration error over the probabilities of all classes, not only of the largest.
 
     .. math:: \Big( \frac1k \sum_{j=1}^k \sum_b \frac{n_{jb}}{n} |a_{jb} - p_{jb}|^r \Big)^{1/r}
 
@@ -152,27 +152,27 @@ def classwise_calibration_error(
     the class came true; for `r = inf` the largest distance.
 
     Args:
-      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
-        event per row: class 1 of two, or that a prediction is right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      probs: predicted probabilities. A single column, or (n,) with labels (n,), means one event per
+        row: class 1 of two, or that a prediction is right.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
       num_bins: how many bins each class has.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin, of which equal ones share one.
+        predictions into each bin; equal predictions share a bin.
       norm: the exponent `r`, a number from 1 to inf.
-      debiased: whether to use the debiased estimator, which is for `norm` 2; see
+      debiased: whether to use the debiased estimator; needs `norm=2`. See
         `expected_calibration_error`.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
+      A scalar between 0 and 1. NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
+      TypeError: if `probs` is not real or `labels` are not integers.
       ValueError: if shapes do not fit, or for an unknown `binning` or `norm` or fewer than one bin,
-        or `debiased` with another `norm` than 2.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+        or `debiased` with another `norm` than 2. Outside of `jit`, also if a row that counts has
+        numbers that are not probabilities (up to rounding), a label that is not a class, or a
+        negative weight. While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

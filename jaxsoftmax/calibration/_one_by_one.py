@@ -26,36 +26,36 @@ def fit_beta_scaling(
     penalty: ArrayLike = 0.0,
     weights: Real[ArrayLike, "*rows"] | None = None,
 ) -> tuple[Float[Array, " classes"], Float[Array, " classes"], Float[Array, " classes"]]:
-    r"""Three numbers per class that make held-out labels most likely, each class for itself.
+    r"""Three numbers per class that make held-out labels most likely, class by class.
 
     .. math:: \arg\min_{a, b \ge 0, c} \frac1n \sum_i \Big[ \log(1 + e^{z_i}) - y_i z_i \Big]
               + \frac{\lambda}{3} \big[ (a - 1)^2 + (b - 1)^2 + c^2 \big],
               \quad z_i = a \log p_i - b \log(1 - p_i) + c
 
-    for the probabilities `p` of a class, with 1 or 0 in `y` where it came true or not. Other than
-    scaling of logits this bends both ends of a curve, one by `a` and one by `b`, and the identity
-    is among its curves. It needs no logits.
+    for the probabilities `p` of a class, with 1 or 0 in `y` where it came true or not. Unlike
+    scaling of logits, this can bend both ends of a curve, one by `a` and one by `b`, and the
+    identity is one of its curves. It needs no logits.
 
-    Found by L-BFGS with a line search that starts at the identity. `a` and `b` are sought up to
-    1000, `c` up to 1000 either way. The result has no derivatives.
+    It is found by L-BFGS with a line search that starts at the identity. `a` and `b` are sought up
+    to 1000, `c` up to 1000 either way. The result has no derivatives.
 
     Args:
-      probs: predicted probabilities of held-out examples. A single column, or (n,) beside labels
-        (n,), is of one event per row: class 1 of two, for instance.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
+      probs: predicted probabilities of held-out examples. A single column, or (n,) with labels
+        (n,), means one event per row: class 1 of two, for instance.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
       penalty: the strength `lambda`.
-      weights: how much each row counts; default 1.
+      weights: how much each row counts. Default: 1.
 
     Returns:
       `(a, b, c)`, each with one number per column, for `beta_scaling(probs, a, b, c)`. The identity
-      where no row counts, NaN if a row that counts holds NaN.
+      if no row counts, and NaN if a row that counts contains NaN.
 
     Raises:
-      TypeError: if `probs` or `penalty` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit. Outside of jit, also if a row that counts holds no
-        probabilities (but for rounding), no class or a negative weight, or `penalty` is negative.
-        While tracing, that gives NaN.
+      TypeError: if `probs` or `penalty` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
+        are not probabilities (up to rounding), a label that is not a class, or a negative weight,
+        or if `penalty` is negative. While tracing, the result is then NaN.
 
     Example:
       Of what was predicted with probability 0.9 three quarters came true, of 0.2 a fifth:
@@ -116,12 +116,12 @@ def beta_scaling(
     b: Real[ArrayLike, " classes"],
     c: Real[ArrayLike, " classes"],
 ) -> Float[Array, "*rows classes"]:
-    r"""Probabilities with both ends of their curve bent; see `fit_beta_scaling`.
+    r"""Applies what `fit_beta_scaling` has fitted.
 
     .. math:: \hat p_k = \sigma\big(a_k \log p_k - b_k \log(1 - p_k) + c_k\big),
               \quad q_k = \hat p_k \Big/ \sum_j \hat p_j
 
-    Of a single column, or (n,) with parameters of one, there is nothing to divide by.
+    A single column, or (n,) with the parameters of one column, is not divided.
 
     Args:
       probs: probabilities.
@@ -162,35 +162,35 @@ def fit_isotonic(
     *,
     weights: Real[ArrayLike, "*rows"] | None = None,
 ) -> tuple[Float[Array, "classes points"], Float[Array, "classes points"]]:
-    r"""The rising function of each class's probability that is nearest to what came true.
+    r"""The increasing function of each class's probability that is nearest to the labels.
 
     .. math:: \arg\min_{f_1 \le f_2 \le \dots} \sum_i w_i (f_i - y_i)^2
 
     over the examples in the order of their probabilities, equal ones sharing a value; with 1 or 0
-    in `y`. It assumes no form but the order, and so needs more examples than the fits by few
-    numbers: a thousand and more.
+    in `y`. It assumes nothing but the order. So it needs more examples than fits with few
+    parameters: a thousand or more.
 
-    Found by pooling of neighbors that are in the wrong order, all such pairs at once, again and
-    again until there are none. The result has no derivatives.
+    It is found by pooling neighbors that are in the wrong order: all such pairs at once,
+    repeatedly, until there are none. The result has no derivatives.
 
     Args:
-      probs: predicted probabilities of held-out examples. A single column, or (n,) beside labels
-        (n,), is of one event per row: class 1 of two, for instance.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      probs: predicted probabilities of held-out examples. A single column, or (n,) with labels
+        (n,), means one event per row: class 1 of two, for instance.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
 
     Returns:
       `(points, values)`, a row for each column, for `isotonic(probs, points, values)`: the
       probabilities of the examples in ascending order, with what comes true of them. There are two
-      more points than rows; points repeat. The identity where no row counts, NaN if a row that
-      counts holds NaN.
+      more points than rows; points repeat. The identity if no row counts, and NaN if a row that
+      counts contains NaN.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit. Outside of jit, also if a row that counts holds no
-        probabilities (but for rounding), no class or a negative weight. While tracing, that gives
-        NaN.
+      TypeError: if `probs` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
+        are not probabilities (up to rounding), a label that is not a class, or a negative weight.
+        While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -254,17 +254,17 @@ def isotonic(
     points: Real[ArrayLike, "classes points"],
     values: Real[ArrayLike, "classes points"],
 ) -> Float[Array, "*rows classes"]:
-    r"""Probabilities by rising functions of them, one per class; see `fit_isotonic`.
+    r"""Applies what `fit_isotonic` has fitted.
 
     .. math:: q_k = f_k(p_k) \Big/ \sum_j f_j(p_j)
 
-    with `f` straight between its points and level beyond them. Rows that would be all 0 are even.
-    Of a single column, or (n,) with one function, there is nothing to divide by.
+    with `f` linear between its points and constant beyond them. A row that would be all 0 gets
+    equal probabilities. A single column, or (n,) with one function, is not divided.
 
     Args:
       probs: probabilities.
-      points: where each class's function is known, ascending.
-      values: what it is there.
+      points: the points at which the function of each class is known, in ascending order.
+      values: the values of the function at these points.
 
     Returns:
       Probabilities of the shape and dtype of `probs`.

@@ -18,28 +18,28 @@ def negative_log_likelihood(
     weights: Real[ArrayLike, "*rows"] | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Float[Array, "*rows"]:
-    r"""The mean surprise at what came true, in nats.
+    r"""The mean negative logarithm of the probability of the label, in nats.
 
     .. math:: -\frac1n \sum_i \log p_{i y_i}
 
     Args:
       probs: predicted probabilities. (For scores, `cross_entropy` is more exact.) A single column,
-        or (n,) beside labels (n,), is of one event per row: class 1 of two, for instance.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
-      reduction: "mean" is over the rows that count; "none" gives each row its own, 0 where it does
-        not count.
+        or (n,) with labels (n,), means one event per row: class 1 of two, for instance.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
+      reduction: "mean" averages over the rows that count; "none" returns one value per row, which
+        is 0 for rows that do not count.
 
     Returns:
-      A scalar, or one number per row, not negative; infinite if a class came true that had
-      probability 0. NaN if a row that counts holds NaN, or there is no such row.
+      A scalar, or one number per row, not negative. It is infinite if a label had probability 0.
+      NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+      TypeError: if `probs` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
+        are not probabilities (up to rounding), a label that is not a class, or a negative weight.
+        While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -69,29 +69,29 @@ def brier_score(
     weights: Real[ArrayLike, "*rows"] | None = None,
     reduction: Literal["mean", "none"] = "mean",
 ) -> Float[Array, "*rows"]:
-    r"""The mean squared distance of the probabilities from what came true.
+    r"""The mean squared distance between the probabilities and the labels.
 
     .. math:: \frac1n \sum_i \sum_k (p_{ik} - [y_i = k])^2
 
     Args:
-      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
-        event per row: class 1 of two, or that a prediction is right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
-      reduction: "mean" is over the rows that count; "none" gives each row its own, 0 where it does
-        not count.
+      probs: predicted probabilities. A single column, or (n,) with labels (n,), means one event per
+        row: class 1 of two, or that a prediction is right.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
+      reduction: "mean" averages over the rows that count; "none" returns one value per row, which
+        is 0 for rows that do not count.
 
     Returns:
-      A scalar, or one number per row, between 0 and 2. The columns that are given are summed, so
-      that for two classes it is twice what is usual, and for a single column just that. NaN if a
-      row that counts holds NaN, or there is no such row.
+      A scalar, or one number per row, between 0 and 2. The squares of all columns are summed. So
+      for two classes it is twice the usual score, and for a single column it is the usual score.
+      NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+      TypeError: if `probs` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
+        are not probabilities (up to rounding), a label that is not a class, or a negative weight.
+        While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -111,11 +111,11 @@ class BrierDecomposition(NamedTuple):
     """The parts of `reliability - resolution + uncertainty + within_bins`, the Brier score.
 
     Attributes:
-      reliability: how far predictions are from what comes true; 0 is best.
-      resolution: how far what comes true differs from bin to bin; the more, the better.
-      uncertainty: how far what comes true varies at all, whatever is predicted.
-      within_bins: what the bins hide, since predictions vary within them; it vanishes as the bins
-        get narrow.
+      reliability: how far the predictions are from the observed frequencies; 0 is best.
+      resolution: how much the observed frequencies differ between bins; more is better.
+      uncertainty: how much the labels vary, independently of the predictions.
+      within_bins: what the bins hide, since predictions vary within a bin. It vanishes as the bins
+        become narrow.
     """
 
     reliability: Float[Array, ""]
@@ -134,7 +134,7 @@ def brier_decomposition(
     num_bins: int = 15,
     binning: Binning = "width",
 ) -> BrierDecomposition:
-    r"""What the Brier score is made of.
+    r"""The parts of the Brier score.
 
     .. math:: \underbrace{\sum_b \tfrac{n_b}{n} (p_b - a_b)^2}_\text{reliability}
               - \underbrace{\sum_b \tfrac{n_b}{n} (a_b - a)^2}_\text{resolution}
@@ -146,24 +146,24 @@ def brier_decomposition(
     `a_b` in the bin and `a` overall in which it comes true, and 1 or 0 in `y`.
 
     Args:
-      probs: predicted probabilities. A single column, or (n,) beside labels (n,), is of one
-        event per row: class 1 of two, or that a prediction is right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      probs: predicted probabilities. A single column, or (n,) with labels (n,), means one event per
+        row: class 1 of two, or that a prediction is right.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
       num_bins: how many bins each class has.
       binning: "width" cuts [0, 1] into equal parts, closed on the right; "mass" puts equally many
-        predictions into each bin, of which equal ones share one.
+        predictions into each bin; equal predictions share a bin.
 
     Returns:
       A `BrierDecomposition`; `reliability - resolution + uncertainty + within_bins` is
-      `brier_score`. NaN if a row that counts holds NaN, or there is no such row.
+      `brier_score`. NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+      TypeError: if `probs` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit, or for an unknown `binning` or fewer than one bin. Outside
+        of `jit`, also if a row that counts has numbers that are not probabilities (up to rounding),
+        a label that is not a class, or a negative weight. While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

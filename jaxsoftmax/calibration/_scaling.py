@@ -39,35 +39,36 @@ def fit_vector_scaling(
               + \frac{\lambda}{k} \sum_j (t a_j - 1)^2 + \frac{\mu}{k} \sum_j b_j^2
 
     for `k` classes, with the temperature `t` of `fit_temperature`: a penalty keeps the fit close to
-    temperature scaling where examples are few, or told apart without a mistake.
+    temperature scaling if there are few examples, or if no example is classified wrongly.
 
-    Found by L-BFGS with a line search that starts at temperature scaling. Scales are sought up to
-    1000 over the spread of the logits (see `fit_temperature`), biases up to 1000, either way; where
-    there is no optimum inside, as with separable examples and no penalty, the fit ends when the
-    loss falls no more. The result has no derivatives.
+    It is found by L-BFGS with a line search that starts at temperature scaling. Scales are sought
+    up to 1000 over the spread of the logits (see `fit_temperature`), biases up to 1000, either way;
+    if there is no optimum, as with separable examples and no penalty, the fit ends when the loss no
+    longer decreases. The result has no derivatives.
 
     Args:
-      logits: scores of held-out examples, as they go into the mapping. Infinite ones stay as they
-        are. A single column, or (n,) beside labels (n,), is of class 1 of two: the fit is Platt's,
+      logits: scores of held-out examples, as they go into the mapping. Infinite scores stay as they
+        are. A single column, or (n,) with labels (n,), means class 1 of two: this is Platt scaling,
         for `sigmoid(logits * scale + bias)`.
-      labels: their integer classes, or distributions over the classes.
-      where: the rows that count, for instance to leave out padding; default all.
+      labels: the integer classes of these examples, or distributions over the classes.
+      where: which rows count, for instance to leave out padding. Default: all.
       penalty: the strength `lambda`.
       intercept_penalty: the strength `mu`; default `penalty`.
-      weights: how much each row counts; default 1.
-      class_weights: how much a row of each class counts beside; default 1. A row whose label is a
-        distribution counts their mean.
-      loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
+      weights: how much each row counts. Default: 1.
+      class_weights: multiplies the weight of the rows of each class. Default: 1. If a label is a
+        distribution, its row uses the mean under that distribution.
+      loss: a function of `(logits, labels)` that returns one value per row. Use the loss of your
+        mapping.
 
     Returns:
-      `(scale, bias)`, each with one number per class, for `softmax(logits * scale + bias)`. NaN
-      where the loss of a row that counts is.
+      `(scale, bias)`, each with one number per class, for `softmax(logits * scale + bias)`. NaN if
+      the loss of a row that counts is NaN.
 
     Raises:
       TypeError: if `logits` or `penalty` is not real, `where` not boolean, or `labels` not numbers.
-      ValueError: if shapes do not fit, or `loss` does not give one value per row. Outside of jit,
-        also for a class out of range or a negative weight or penalty. While tracing, that gives
-        NaN.
+      ValueError: if shapes do not fit, or `loss` does not return one value per row. Outside of
+        `jit`, also if a class is out of range or a weight or penalty is negative. While tracing,
+        the result is then NaN.
 
     Example:
       These logits rank rightly, but favor class 0 by 2:
@@ -133,33 +134,34 @@ def fit_matrix_scaling(
     for `k` classes: the regularization called ODIR, without which so many parameters overfit. Both
     strengths are best chosen by cross-validation.
 
-    Found by L-BFGS with a line search that starts at `1 / fit_temperature` times the identity.
-    Weights are sought up to 1000 over the spread of the logits (see `fit_temperature`), biases up
-    to 1000, either way. The result has no derivatives.
+    It is found by L-BFGS with a line search that starts at `1 / fit_temperature` times the
+    identity. Weights are sought up to 1000 over the spread of the logits (see `fit_temperature`),
+    biases up to 1000, either way. The result has no derivatives.
 
     Args:
       logits: finite scores of held-out examples, as they go into the mapping. A single column, or
-        (n,) beside labels (n,), is of class 1 of two: the fit is that of one scale and one bias.
-      labels: their integer classes, or distributions over the classes.
-      where: the rows that count, for instance to leave out padding; default all.
-      penalty: the strength of both penalties, unless they are given.
+        (n,) with labels (n,), means class 1 of two: the fit has one scale and one bias.
+      labels: the integer classes of these examples, or distributions over the classes.
+      where: which rows count, for instance to leave out padding. Default: all.
+      penalty: the strength of both penalties, unless you pass these.
       off_diagonal_penalty: the strength `lambda`.
       intercept_penalty: the strength `mu`.
-      weights: how much each row counts; default 1.
-      class_weights: how much a row of each class counts beside; default 1. A row whose label is a
-        distribution counts their mean.
-      loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
+      weights: how much each row counts. Default: 1.
+      class_weights: multiplies the weight of the rows of each class. Default: 1. If a label is a
+        distribution, its row uses the mean under that distribution.
+      loss: a function of `(logits, labels)` that returns one value per row. Use the loss of your
+        mapping.
 
     Returns:
       `(weight, bias)` of shapes (classes, classes) and (classes,), for `softmax(logits @ weight +
-      bias)`. NaN where the loss of a row that counts is, and where one of its logits is infinite.
+      bias)`. NaN if the loss of a row that counts is NaN, or if one of its logits is infinite.
 
     Raises:
       TypeError: if `logits` or a penalty is not real, `where` not boolean, or `labels` not
         numbers.
-      ValueError: if shapes do not fit, or `loss` does not give one value per row. Outside of jit,
-        also for a class out of range or a negative weight or penalty. While tracing, that gives
-        NaN.
+      ValueError: if shapes do not fit, or `loss` does not return one value per row. Outside of
+        `jit`, also if a class is out of range or a weight or penalty is negative. While tracing,
+        the result is then NaN.
 
     Example:
       What is scored as class 2 is often class 1:

@@ -27,26 +27,26 @@ def smooth_calibration_error(
     .. math:: \sigma = \int_0^1 \Big| \frac1n \sum_i (y_i - c_i) K_\sigma(c_i, t) \Big| \, dt
 
     with the confidence `c` of each prediction, 1 or 0 in `y` for right and wrong, and the Gaussian
-    kernel `K` of width :math:`\sigma`, reflected at 0 and 1. The right side falls as the width
-    grows, so there is one width that is equal to the error it gives: that is the answer. No number
-    of bins is to be chosen, and small changes of the probabilities change it little.
+    kernel `K` of width :math:`\sigma`, reflected at 0 and 1. The right side decreases with the
+    width, so there is one width that equals its error: this is the result. You do not have to
+    choose a number of bins, and small changes of the probabilities change the result only a little.
 
     Args:
       probs: predicted probabilities; the largest of a row is its confidence. A single column, or
-        (n,) beside labels (n,), is of one event per row: class 1 of two, or that a prediction is
+        (n,) with labels (n,), means one event per row: class 1 of two, or that a prediction is
         right.
-      labels: integer classes; of events, 1 or True where it came true.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
+      labels: integer classes; for events, 1 or True if the event happened.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
 
     Returns:
-      A scalar between 0 and 1. NaN if a row that counts holds NaN, or there is no such row.
+      A scalar between 0 and 1. NaN if a row that counts contains NaN, or if no row counts.
 
     Raises:
-      TypeError: if `probs` is not real or `labels` holds no integers.
-      ValueError: if shapes do not fit.
-        Outside of jit, also if a row that counts holds no probabilities (but for rounding), no
-        class or a negative weight. While tracing, that gives NaN.
+      TypeError: if `probs` is not real or `labels` are not integers.
+      ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
+        are not probabilities (up to rounding), a label that is not a class, or a negative weight.
+        While tracing, the result is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

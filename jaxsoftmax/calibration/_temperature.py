@@ -32,32 +32,34 @@ def fit_temperature(
 
     .. math:: \arg\min_t \sum_n w_{y_n} L(z_n / t, y_n) \Big/ \sum_n w_{y_n}
 
-    Found by L-BFGS with a line search, on the logarithm of the temperature. It is sought between
-    1/1000 and 1000 times the spread of the logits (the root mean square of their distance from
-    their row's mean), and stays finite where there is no optimum inside: it goes down, as far as
-    the loss still falls, if every example is classified rightly, and up if the logits mislead.
-    Where there is nothing to fit, as with constant logits or no rows, it is 1.
+    It is found by L-BFGS with a line search, on the logarithm of the temperature. The search is
+    limited to 1/1000 to 1000 times the spread of the logits (the root mean square of their distance
+    from the mean of their row). So the result stays finite where there is no optimum: if every
+    example is classified correctly, it decreases as long as the loss decreases, and if the logits
+    mislead, it increases. If there is nothing to fit, as with constant logits or no rows, it is 1.
 
     The result has no derivatives. Under `vmap` there is one temperature per head or group.
 
     Args:
       logits: scores of held-out examples, as they go into the mapping. A single column, or (n,)
-        beside labels (n,), is of class 1 of two, for `sigmoid(logits / t)`.
-      labels: their integer classes, or distributions over the classes.
-      where: the rows that count, for instance to leave out padding; default all.
-      weights: how much each row counts; default 1.
-      class_weights: how much a row of each class counts beside; default 1. A row whose label is a
-        distribution counts their mean.
-      loss: one value per row from `(logits, labels)`; the partner of the mapping in use.
+        with labels (n,), means class 1 of two, for `sigmoid(logits / t)`.
+      labels: the integer classes of these examples, or distributions over the classes.
+      where: which rows count, for instance to leave out padding. Default: all.
+      weights: how much each row counts. Default: 1.
+      class_weights: multiplies the weight of the rows of each class. Default: 1. If a label is a
+        distribution, its row uses the mean under that distribution.
+      loss: a function of `(logits, labels)` that returns one value per row. Use the loss of your
+        mapping.
 
     Returns:
-      The temperature `t`, a scalar, for `softmax(logits / t)`. NaN where the loss of a row that
-      counts is. Rows of infinite loss, of a class that the logits rule out, have no say.
+      The temperature `t`, a scalar, for `softmax(logits / t)`. NaN if the loss of a row that counts
+      is NaN. Rows of infinite loss, whose class the logits rule out, are ignored.
 
     Raises:
       TypeError: if `logits` is not real, `where` not boolean, or `labels` not numbers.
-      ValueError: if shapes do not fit, or `loss` does not give one value per row. Outside of jit,
-        also for a class out of range or a negative weight. While tracing, that gives NaN.
+      ValueError: if shapes do not fit, or `loss` does not return one value per row. Outside of
+        `jit`, also if a class is out of range or a weight is negative. While tracing, the result is
+        then NaN.
 
     Example:
       Of these predictions, made with probability 0.98, a quarter is wrong:

@@ -41,44 +41,44 @@ def linear_cross_entropy(
 
     .. math:: \frac{1}{N} \sum_{n=1}^N \mathrm{loss}(h_n W + b, y_n)
 
-    It equals the loss of all the scores at once, to rounding, and so do its derivatives of every
-    order; in memory there is one chunk of rows at a time. For the reductions "mean" and "sum" a
-    gradient costs three matrix products, as it does with all the scores: it is formed in the
-    forward pass. For "none" the scores are computed once more.
+    Up to rounding, it equals the loss of all the scores at once, and so do its derivatives of every
+    order. But only one chunk of rows is in memory at a time. For the reductions "mean" and "sum",
+    the gradient is computed in the forward pass. It costs three matrix products, as it does with
+    all the scores. For "none", the scores are computed once more.
 
     Args:
-      hidden: what goes into the last layer, of shape (..., D).
+      hidden: the inputs of the last layer, of shape (..., D).
       weight: the weights of that layer, of shape (D, V) for V classes.
       labels: integer classes, of the shape (...).
       bias: added to the scores, of shape (V,).
       loss: any function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that gives
         one value per row, such as `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
-        options by `functools.partial`. Numbers that it closes over, such as a learned `alpha`,
-        have gradients. Outside of `jax.jit`, a call with a loss that is not of this package is
-        compiled anew each time, since it may use other numbers.
-      reduction: "mean" and "sum" are over the rows that count; "none" gives each row its loss.
-      where: the rows that count; a boolean mask that broadcasts to `labels`. The loss of others is
-        0, and so is their gradient, whatever they hold.
-      logits_soft_cap: a positive number `c`, to replace scores by `c * tanh(scores / c)`.
-      chunk_size: rows per chunk, on each device; chosen from the sizes if it is None. Memory grows
-        with it, time may fall.
+        options by `functools.partial`. Arrays that it closes over, such as a learned `alpha`, get
+        gradients. Outside of `jax.jit`, each call with a loss of your own compiles again, since it
+        may close over other arrays.
+      reduction: "mean" and "sum" are over the rows that count; "none" returns the loss of each row.
+      where: which rows count; a boolean mask that broadcasts to `labels`. The loss and the gradient
+        of other rows are 0, even if they contain NaN.
+      logits_soft_cap: a positive number `c`. Scores become `c * tanh(scores / c)`.
+      chunk_size: rows per chunk, on each device. None chooses it from the sizes. A larger chunk
+        needs more memory and may take less time.
       vocab_axis_name: inside `shard_map`, the mesh axis over which the classes are sharded, or a
-        tuple of several. Then `weight` and `bias` are this device's, `labels` count across the
-        devices, and the loss is called with `axis=(-1, vocab_axis_name)`. Nothing larger than a
-        few numbers per row crosses devices, except the gradient of `hidden`. Outside of `shard_map`
-        there is nothing to name: rows and classes of arrays on a mesh stay where they are.
+        tuple of several. Then `weight` and `bias` hold this device's classes, `labels` are numbered
+        across all devices, and the loss is called with `axis=(-1, vocab_axis_name)`. The devices
+        exchange a few numbers per row and the gradient of `hidden`. Outside of `shard_map`, leave
+        it out: rows and classes of arrays on a mesh stay where they are.
 
     Returns:
-      A scalar, or for "none" losses of the shape of `labels`; 0 where no row counts. The dtype is
-      that of the operands, or float32 if they are of half precision; the scores and all sums over
-      rows are then float32, too. A label out of range gives NaN and no gradient, and an error under
-      `jax.experimental.checkify`.
+      A scalar, or for "none" losses of the shape of `labels`. It is 0 if no row counts. The dtype
+      is that of the operands, or float32 if they are in half precision; the scores and all sums
+      over rows are then float32, too. A label out of range gives NaN with gradient 0, and an error
+      under `jax.experimental.checkify`.
 
     Raises:
-      TypeError: if `labels` are not integers, `where` not boolean, `loss` no function, or the
-        others not real.
-      ValueError: if shapes do not fit, that of what `loss` gives included; if `reduction` is
-        unknown, or `chunk_size` or `logits_soft_cap` not positive.
+      TypeError: if `labels` are not integers, `where` not boolean, `loss` is not a function, or the
+        others are not real.
+      ValueError: if shapes do not fit, including that of the result of `loss`; if `reduction` is
+        unknown; or if `chunk_size` or `logits_soft_cap` is not positive.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxsoftmax as jsm

@@ -40,11 +40,11 @@ def budget_sparsemax(
 
     Args:
       x: scores of any shape and real dtype.
-      budget: what each row sums to, from 0 to the number of entries; a number or one value per
-        row, differentiable. Where it exceeds the number of those that take part, all get 1.
+      budget: what each row sums to, from 0 to the number of entries; a number or one value per row,
+        differentiable. If it exceeds the number of entries that take part, all of these get 1.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative. At 0 the
         largest scores get 1 as long as the budget lasts; ties share what is left.
 
@@ -54,9 +54,9 @@ def budget_sparsemax(
 
     Raises:
       TypeError: if `x` is not real or `where` not boolean.
-      ValueError: if an axis is out of range, shapes do not fit, `temperature` is a negative
-        number, or `budget` a number below 0 or above the number of entries. A traced `budget` out
-        of range gives all 0 or all 1.
+      ValueError: if an axis is out of range, shapes do not fit, `temperature` is a negative number,
+        or `budget` is a number below 0 or above the number of entries. If `budget` is traced, a
+        value out of range gives all 0 or all 1.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm

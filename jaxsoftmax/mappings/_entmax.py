@@ -45,31 +45,31 @@ def entmax(
 
     It maximizes :math:`\langle p, x/t \rangle + \frac{1}{\alpha (\alpha - 1)} \sum_i (p_i -
     p_i^\alpha)` over the simplex. Jacobian in `x/t`: :math:`\mathrm{diag}(s) - s s^\top / \sum s`,
-    with :math:`s_i = p_i^{2 - \alpha}` on the support. It is smooth in `alpha`, at 1 too.
+    with :math:`s_i = p_i^{2 - \alpha}` on the support. It is smooth in `alpha`, also at 1.
 
     Args:
       x: scores of any shape and real dtype.
       alpha: the shape, at least 1; a number or one value per row, differentiable.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
-      sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row.
-      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
-        of range take no part.
-      num_segments: how many segments there are; needed where `segment_ids` is traced.
+      sink: one more score in each row, added after the division by the temperature. Its share is
+        dropped. A number or one value per row.
+      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
+        Ids out of range take no part.
+      num_segments: how many segments there are; needed if `segment_ids` is traced.
 
     Returns:
-      Probabilities of the shape and dtype of `x`. Beyond `alpha` 2 they rise steeply at the edge of
-      the support, and one that barely enters it may be off: by 3e-4 at 3 and 4e-3 at 4 in float32,
-      by 1e-11 and 5e-6 in float64.
+      Probabilities of the shape and dtype of `x`. Above an `alpha` of 2 they rise steeply at the
+      edge of the support, so an entry that is barely above 0 may have an error: of 3e-4 at 3 and
+      4e-3 at 4 in float32, of 1e-11 and 5e-6 in float64.
 
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
       ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
-        `temperature` is a negative number, or `alpha` one below 1 or infinite. A traced
-        `alpha` below 1 gives NaN.
+        `temperature` is a negative number, or `alpha` is a number below 1 or infinite. If `alpha`
+        is traced, a value below 1 gives NaN.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -117,13 +117,13 @@ def entmax15(
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
-      sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row.
-      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
-        of range take no part.
-      num_segments: how many segments there are; needed where `segment_ids` is traced.
+      sink: one more score in each row, added after the division by the temperature. Its share is
+        dropped. A number or one value per row.
+      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
+        Ids out of range take no part.
+      num_segments: how many segments there are; needed if `segment_ids` is traced.
 
     Returns:
       Probabilities of the shape and dtype of `x`.
@@ -171,13 +171,13 @@ def sparsemax(
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
-      sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row.
-      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
-        of range take no part.
-      num_segments: how many segments there are; needed where `segment_ids` is traced.
+      sink: one more score in each row, added after the division by the temperature. Its share is
+        dropped. A number or one value per row.
+      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
+        Ids out of range take no part.
+      num_segments: how many segments there are; needed if `segment_ids` is traced.
 
     Returns:
       Probabilities of the shape and dtype of `x`.

@@ -26,7 +26,7 @@ def hardmax(
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
 
     Returns:
       Probabilities of the shape and dtype of `x`; ties share.

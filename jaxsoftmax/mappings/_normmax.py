@@ -45,7 +45,7 @@ def normmax(
       alpha: the order of the norm, above 1; a number or one value per row, differentiable.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
@@ -53,8 +53,8 @@ def normmax(
 
     Raises:
       TypeError: if `x` is not real or `where` not boolean.
-      ValueError: if an axis is out of range, shapes do not fit, `temperature` is a negative
-        number, or `alpha` a number that is not above 1. Such a traced `alpha` gives NaN.
+      ValueError: if an axis is out of range, shapes do not fit, `temperature` is a negative number,
+        or `alpha` is a number that is not above 1. If `alpha` is traced, such a value gives NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

@@ -37,22 +37,22 @@ def sinkhorn(
               \quad \sum_i p_{ij} = \text{rows} / \text{columns}
 
     It maximizes :math:`\langle p, x/t \rangle + H(p)` over such matrices, with Shannon's entropy
-    :math:`H`: a soft assignment, and transport with entropic regularization `t`. Rows and columns
-    are normalized in turn, as logarithms, and rows once more in the end: they are exact, the
-    columns as good as `num_iterations` makes them.
+    :math:`H`: a soft assignment, and transport with entropic regularization `t`. Columns and rows
+    are normalized in turn, as logarithms, and rows come last. So the sums of rows are exact, and
+    those of columns as good as `num_iterations` makes them.
 
-    The derivative is that of the iterations themselves, exact for what is returned at any
-    `num_iterations`, of every order and in every mode. It keeps one potential per column and
-    iteration, no matrices.
+    The derivative is that of the iterations themselves. So it is exact for the returned matrix, for
+    any `num_iterations`, in every mode and to any order. It keeps one potential per column and
+    iteration, and no matrices.
 
     Args:
       x: scores of any shape and real dtype.
-      axes: the axis whose members are the rows and that whose members are the columns: rows sum to
-        1 over the second. Each is an array axis, a mesh axis name, or a tuple of such.
-      where: what takes part; a boolean mask that broadcasts to `x`. Rows and columns in which
-        nothing takes part are 0 and do not count.
-      temperature: divides the scores; a positive number, or one value per matrix. A traced 0 gives
-        NaN: there is no limit that is a `hardmax`.
+      axes: the axis of the rows and the axis of the columns. A row sums to 1 over the second one.
+        Each is an array axis, a mesh axis name, or a tuple of these.
+      where: which entries take part; a boolean mask that broadcasts to `x`. Rows and columns
+        without any entry that takes part are 0 and do not count.
+      temperature: divides the scores; a positive number, or one value per matrix. If it is traced,
+        0 gives NaN, since the limit is not a `hardmax`.
       num_iterations: how often columns are normalized, at least 1.
 
     Returns:

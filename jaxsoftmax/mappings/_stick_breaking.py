@@ -39,20 +39,21 @@ def stick_breaking(
 
     .. math:: p_i = \sigma(x_i / t) \prod_{j \text{ before } i} (1 - \sigma(x_j / t))
 
-    A row sums to at most 1: what the last one leaves is nobody's. The order is part of the meaning,
-    so that attention needs no other notion of position. Jacobian in `x/t`, with
+    A row sums to at most 1: nothing gets what the last entry leaves. The order of the entries
+    matters, so attention needs no other information about positions. Jacobian in `x/t`, with
     :math:`s = \sigma(x / t)`: :math:`p_i (1 - s_i)` on the diagonal, :math:`-p_i s_j` for the `j`
     that break before `i`, and 0 elsewhere.
 
     Args:
       x: scores of any shape and real dtype.
-      axis: the axis along which the stick is broken: one array axis, or a tuple of it and of mesh
-        axis names; then the devices' parts come in the order of the devices.
-      where: what takes part; a boolean mask that broadcasts to `x`. The rest breaks nothing, and so
-        it is with scores of -inf. A score of +inf takes all that is left.
-      temperature: divides the scores; a number or one value per row, not negative. 0 makes it
-        `hardmax`, which is not the limit: small ones give all to the first positive score.
-      reverse: whether the last breaks first, which in causal attention is the nearest key.
+      axis: the axis along which the stick is broken: one array axis, or a tuple of it and mesh axis
+        names. The parts of the devices then follow each other in the order of the devices.
+      where: which entries take part; a boolean mask that broadcasts to `x`. Other entries, and
+        scores of -inf, take nothing from the stick. A score of +inf takes all that is left.
+      temperature: divides the scores; a number or one value per row, not negative. 0 means
+        `hardmax`. This is not the limit: at small temperatures, the first positive score gets
+        everything.
+      reverse: whether the last entry breaks first. In causal attention this is the nearest key.
 
     Returns:
       Non-negative numbers of the shape and dtype of `x`, at most 1 in sum.
