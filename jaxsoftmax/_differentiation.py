@@ -123,9 +123,7 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         bound = self._signature.bind(*args, **kwargs)
         if bound.kwargs:
             given = ", ".join(bound.kwargs)
-            raise TypeError(
-                f"{self._name} must be given arguments that have a position, got {given}."
-            )
+            raise TypeError(f"{self._name} must be called with positional arguments, got {given}.")
         bound.apply_defaults()
         static = {i: bound.args[i] for i in self._nondiff_argnums}
         dynamic = [arg for i, arg in enumerate(bound.args) if i not in static]
@@ -313,8 +311,8 @@ class _Pullback:
             return transpose(list(tangents))
         except (TypeError, NotImplementedError, AssertionError, ValueError) as error:
             raise TypeError(
-                f"bwd of {self.rule.name} must be linear in the cotangent where forward mode is "
-                f"asked for, got one that JAX cannot transpose: {error or type(error).__name__}"
+                f"bwd of {self.rule.name} must be linear in the cotangent for forward mode, got "
+                f"one that JAX cannot transpose: {error or type(error).__name__}"
             ) from error
 
     def _all_cotangents(self, points: Sequence[Any], cts: Sequence[Any]) -> list[Any]:

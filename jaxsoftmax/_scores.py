@@ -131,7 +131,7 @@ def _look_at_axis(name: str, value: Any) -> Any:
         hash(value)
     except TypeError:
         raise TypeError(
-            f"{name} must be an int, a mesh axis name, a tuple of such or None, got "
+            f"{name} must be an int, a mesh axis name, a tuple of these or None, got "
             f"{type(value).__name__}."
         ) from None
     return value
@@ -182,7 +182,7 @@ _LOOKS = {
 
 def _count_segments(segment_ids: ArrayLike) -> int:
     if isinstance(segment_ids, core.Tracer):
-        raise ValueError("num_segments is needed where segment_ids is traced, got None.")
+        raise ValueError("num_segments must be given if segment_ids is traced, got None.")
     ids = np.asarray(segment_ids)
     return max(int(ids.max(initial=-1)) + 1, min(ids.size, 1))  # one, if all are out of range
 
@@ -230,7 +230,7 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     positions = [a for a in members if not isinstance(a, str)]
     for a in positions:
         if not is_int(a):
-            kinds = "an int, a mesh axis name, a tuple of such or None"
+            kinds = "an int, a mesh axis name, a tuple of these or None"
             raise TypeError(f"axis must be {kinds}, got {axis!r}.")
         if not -ndim <= a < ndim:
             raise ValueError(f"axis {a} is out of range for an array of {ndim} dimensions.")
@@ -314,10 +314,10 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     mesh_names("axis", names)
     if options.segment_ids is None:
         if options.num_segments is not None:
-            raise ValueError("num_segments goes with segment_ids, got None for that.")
+            raise ValueError("num_segments must be given with segment_ids, got None for these.")
         return Rows(axes, names)
     if len(axes) != 1 or names:
-        raise ValueError(f"axis must be one array axis where there are segment_ids, got {axis!r}.")
+        raise ValueError(f"axis must be one array axis if segment_ids are given, got {axis!r}.")
     ids = jnp.asarray(options.segment_ids)
     check_integers("segment_ids", ids)
     if ids.shape != (scores.shape[axes[0]],):
@@ -326,7 +326,7 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
             f"shape {ids.shape}."
         )
     if options.num_segments is None:
-        raise ValueError("num_segments is needed where segment_ids is traced, got None.")
+        raise ValueError("num_segments must be given if segment_ids is traced, got None.")
     if ids.size > 0 or options.num_segments != 0:
         check_size("num_segments", options.num_segments)
     return Rows(axes, (), ids, options.num_segments)

@@ -82,7 +82,7 @@ def top_k_mask(
             raise ValueError(f"k must not be negative, got {number}.")
         return _top_k_mask(x, number, axis, where)
     if not hasattr(k, "dtype"):
-        raise TypeError(f"k must be an integer or an array of such, got {type(k).__name__}.")
+        raise TypeError(f"k must be an integer or an array of integers, got {type(k).__name__}.")
     return _top_of_each(x, k, axis, where)
 
 

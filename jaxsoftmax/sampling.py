@@ -130,7 +130,7 @@ def _without_replacement(
 ) -> Array:
     rows, scores = prepare(x, axis, options)
     if rows.names:
-        raise ValueError(f"axis must be array axes where replace=False, got {axis!r}.")
+        raise ValueError(f"axis must be array axes if replace=False, got {axis!r}.")
     (perturbed,) = _perturb(rows, scores, _gumbel(key, rows, scores))
     # At temperature 0 only the largest is left of the scores; but there is a second one.
     _, (as_they_are,) = prepare(x, axis, dataclasses.replace(options, temperature=1.0))
@@ -142,7 +142,7 @@ def _without_replacement(
     count, length = math.prod(draws), last.shape[-1]
     if is_known(length) and count > length:
         raise ValueError(
-            f"shape must ask for at most {length} draws of a row where replace=False, got {count}."
+            f"shape must ask for at most {length} draws of a row if replace=False, got {count}."
         )
     highest, drawn = lax.top_k(last, count)
     drawn = jnp.where(highest > -jnp.inf, drawn, -1).astype(jnp.int32)
@@ -269,7 +269,7 @@ def straight_through(
         value = hard(next(iter(given.values())), **rows)
         if value.shape != soft.shape:
             raise ValueError(
-                f"hard must give the shape of the mapping {soft.shape}, got shape {value.shape}."
+                f"hard must return the shape of the mapping {soft.shape}, got shape {value.shape}."
             )
         return _with_value(soft, value.astype(soft.dtype))
 

@@ -445,7 +445,7 @@ def test_wrong_options(rng):
             ValueError, match=r"class_weights must have shape \(5,\), one per class"
         ):
             fit(logits, labels, class_weights=np.ones(4))
-        with pytest.raises(ValueError, match="loss must give one value per row, shape"):
+        with pytest.raises(ValueError, match="loss must return one value per row, shape"):
             fit(logits, labels, loss=lambda z, y: jnp.mean(jsm.cross_entropy(z, y)))
     with pytest.raises(ValueError, match="off_diagonal_penalty must be a number, got shape"):
         fit_matrix_scaling(logits, labels, off_diagonal_penalty=np.ones(5))

@@ -657,7 +657,7 @@ def test_wrong_norm():
         for norm in (0.5, -1, np.nan, "max"):
             with pytest.raises(ValueError, match="norm must be a number from 1 to inf, got"):
                 fun(PROBS, LABELS, norm=norm)
-        with pytest.raises(ValueError, match=r"debiased must go with norm 2, .* got norm 1"):
+        with pytest.raises(ValueError, match=r"debiased needs norm 2, .* got norm 1"):
             fun(PROBS, LABELS, debiased=True)
 
 
@@ -670,7 +670,7 @@ def test_wrong_weights():
     for fun in (brier_score, negative_log_likelihood):
         with pytest.raises(ValueError, match="reduction must be 'mean' or 'none', got 'sum'"):
             fun(PROBS, LABELS, reduction="sum")
-    with pytest.raises(ValueError, match="key must be None where there are weights"):
+    with pytest.raises(ValueError, match="key must be None if there are weights"):
         reliability_curve(PROBS, LABELS, weights=np.ones(3), key=jax.random.key(0))
 
 

@@ -44,17 +44,17 @@ SENTENCES = [
     ),
     (
         TypeError,
-        "axis must be an int, a mesh axis name, a tuple of such or None, got 1.0.",
+        "axis must be an int, a mesh axis name, a tuple of these or None, got 1.0.",
         lambda: jsm.entmax15(X, axis=1.0),
     ),
     (
         TypeError,
-        "axis must be an int, a mesh axis name, a tuple of such or None, got True.",
+        "axis must be an int, a mesh axis name, a tuple of these or None, got True.",
         lambda: jsm.logsumexp(X, axis=True),
     ),
     (
         TypeError,
-        "axis must be an int, a mesh axis name, a tuple of such or None, got ndarray.",
+        "axis must be an int, a mesh axis name, a tuple of these or None, got ndarray.",
         lambda: jsm.softmax(X, X > 0),
     ),
     (
@@ -87,7 +87,7 @@ SENTENCES = [
     ),
     (
         TypeError,
-        "k must be an integer or an array of such, got float.",
+        "k must be an integer or an array of integers, got float.",
         lambda: jsm.top_k_mask(X, 1.5),
     ),
     (
@@ -170,17 +170,17 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "num_segments goes with segment_ids, got None for that.",
+        "num_segments must be given with segment_ids, got None for these.",
         lambda: jsm.softmax(X, num_segments=2),
     ),
     (
         ValueError,
-        "axis must be one array axis where there are segment_ids, got None.",
+        "axis must be one array axis if segment_ids are given, got None.",
         lambda: jsm.softmax(X, axis=None, segment_ids=IDS),
     ),
     (
         ValueError,
-        "num_segments is needed where segment_ids is traced, got None.",
+        "num_segments must be given if segment_ids is traced, got None.",
         lambda: jax.jit(lambda ids: jsm.softmax(X, segment_ids=ids))(IDS),
     ),
     # Losses.
@@ -267,7 +267,7 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "value must have the shape of key (1, 4, 2, 8) but for the last axis, got (1, 2, 2, 8).",
+        "value must have the shape of key (1, 4, 2, 8) except for the last axis, got (1, 2, 2, 8).",
         lambda: jsm.dot_product_attention(Q, Q, Q[:, :2]),
     ),
     (
@@ -293,17 +293,17 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "local_window_size must be an int or two, before and after, none negative, got (1, -1).",
+        "local_window_size must be one or two ints, before and after, not negative, got (1, -1).",
         lambda: jsm.dot_product_attention(Q, Q, Q, local_window_size=(1, -1)),
     ),
     (
         ValueError,
-        "dropout_key is needed for a dropout_rate of 0.5, got None.",
+        "dropout_key must be given for a dropout_rate of 0.5, got None.",
         lambda: jsm.dot_product_attention(Q, Q, Q, dropout_rate=0.5),
     ),
     (
         ValueError,
-        "return_residual goes with the normalizer softmax, got sparsemax.",
+        "return_residual needs the normalizer softmax, got sparsemax.",
         lambda: jsm.dot_product_attention(Q, Q, Q, return_residual=True, normalizer=jsm.sparsemax),
     ),
     # Choosing, sampling and measures.
@@ -329,7 +329,7 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "hard must give the shape of the mapping (2, 3), got shape (1, 3).",
+        "hard must return the shape of the mapping (2, 3), got shape (1, 3).",
         lambda: jsm.straight_through(jsm.softmax, lambda x, axis: x[:1])(X),
     ),
     (

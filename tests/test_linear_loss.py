@@ -503,7 +503,7 @@ def test_operands_of_different_dtypes(rng):
         ({"where": LABELS}, TypeError, "where must be boolean, got dtype int"),
         ({"where": KEEP[:2]}, ValueError, r"where must broadcast to shape \(7,\)"),
         ({"loss": None}, TypeError, "loss must be a function, got NoneType"),
-        ({"loss": lambda s, y: s}, ValueError, r"loss must give one value per row, shape \(7,\)"),
+        ({"loss": lambda s, y: s}, ValueError, r"loss must return one value per row, shape \(7,\)"),
         ({"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive integer or None, got 0"),
         (

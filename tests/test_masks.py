@@ -163,7 +163,7 @@ def test_k_of_each_row():
     assert jsm.top_k_mask(np.zeros((2, 0)), np.array([3])).shape == (2, 0)
     with pytest.raises(TypeError, match="k must be integers, got dtype float32"):
         jsm.top_k_mask(TIED, np.ones(1, np.float32))
-    with pytest.raises(TypeError, match="k must be an integer or an array of such, got list"):
+    with pytest.raises(TypeError, match="k must be an integer or an array of integers, got list"):
         jsm.top_k_mask(TIED, [3])
     with pytest.raises(ValueError, match=r"k must broadcast to .* \(50, 1\), got shape \(50,\)"):
         jsm.top_k_mask(TIED, k[:, 0])

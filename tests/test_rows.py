@@ -184,12 +184,12 @@ def test_wrong_segments(case):
             "segment_ids must be integers, got dtype float32",
         ),
         ({"segment_ids": ids[:2]}, ValueError, r"segment_ids must have shape \(3,\).* got shape"),
-        ({"num_segments": 2}, ValueError, "num_segments goes with segment_ids, got None"),
+        ({"num_segments": 2}, ValueError, "num_segments must be given with segment_ids, got None"),
         ({"segment_ids": ids, "axis": None}, ValueError, "axis must be one array axis"),
     ]:
         with pytest.raises(error, match=message):
             case.fun(x, **kwargs)
-    with pytest.raises(ValueError, match="num_segments is needed where segment_ids is traced"):
+    with pytest.raises(ValueError, match="num_segments must be given if segment_ids is traced"):
         jax.jit(lambda ids: case.fun(x, segment_ids=ids))(ids)
 
 

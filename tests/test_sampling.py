@@ -160,10 +160,10 @@ def test_wrong_shape_of_draws():
             ValueError, match=r"shape must be a tuple that ends with .* \(2,\), got"
         ):
             jsm.sample(KEY, np.zeros((2, 6)), shape=shape)
-    with pytest.raises(ValueError, match="at most 6 draws of a row where replace=False, got 7"):
+    with pytest.raises(ValueError, match="at most 6 draws of a row if replace=False, got 7"):
         jsm.sample(KEY, X, shape=(7,), replace=False)
     draw = lambda x: jsm.sample(KEY, x, (0, "i"), shape=(2,), replace=False)  # noqa: E731
-    with pytest.raises(ValueError, match="axis must be array axes where replace=False, got"):
+    with pytest.raises(ValueError, match="axis must be array axes if replace=False, got"):
         tools.on_mesh(draw, ("i",))(np.zeros(8))
 
 
@@ -442,5 +442,5 @@ def test_wrong_call_of_straight_through():
         jsm.straight_through(jsm.sinkhorn)
     with pytest.raises(ValueError, match="hard must take sink, got one with"):
         jsm.straight_through(jsm.softmax)(X, sink=0.0)
-    with pytest.raises(ValueError, match=r"hard must give the shape .* \(6,\), got shape \(\)"):
+    with pytest.raises(ValueError, match=r"hard must return the shape .* \(6,\), got shape \(\)"):
         jsm.straight_through(jsm.softmax, jsm.logsumexp)(X)

@@ -71,7 +71,7 @@ def check_inputs(
         )
     if value.shape[:3] != key.shape[:3]:
         raise ValueError(
-            f"value must have the shape of key {key.shape} but for the last axis, got "
+            f"value must have the shape of key {key.shape} except for the last axis, got "
             f"{value.shape}."
         )
     if key_heads == 0 or heads % key_heads:
@@ -160,7 +160,7 @@ def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int 
     pair = window if isinstance(window, tuple | list) else (window, window)
     if len(pair) != 2 or not all(is_int(n) and n >= 0 for n in pair):
         raise ValueError(
-            "local_window_size must be an int or two, before and after, none negative, got "
+            "local_window_size must be one or two ints, before and after, not negative, got "
             f"{window!r}."
         )
     return int(pair[0]), int(pair[1])
@@ -169,11 +169,11 @@ def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int 
 def check_dropout(rate: float, key: Array | None) -> Array | None:
     """The key for dropout, if there is any."""
     if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be a number from 0 to 1, not 1, got {rate!r}.")
+        raise ValueError(f"dropout_rate must be a number from 0 to less than 1, got {rate!r}.")
     if rate == 0:
         return None
     if key is None:
-        raise ValueError(f"dropout_key is needed for a dropout_rate of {rate}, got None.")
+        raise ValueError(f"dropout_key must be given for a dropout_rate of {rate}, got None.")
     key = check_key(key, "dropout_key")
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     return key if is_typed else jax.random.wrap_key_data(key)
@@ -192,7 +192,7 @@ def check_sink(sink: ArrayLike, normalizer: Callable, heads: int, dtype: Any) ->
     """One virtual score per head, (1, N, 1, 1)."""
     if not takes(normalizer, "sink"):
         raise ValueError(
-            f"sink goes with a normalizer that takes one, got {function_name(normalizer)}."
+            f"sink needs a normalizer with an argument sink, got {function_name(normalizer)}."
         )
     sink = jnp.asarray(sink)
     check_real("sink", sink)

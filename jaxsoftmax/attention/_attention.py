@@ -420,7 +420,7 @@ def _rules(
 def _log_sum(normalizer: Normalizer) -> Configured:
     if not (isinstance(normalizer, Configured) and normalizer.function is softmax):
         raise ValueError(
-            "return_residual goes with the normalizer softmax, got "
+            "return_residual needs the normalizer softmax, got "
             f"{_arguments.function_name(normalizer)}."
         )
     return normalizer.of(logsumexp)

@@ -98,7 +98,7 @@ def reliability_curve(
       1979: Bootstrap methods.
     """
     if key is not None and weights is not None:
-        raise ValueError("key must be None where there are weights, for what is drawn are counts.")
+        raise ValueError("key must be None if there are weights, since the bootstrap draws counts.")
     predictions = as_predictions(probs, labels, where, weights)
     binned = into_bins(predictions.confidences(), num_bins, binning)
     if key is None:

@@ -213,7 +213,7 @@ def _distance(norm: float, debiased: bool) -> _Distance:
         raise ValueError(f"norm must be a number from 1 to inf, got {norm!r}.")
     if debiased and norm != 2:
         raise ValueError(
-            f"debiased must go with norm 2, the only one whose bias is known, got norm {norm}."
+            f"debiased needs norm 2, the only norm whose bias is known, got norm {norm}."
         )
     if norm == jnp.inf:
         return _Distance(_largest_gap, _nan_max, lambda largest: largest)

@@ -200,7 +200,7 @@ def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Cal
         losses = loss(params, block)
         if losses.shape != block.weights.shape:
             raise ValueError(
-                f"loss must give one value per row, shape {block.weights.shape}, got shape "
+                f"loss must return one value per row, shape {block.weights.shape}, got shape "
                 f"{losses.shape}."
             )
         losses = losses.astype(block.dtype)

@@ -71,7 +71,7 @@ def summed_or_each(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
 def _check_losses(losses: Any, labels: Array, dtype: Any) -> Array:
     if jnp.shape(losses) != labels.shape:
         raise ValueError(
-            f"loss must give one value per row, shape {labels.shape}, got shape "
+            f"loss must return one value per row, shape {labels.shape}, got shape "
             f"{jnp.shape(losses)}."
         )
     return losses.astype(dtype)
