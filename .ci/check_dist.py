@@ -9,6 +9,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 PACKAGE = ROOT / "jaxsoftmax"
 IN_SDIST = {
     *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "PKG-INFO"),
+    *("CITATION.cff", "SECURITY.md", "docs/recipes/README.md", ".ci/for_index.py"),
     *("conftest.py", "mkdocs.yml", "tests/conftest.py", "tests/test_docs.py"),
     *("docs/mappings.md", "docs/_site/hooks.py", "docs/images/mappings.png"),
     *("benchmarks/results/mappings.md", "notebooks/01_softmax.ipynb"),

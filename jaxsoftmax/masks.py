@@ -9,6 +9,8 @@ then top-p, then min-p, and so does
     token = sample(key, x, where=where, temperature=t)
 """
 
+from __future__ import annotations
+
 import numbers
 from typing import cast
 
@@ -36,7 +38,7 @@ from jaxsoftmax._scores import (
 
 def top_k_mask(
     x: Real[ArrayLike, "*shape"],
-    k: int | Integer[ArrayLike, "..."],
+    k: int | Integer[ArrayLike, "*#shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
 ) -> Bool[Array, "*shape"]:

@@ -1,5 +1,7 @@
 """How spread out probabilities are: one number per row."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 

@@ -4,6 +4,8 @@ A draw from `softmax(x)` is where `x + g` is largest, with independent Gumbel no
 normalized, and no cumulative sum rounds away what is rare.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import inspect

@@ -1,5 +1,7 @@
 """Attention with any normalizer."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math

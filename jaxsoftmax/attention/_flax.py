@@ -1,5 +1,7 @@
 """Our attention in the calling convention of Flax."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax

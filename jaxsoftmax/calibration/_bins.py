@@ -1,5 +1,7 @@
 """Predictions in bins, and what becomes of them there: the reliability curve."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Literal, NamedTuple
 

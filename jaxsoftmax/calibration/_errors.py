@@ -1,5 +1,7 @@
 """Calibration errors over bins."""
 
+from __future__ import annotations
+
 import functools
 import numbers
 from collections.abc import Callable

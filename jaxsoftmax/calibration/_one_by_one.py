@@ -1,5 +1,7 @@
 """Probabilities mended class by class: beta calibration and isotonic regression."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 
 import jax

@@ -1,5 +1,7 @@
 """Proper scores: what is best on average is to say what one believes."""
 
+from __future__ import annotations
+
 from typing import Literal, NamedTuple
 
 import jax.numpy as jnp

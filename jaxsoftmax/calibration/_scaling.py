@@ -1,5 +1,7 @@
 """Vector and matrix scaling: affine functions of the logits."""
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from typing import Any
 

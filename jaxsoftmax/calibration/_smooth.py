@@ -1,5 +1,7 @@
 """The calibration error without bins: residuals smoothed by a kernel as wide as the error is."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax

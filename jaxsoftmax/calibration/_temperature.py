@@ -1,5 +1,7 @@
 """Temperature scaling: one number that divides all logits."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable

@@ -1,5 +1,7 @@
 """The loss of a linear layer: what is asked for, and what it may be asked of."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
 from typing import Literal

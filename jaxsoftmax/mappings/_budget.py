@@ -1,5 +1,7 @@
 """Budget-sparsemax: sparsemax whose rows sum to a budget, with no entry above 1."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real

@@ -1,5 +1,7 @@
 """Alpha-entmax: the family between softmax and sparsemax, and those two ends of it."""
 
+from __future__ import annotations
+
 import functools
 import math
 from collections.abc import Callable

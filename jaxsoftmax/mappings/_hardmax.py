@@ -1,5 +1,7 @@
 """What mappings are at temperature 0, most of them as a limit."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 

@@ -1,5 +1,7 @@
 """Normmax: sparse like entmax, but even on the support where alpha is large."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp

@@ -1,5 +1,7 @@
 """Sinkhorn's scaling of a matrix of scores."""
 
+from __future__ import annotations
+
 import jax
 import jax.numpy as jnp
 from jax import lax

@@ -1,5 +1,7 @@
 """Stick-breaking: each score takes its part of what those before it left."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax
