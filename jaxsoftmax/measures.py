@@ -99,11 +99,7 @@ def tsallis_entropy(
     shape = _as_shape(rows, values, alpha)
 
     def term(p: Array, alpha: Array) -> Array:
-        positive = -negentropy(jnp.where(p == 0, 1, p), alpha)
-        # 0, with the slope there.
-        beta = alpha - 1
-        at_zero = jnp.where(beta > 0, p / (alpha * jnp.where(beta > 0, beta, 1)), 0)
-        return jnp.where(p < 0, jnp.nan, jnp.where(p == 0, at_zero, positive))
+        return jnp.where(p < 0, jnp.nan, -negentropy(p, alpha))
 
     terms = rows.map(term, [(values,)], [shape])
     return rows.flatten(rows.sum(terms)).astype(output_dtype(p))

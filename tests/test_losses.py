@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxsoftmax as jsm
-from tests.cases import LOSSES, SCORES, named
+from tests.cases import LOSSES, SCORES, entmax_by_bisection, named, project_by_sorting
 from tests.tools import operations
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -172,6 +172,67 @@ def test_gradient_of_cross_entropy_for_targets_of_another_sum(rng):
     gradient = jax.grad(lambda s: jnp.sum(jsm.cross_entropy(s, targets)))(scores)
     p = np.asarray(jsm.softmax(scores))
     close(gradient, p * targets.sum(-1, keepdims=True) - targets)
+
+
+def power_loss(scores, targets, alpha):
+    """The entmax loss by its formula, in NumPy."""
+    p = entmax_by_bisection(scores, alpha)
+    change = np.sum(targets**alpha, -1) - np.sum(p**alpha, -1)
+    return np.sum((p - targets) * scores, -1) + change / (alpha * (alpha - 1))
+
+
+@pytest.mark.parametrize(("total", "top"), [(0.0, 1.0), (0.8, 1.0), (1.5, 7.0)])
+def test_targets_of_another_sum(total, top):
+    """The value is the formula, of all-zero rows of padding too, and the gradient its derivative.
+
+    Far below 0 the formula is negative: Omega bounds it for distributions alone.
+    """
+    scores = np.array([[0.3, -0.2, 1.0]] * 2) - 1 + top
+    targets = total * np.array([[0.5, 0.2, 0.3], [1.0, 0.0, 0.0]])
+    p = project_by_sorting(scores)
+    gini = (np.sum((targets - scores) ** 2, -1) - np.sum((p - scores) ** 2, -1)) / 2
+    own = jsm.fenchel_young_loss(jsm.sparsemax, lambda p, axis: (1 - jnp.sum(p * p, axis)) / 2)
+    losses = [
+        (jsm.sparsemax_loss, gini, p, targets),
+        (own, gini, p, targets),
+        *(
+            (
+                functools.partial(jsm.entmax_loss, alpha=as_given(alpha)),
+                power_loss(scores, targets, alpha),
+                entmax_by_bisection(scores, alpha),
+                targets ** (alpha - 1) / (alpha - 1),
+            )
+            for alpha in (1.3, 1.5, 2.0, 3.0)
+            for as_given in (float, jnp.asarray)
+        ),
+    ]
+    for loss, value, p, slope in losses:
+        both = jax.value_and_grad(lambda *args, f=loss: jnp.sum(f(*args)), argnums=(0, 1))
+        out, (of_scores, of_targets) = both(scores, targets)
+        close(loss(scores, targets), value)
+        close(out, np.sum(value))
+        close(of_scores, p - targets)
+        close(of_targets, slope - scores, rtol=1e-10, atol=1e-12)
+    if total == 0 and top == 1:
+        close(jsm.sparsemax_loss(scores, targets), [0.5225, 0.5225])
+    if total == 1.5:
+        assert np.max(gini) < 0
+
+
+def test_targets_of_another_sum_with_a_learned_alpha():
+    """Number and array agree at all alpha, and the derivative in alpha is the formula's."""
+    targets = np.array([[0.5, 0.2, 0, 0.1], [0, 0, 0, 0]])
+    for alpha in (1.0, 1.5, 2.0):
+        as_number = jax.value_and_grad(lambda *a: jnp.sum(jsm.entmax_loss(*a)), (0, 1))
+        for ours, theirs in zip(
+            jax.tree.leaves(as_number(SCORES, targets, alpha)),
+            jax.tree.leaves(as_number(SCORES, targets, jnp.asarray(alpha))),
+            strict=True,
+        ):
+            close(ours, theirs)
+    loss = jax.jit(lambda s, y, a: jsm.entmax_loss(s, y, a))
+    inside = targets + np.array([[0.1], [0.2]])
+    check_grads(loss, (SCORES, inside, np.array([[1.3], [2.2]])), order=2, modes=("fwd", "rev"))
 
 
 @every_loss

@@ -12,7 +12,13 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, hoist
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Options, prepare, public
-from jaxsoftmax.losses._targets import as_distribution, not_negative, one_per_row
+from jaxsoftmax.losses._targets import (
+    as_distribution,
+    not_negative,
+    one_per_row,
+    times_top,
+    without_rounding,
+)
 
 
 def fenchel_young_loss(
@@ -34,9 +40,10 @@ def fenchel_young_loss(
         divides by a temperature it is multiplied by that.
 
     Returns:
-      The function `loss(scores, targets, axis=-1, where=None)`. It gives one value per row, never
-      negative, in the dtype of `scores`; classes and distributions as targets are treated as by
-      `cross_entropy`. It is compiled once for each call of `fenchel_young_loss`: make it once.
+      The function `loss(scores, targets, axis=-1, where=None)`. It gives one value per row, in the
+      dtype of `scores`, never negative for targets that the mapping can give; classes and
+      distributions as targets are treated as by `cross_entropy`. It is compiled once for each call
+      of `fenchel_young_loss`: make it once.
 
     Raises:
       TypeError: if an argument is no function; by the loss, if `scores` or `targets` are not real.
@@ -103,17 +110,13 @@ def _gap(
     excess = rows.map(jnp.subtract, [p, target])
     # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
     # keeps the digits.
-    shift = _without_rounding(rows, excess, p)
+    shift = without_rounding(rows.sum(excess), rows.sum(rows.map(jnp.abs, [p])))
     linear = rows.map(lambda e, gap: jnp.where(e == 0, 0, e * gap), [excess, gaps])
-    value = rows.sum(linear) + jnp.where(shift == 0, 0, shift * top)
-    return not_negative(value + (entropy(params, rest, p) - entropy(params, rest, target)))
-
-
-def _without_rounding(rows: Rows, excess: Entries, p: Entries) -> Array:
-    """The sum of the excess, 0 if it is but a rounding error of those of `p` and the target."""
-    total = rows.sum(excess)
-    noise = 8 * jnp.finfo(total.dtype).eps * rows.sum(rows.map(jnp.abs, [p]))
-    return jnp.where(jnp.abs(total) <= noise, 0, total)
+    of_shift = times_top(shift, top)
+    ours, theirs = entropy(params, rest, p), entropy(params, rest, target)
+    loss = (rows.sum(linear) + of_shift) + (ours - theirs)
+    size = rows.sum(rows.map(jnp.abs, [linear])) + sum(map(jnp.abs, (of_shift, ours, theirs)))
+    return not_negative(loss, 8 * jnp.finfo(loss.dtype).eps * size)
 
 
 def _gap_fwd(

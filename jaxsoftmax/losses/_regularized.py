@@ -16,7 +16,13 @@ from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Fixed, Options, known_number, prepare, public
 from jaxsoftmax._threshold import Form
 from jaxsoftmax.losses._cross_entropy import cross_entropy
-from jaxsoftmax.losses._targets import as_distribution, not_negative, one_per_row
+from jaxsoftmax.losses._targets import (
+    as_distribution,
+    not_negative,
+    one_per_row,
+    times_top,
+    without_rounding,
+)
 from jaxsoftmax.mappings import _entmax, _softmax
 
 
@@ -45,7 +51,8 @@ def sparsemax_loss(
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, never negative, in the dtype of `scores`. A class that `where` excludes
+      One value per row, in the dtype of `scores`, never negative if the targets sum to 1; of others
+      it is the formula, and the gradient `p - y`. A class that `where` excludes
       gives inf; one out of range gives NaN and the gradient 0, and an error under
       `jax.experimental.checkify`.
 
@@ -94,7 +101,8 @@ def entmax_loss(
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, never negative, in the dtype of `scores`. A class that `where` excludes
+      One value per row, in the dtype of `scores`, never negative if the targets sum to 1; of others
+      it is the formula, and the gradient `p - y`. A class that `where` excludes
       gives inf; one out of range gives NaN and the gradient 0, and an error under
       `jax.experimental.checkify`.
 
@@ -123,14 +131,34 @@ def entmax_loss(
 
 @dataclasses.dataclass(frozen=True)
 class _Regularizer:
-    """A mapping and what it is regularized by, `Omega(p) = sum(omega(p_i))` up to a constant."""
+    """A mapping and what it is regularized by, `Omega(p) = sum(omega(p_i) + slope p_i)`.
+
+    Attributes:
+      form: that of the mapping.
+      omega: what is added up; a function of an entry and of the parameters.
+      slope: a function of the parameters. Where sums agree nothing comes of it, be it large.
+    """
 
     form: Form
     omega: Callable[..., Array]
+    slope: Callable[..., ArrayLike] = lambda *params: 0.0
 
-    def change(self, p: Array, target: Array, *params: Array) -> Array:
-        """`omega(target) - omega(p)`, entry by entry."""
-        return self.omega(target, *params) - self.omega(p, *params)
+    def change(
+        self, rows: Rows, p: Entries, target: Entries, shift: Array | None, *params: Array
+    ) -> Array:
+        """`Omega(target) - Omega(p)`, where `shift` is by how much the sum of `p` is larger."""
+
+        def of_entry(p: Array, target: Array, *params: Array) -> Array:
+            return self.omega(target, *params) - self.omega(p, *params)
+
+        change = rows.sum(rows.map(of_entry, [p, target], params))
+        return change if shift is None else change - shift * self.slope(*params)
+
+
+def _slope_of_power(alpha: Array) -> Array:
+    """By how much `p ** alpha / (alpha (alpha - 1))` is steeper than `negentropy`."""
+    scale = alpha * (alpha - 1)
+    return jnp.where(scale > 0, 1 / jnp.where(scale > 0, scale, 1), 0)
 
 
 _GINI = _Regularizer(_entmax.SPARSEMAX, lambda p: p * p / 2)
@@ -139,48 +167,71 @@ _TSALLIS = {
     1.5: _Regularizer(_entmax.ENTMAX15, lambda p: p * sqrt(p) / 0.75),
     2.0: _GINI,
 }
-_ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _entmax.negentropy)
+_ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _entmax.negentropy, _slope_of_power)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def _fenchel_young(
-    regularizer: _Regularizer, rows: Rows, scores: Entries, target: Entries, *params: Array
+    regularizer: _Regularizer,
+    of_classes: bool,
+    rows: Rows,
+    scores: Entries,
+    target: Entries,
+    *params: Array,
 ) -> Array:
-    return _fenchel_young_fwd(regularizer, rows, scores, target, *params)[0]
+    return _fenchel_young_fwd(regularizer, of_classes, rows, scores, target, *params)[0]
 
 
 def _fenchel_young_fwd(
-    regularizer: _Regularizer, rows: Rows, scores: Entries, target: Entries, *params: Array
+    regularizer: _Regularizer,
+    of_classes: bool,
+    rows: Rows,
+    scores: Entries,
+    target: Entries,
+    *params: Array,
 ) -> tuple[Array, Any]:
     p = _threshold.apply(regularizer.form, rows, scores, *params)
-    # `p` and the target have the same sum, so any shift of the scores will do; the maximum at 0
+    # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
     # keeps the digits.
-    gaps, _ = _threshold.below_top(rows, scores)
+    gaps, top = _threshold.below_top(rows, scores)
+    shift = None if of_classes else _shift(rows, p, target)
 
-    def term(gap: Array, p: Array, target: Array, *params: Array) -> Array:
+    def term(gap: Array, p: Array, target: Array) -> Array:
         excess = p - target
-        linear = excess * jnp.where(excess == 0, 0, gap)
-        return linear + regularizer.change(p, target, *params)
+        return excess * jnp.where(excess == 0, 0, gap)
 
-    loss = not_negative(rows.sum(rows.map(term, [gaps, p, target], params)))
-    return loss, (rows, gaps, p, target, params)
+    linear = rows.sum(rows.map(term, [gaps, p, target]))
+    loss = linear + regularizer.change(rows, p, target, shift, *params)
+    noise: ArrayLike = jnp.inf
+    if shift is not None:
+        loss = loss + times_top(shift, top)
+        noise = jnp.where(shift == 0, noise, 0)
+    return not_negative(loss, noise), (rows, scores, p, target, params)
 
 
-def _fenchel_young_bwd(regularizer: _Regularizer, residuals: Any, ct: Array) -> tuple[Any, ...]:
-    rows, gaps, p, target, params = residuals
+def _shift(rows: Rows, p: Entries, target: Entries) -> Array:
+    """The sum of `p`, 1 or 0, less that of the target."""
+    return without_rounding(rows.sum(rows.map(jnp.subtract, [p, target])), 1)
+
+
+def _fenchel_young_bwd(
+    regularizer: _Regularizer, of_classes: bool, residuals: Any, ct: Array
+) -> tuple[Any, ...]:
+    rows, scores, p, target, params = residuals
 
     def change(target: Entries, *params: Array) -> Array:
-        return rows.sum(rows.map(regularizer.change, [p, target], params))
+        shift = None if of_classes else _shift(rows, p, target)
+        return regularizer.change(rows, p, target, shift, *params)
 
     # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
     _, pull_back = jax.vjp(change, target, *params)
     ct_target, *ct_params = pull_back(ct)
 
-    def less_gap(ct_target: Array, gap: Array, ct: Array) -> Array:
-        absent = gap == -jnp.inf
-        return jnp.where(absent, 0, ct_target - ct * jnp.where(absent, 0, gap))
+    def less_score(ct_target: Array, score: Array, ct: Array) -> Array:
+        finite = jnp.where(jnp.abs(score) == jnp.inf, 0, score)
+        return jnp.where(score == -jnp.inf, 0, ct_target - ct * finite)
 
-    ct_target = rows.map(less_gap, [ct_target, gaps], [ct])
+    ct_target = rows.map(less_score, [ct_target, scores], [ct])
     ct_scores = rows.map(lambda p, y, ct: ct * (p - y), [p, target], [ct])
     return None, ct_scores, ct_target, *ct_params
 
@@ -200,5 +251,5 @@ def _loss(
     rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
     target, classes = as_distribution(rows, z, targets)
     params = () if alpha is None else (_entmax.as_alpha(rows, z, alpha),)
-    loss = _fenchel_young(regularizer, rows, z, target, *params)
+    loss = _fenchel_young(regularizer, classes is not None, rows, z, target, *params)
     return one_per_row(rows, loss, classes, scores)

@@ -123,6 +123,22 @@ def check_known(name: str, classes: Array, known: Array, length: int) -> Array:
     return checked(classes, known, message)
 
 
-def not_negative(loss: Array) -> Array:
+def not_negative(loss: Array, noise: ArrayLike = jnp.inf) -> Array:
     """The loss but for what rounding takes it below 0; a maximum might lose NaN."""
-    return jnp.where(loss < 0, 0, loss)
+    return jnp.where((loss < 0) & (loss >= -noise), 0, loss)
+
+
+def without_rounding(total: Array, size: ArrayLike) -> Array:
+    """A sum whose terms cancel, exactly 0 where it is but a rounding error; the derivative stays.
+
+    Args:
+      total: the sum.
+      size: the sum of the absolute values of its terms.
+    """
+    noise = 8 * jnp.finfo(total.dtype).eps * size
+    return total - lax.stop_gradient(jnp.where(jnp.abs(total) <= noise, total, 0))
+
+
+def times_top(shift: Array, top: Array) -> Array:
+    """The product; nothing comes of a maximum, be it infinite, where there is no shift."""
+    return shift * jnp.where((shift == 0) & (jnp.abs(top) == jnp.inf), 0, top)

@@ -305,8 +305,9 @@ def negentropy(p: Array, alpha: Array) -> Array:
     """`(p ** alpha - p) / (alpha (alpha - 1))`, which is `p log p` at 1; smooth in `alpha`."""
     beta = alpha - 1
     inside = p * _expm1_over(beta, _safe_log(p)) / alpha
-    # 0 at 0, with the slope there.
-    return jnp.where(p > 0, inside, -p / (alpha * jnp.maximum(beta, jnp.finfo(p.dtype).eps)))
+    # 0 at 0, with the slope there; one that is infinite is taken as 0.
+    at_zero = jnp.where(beta > 0, -p / (alpha * jnp.where(beta > 0, beta, 1)), 0)
+    return jnp.where(p > 0, inside, at_zero)
 
 
 def _expm1_over(beta: Array, x: Array) -> Array:
