@@ -154,3 +154,22 @@ def test_what_flax_may_not_ask_for(name):
     q = jnp.zeros((1, 2, 1, 4), np.float32)
     with pytest.raises(ValueError, match=f"{name} must be None"):
         jsm.attention_fn(q, q, q, **{name: "highest"})
+
+
+@pytest.mark.usefixtures("promotion")
+def test_attention_fn_pairs_equal_batch_axes_only(rng):
+    """As many queries as keys is not enough."""
+    q, k = (jnp.asarray(rng.normal(size=(*batch, 4, 2, 3))) for batch in ((2, 3), (3, 2)))
+    for name, args in {"key": (q, k, k), "value": (q, q, k)}.items():
+        with pytest.raises(
+            ValueError,
+            match=rf"{name} must .*batch of query, \(2, 3\), got shape \(3, 2, 4, 2, 3\)",
+        ):
+            jsm.attention_fn(*args)
+    with pytest.raises(ValueError, match=r"query must have the axes .* got shape \(2, 3\)"):
+        jsm.attention_fn(*(q[0, 0, 0],) * 3)
+    swapped = k.swapaxes(0, 1)
+    out = jsm.attention_fn(q, swapped, swapped)
+    for i, j in np.ndindex(2, 3):
+        expected = jax.nn.dot_product_attention(*(x[i, j] for x in (q, swapped, swapped)))
+        np.testing.assert_allclose(out[i, j], expected, rtol=1e-5)

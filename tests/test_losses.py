@@ -114,6 +114,31 @@ def test_masking_is_removal(case, rng):
     assert np.all(np.isfinite(gradient))
 
 
+@every_loss
+def test_a_mask_of_classes_is_not_taken_for_one_of_rows(case, rng):
+    """As many rows as classes: what each shape means, and an error for that which is either."""
+    scores, labels = rng.normal(size=(4, 4)), np.array([0, 2, 3, 0])
+    some = np.array([True, False, True, True])
+    with pytest.raises(
+        ValueError,
+        match=r"where must have the axes of scores, shape \(1, 4\) to exclude classes or \(4, 1\) "
+        r"to exclude rows, since \(4,\) could mean either, got shape \(4,\)",
+    ):
+        case.fun(scores, labels, where=some)
+    expected = case.fun(scores[:, some], np.cumsum(some)[labels] - 1)
+    close(case.fun(scores, labels, where=some[None]), expected)
+    close(case.fun(scores[:3], labels[:3], where=some), expected[:3])
+    by_row = case.fun(scores, labels, where=some[:, None])
+    close(by_row[some], case.fun(scores, labels)[some])
+    # Nothing takes part, not even the label. (In optax it is 0.)
+    assert by_row[1] == np.inf
+    gradient = jax.grad(lambda s: jnp.sum(case.fun(s, labels, where=some[:, None])))(scores)
+    np.testing.assert_array_equal(gradient[1], np.zeros(4))
+    with pytest.raises(ValueError, match=r"\(3, 3\) could mean either"):
+        case.fun(np.zeros((3, 3, 3)), np.zeros((3, 3), int), where=np.ones((3, 3), bool))
+    assert case.fun(scores[0], 2, where=some) > 0  # one row alone
+
+
 # What makes them losses.
 
 

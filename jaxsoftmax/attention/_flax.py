@@ -81,6 +81,12 @@ def attention_fn(
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
     batch = query.shape[:-3]
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if x.ndim < 3 or x.shape[:-3] != batch:
+            raise ValueError(
+                f"{name} must have the axes (*batch, length, heads, features), with the batch of "
+                f"query, {batch}, got shape {x.shape}."
+            )
     query, key, value = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
     out = dot_product_attention(
         query,

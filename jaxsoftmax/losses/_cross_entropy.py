@@ -14,10 +14,9 @@ from jaxsoftmax._scores import (
     Options,
     check_per_row,
     known_number,
-    prepare,
     public,
 )
-from jaxsoftmax.losses._targets import Classes, as_target, one_per_row
+from jaxsoftmax.losses._targets import Classes, as_target, one_per_row, prepare_scores
 from jaxsoftmax.mappings import _softmax
 
 
@@ -48,7 +47,9 @@ def cross_entropy(
         the classes, of the shape of `scores`.
       axis: the axis of the classes; several, or None for all, need a distribution as target. Mesh
         axis names may be among them: a class is then counted across the devices.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`.
+      where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
+        for K classes, or a mask for each row. Rows that are not to count are left out later, by
+        `jnp.mean(loss, where=rows)`.
       temperature: divides the scores; a number or one value per row, not negative.
       label_smoothing: the share of the target that is spread evenly over the classes that take
         part (those of score -inf do not); from 0 to 1, a number or one value per row.
@@ -87,7 +88,7 @@ def cross_entropy(
         raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}.")
     if drift is not None and not 0 <= drift < jnp.inf:
         raise ValueError(f"z_loss must not be negative, and finite, got {drift}.")
-    rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
+    rows, z = prepare_scores(scores, axis, Options(where, temperature))
     target = as_target(rows, z, targets)
     loss = _surprise(rows, z, target)
     if smoothing != 0:

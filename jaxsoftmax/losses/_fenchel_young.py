@@ -11,11 +11,12 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, hoist
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Options, prepare, public
+from jaxsoftmax._scores import Axis, Options, public
 from jaxsoftmax.losses._targets import (
     as_distribution,
     not_negative,
     one_per_row,
+    prepare_scores,
     times_top,
     without_rounding,
 )
@@ -68,7 +69,7 @@ def fenchel_young_loss(
         scores: ArrayLike, targets: ArrayLike, axis: Axis = -1, where: ArrayLike | None = None
     ) -> Array:
         """The Fenchel-Young loss of one mapping."""
-        rows, z = prepare(scores, axis, Options(where), name="scores")
+        rows, z = prepare_scores(scores, axis, Options(where))
         target, classes = as_distribution(rows, z, targets)
         mask = {} if where is None else {"where": where}
         p = mapping(z[0], axis=axis, **mask)

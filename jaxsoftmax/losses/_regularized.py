@@ -13,13 +13,14 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import sqrt
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Fixed, Options, known_number, prepare, public
+from jaxsoftmax._scores import Axis, Fixed, Options, known_number, public
 from jaxsoftmax._threshold import Form
 from jaxsoftmax.losses._cross_entropy import cross_entropy
 from jaxsoftmax.losses._targets import (
     as_distribution,
     not_negative,
     one_per_row,
+    prepare_scores,
     times_top,
     without_rounding,
 )
@@ -47,7 +48,9 @@ def sparsemax_loss(
       targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
         the classes, of the shape of `scores`.
       axis: the axis of the classes; several, or None for all, need a distribution as target.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`.
+      where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
+        for K classes, or a mask for each row. Rows that are not to count are left out later, by
+        `jnp.mean(loss, where=rows)`.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
@@ -97,7 +100,9 @@ def entmax_loss(
         the classes, of the shape of `scores`.
       alpha: the shape, at least 1; a number or one value per row, differentiable.
       axis: the axis of the classes; several, or None for all, need a distribution as target.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`.
+      where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
+        for K classes, or a mask for each row. Rows that are not to count are left out later, by
+        `jnp.mean(loss, where=rows)`.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
@@ -248,7 +253,7 @@ def _loss(
     temperature: ArrayLike,
     alpha: ArrayLike | Fixed | None = None,
 ) -> Array:
-    rows, z = prepare(scores, axis, Options(where, temperature), name="scores")
+    rows, z = prepare_scores(scores, axis, Options(where, temperature))
     target, classes = as_distribution(rows, z, targets)
     params = () if alpha is None else (_entmax.as_alpha(rows, z, alpha),)
     loss = _fenchel_young(regularizer, classes is not None, rows, z, target, *params)

@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._differentiation import checked
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
-from jaxsoftmax._scores import check_real, output_dtype
+from jaxsoftmax._scores import Axis, Options, check_real, output_dtype, prepare
 from jaxsoftmax._sharding import share_like
 
 
@@ -61,6 +61,21 @@ class Classes:
             return self.number
         (axis,) = rows.axes
         return self.number - lax.axis_index(rows.names) * scores.shape[axis]
+
+
+def prepare_scores(scores: ArrayLike, axis: Axis, options: Options) -> tuple[Rows, Entries]:
+    """The rows and their scores, if the mask can't be taken for one of rows."""
+    rows, z = prepare(scores, axis, options, name="scores")
+    shape = z[0].shape
+    mask = () if options.where is None else jnp.shape(options.where)
+    of_rows = tuple(n for i, n in enumerate(shape) if i not in rows.axes)
+    if 0 < len(mask) < len(shape) and mask == of_rows:
+        of_classes = (1,) * (len(shape) - len(mask)) + mask
+        raise ValueError(
+            f"where must have the axes of scores, shape {of_classes} to exclude classes or "
+            f"{rows.shape(z[0])} to exclude rows, since {mask} could mean either, got shape {mask}."
+        )
+    return rows, z
 
 
 def as_target(rows: Rows, entries: Entries, targets: ArrayLike) -> Classes | Entries:
@@ -123,7 +138,7 @@ def check_known(name: str, classes: Array, known: Array, length: int) -> Array:
     return checked(classes, known, message)
 
 
-def not_negative(loss: Array, noise: ArrayLike = jnp.inf) -> Array:
+def not_negative(loss: Array, noise: Array | float = jnp.inf) -> Array:
     """The loss but for what rounding takes it below 0; a maximum might lose NaN."""
     return jnp.where((loss < 0) & (loss >= -noise), 0, loss)
 
