@@ -147,12 +147,11 @@ def _linear_batch(
 
         return over_axis
 
-    args = list(args)
     if is_mapped:  # all arguments, so that all cotangents are
         mesh_axis = getattr(axis, "explicit_mesh_axis", None)
         out = [unmapped_aval(axis.size, 0, aval, mesh_axis) for aval in out]
         pairs = zip(args[num:], dims[num:], strict=True)
-        args[num:] = [batching.bdim_at_front(x, d, axis.size) for x, d in pairs]
+        args = [*args[:num], *(batching.bdim_at_front(x, d, axis.size) for x, d in pairs)]
     of_all = {name: mapped(function) for name, function in functions.items()}
     result = _linear.bind(*args, num=num, out=tuple(out), **of_all)
     return result, [over] * len(result)
@@ -195,14 +194,16 @@ def _call_jvp(primals: Values, tangents: Values, *, jvp: Callable, num: int, **_
 
 def _call_batch(axis: Any, args: Values, dims: Values, **params: Any) -> tuple[Any, Any]:
     if all(d is None for d in dims):
-        out = _call.bind(*args, **params)
-        return out, [None] * len(out)
+        if axis.name not in [getattr(e, "name", None) for e in params["pure"].jaxpr.effects]:
+            return (out := _call.bind(*args, **params)), [None] * len(out)
+        args = [jnp.broadcast_to(args[0], (axis.size, *jnp.shape(args[0]))), *args[1:]]
+        dims = [0, *dims[1:]]  # for a collective over the axis, something has to have it
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     in_axes = [None if d is None else 0 for d in dims]
     num, names = params["num"], {"axis_size": axis.size, **_names(axis)}
     if not any(i == 0 for i in in_axes[:num]):
-        found = params["batch"](axis.size, [i == 0 for i in in_axes[num:]], args[num:])
-        if found is not None:
+        is_batched = [i == 0 for i in in_axes[num:]]
+        if (found := params["batch"](axis.size, is_batched, args[num:])) is not None:
             return found, [0] * len(found)
 
     def jvp(primals: Values, tangents: Values) -> Any:
@@ -210,8 +211,7 @@ def _call_batch(axis: Any, args: Values, dims: Values, **params: Any) -> tuple[A
         each = jax.vmap(lambda p, t: params["jvp"](p[num:], t[num:]), (in_axes, over), **names)
         return each(list(primals), list(tangents))
 
-    evaluate = functools.partial(_call_evaluate, **params)
-    mapped = jax.vmap(evaluate, tuple(in_axes), **names)
+    mapped = jax.vmap(functools.partial(_call_evaluate, **params), tuple(in_axes), **names)
     out = call(mapped, jvp, lambda *_: None, args, params["message"])
     return out, [0] * len(out)
 

@@ -194,6 +194,33 @@ def test_vmap_of_jacfwd_of_a_recurrence(case, rng):
 
 
 @every_rule
+def test_axes_of_vmap_that_nothing_is_mapped_over(case):
+    """Each row is then three times the same scores, alone, inside of a gradient or of a tangent."""
+    x = SCORES[0]
+
+    def shared(x):
+        return case.fun(x, axis=(0, "i"))
+
+    out, along, gradient = jax.vmap(
+        lambda _: (
+            shared(x),
+            jax.jvp(shared, (x,), (np.cos(x),))[1],
+            jax.grad(lambda x: jnp.sum(jnp.sin(shared(x))))(x),
+        ),
+        axis_name="i",
+    )(np.arange(3.0))
+    spread = jax.vmap(shared, axis_name="i", out_axes=0)
+    whole = np.stack([x] * 3)
+    close(out, spread(whole))
+    close(along, jax.jvp(spread, (whole,), (np.cos(whole),))[1], rtol=1e-10, atol=1e-12)
+    pulled = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(shared(x)))), axis_name="i")(whole)
+    close(gradient, pulled, rtol=1e-10, atol=1e-12)
+    if case.gives == "probabilities" and not case.in_order:
+        together = case.fun(whole, axis=(0, 1))
+        close(out, together)
+
+
+@every_rule
 def test_eager_and_compiled_agree(case):
     compiled = jax.value_and_grad(weigh(case))(SCORES)
     with jax.disable_jit():
