@@ -19,6 +19,7 @@ from jax import core, lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, sum_to, vary_like
 from jaxsoftmax._sharding import share_like
 
@@ -357,7 +358,7 @@ def temper(
     if cold is False:
         return scores
     divisor = check_per_row("temperature", temperature, scores, rows)
-    divisor = jnp.where(cold, 1, jnp.where(divisor < 0, jnp.nan, divisor))
+    divisor = jnp.where(cold, 1, nan_unless(~(divisor < 0), divisor))
     ((divisor, cold),) = rows.map(lambda _, *values: values, [(scores,)], [divisor, cold])
     return jnp.where(cold, _coldest(rows, scores, at_zero), _divide(scores, divisor))
 
@@ -465,7 +466,7 @@ def broadcasts(shape: tuple[int, ...], to: tuple[int, ...]) -> bool:
 
 def divided_by_zero(top: Array) -> Array:
     """The limit of `top / t` as `t` falls to 0."""
-    return jnp.where(top == 0, 0, top * jnp.inf)
+    return jnp.where(top == 0, 0, jnp.where(top == 0, 1, top) * jnp.inf)
 
 
 def _coldest(rows: Rows, scores: Array, at_zero: Callable[[Array], Array]) -> Array:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Rows, indicator
 from jaxsoftmax._scores import (
     Axis,
@@ -99,7 +100,7 @@ def tsallis_entropy(
     shape = _as_shape(rows, values, alpha)
 
     def term(p: Array, alpha: Array) -> Array:
-        return jnp.where(p < 0, jnp.nan, -negentropy(p, alpha))
+        return nan_unless(~(p < 0), -negentropy(p, alpha))
 
     terms = rows.map(term, [(values,)], [shape])
     return rows.flatten(rows.sum(terms)).astype(output_dtype(p))
@@ -147,4 +148,4 @@ def _as_shape(rows: Rows, values: Array, alpha: ArrayLike | Fixed) -> Array:
     if known is not None and not 0 < known < jnp.inf:
         raise ValueError(f"alpha must be positive and finite, got {known}.")
     shape = check_per_row("alpha", alpha, values, rows)
-    return jnp.where(shape > 0, shape, jnp.nan)
+    return nan_unless(shape > 0, shape)

@@ -11,6 +11,8 @@ import pytest
 from absl.testing import parameterized
 from jax.test_util import check_grads
 
+import jaxsoftmax as jsm
+from tests.calls import CALLS, value_and_gradients
 from tests.cases import FUNCTIONS, MAPPINGS, RULES, SCORES, named
 from tests.tools import primitives
 
@@ -226,6 +228,33 @@ def test_eager_and_compiled_agree(case):
     with jax.disable_jit():
         eager = jax.value_and_grad(weigh(case))(SCORES)
     chex.assert_trees_all_close(eager, compiled, rtol=1e-13)
+
+
+# Those of `calibration` have tests of their own.
+@pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("calibration")])
+def test_nothing_is_nan_on_the_way(name):
+    """With every operation on its own and looked at, as one does who looks for his own NaN."""
+    fun, args = CALLS[name]
+    with jax.enable_x64(False), jax.disable_jit(), jax.debug_nans(True):
+        fun(*args)
+        value_and_gradients(fun)(*args)
+
+
+@pytest.mark.parametrize(
+    "fun",
+    [
+        functools.partial(jsm.softmax, temperature=np.float64([[0.0], [0.5]])),
+        functools.partial(jsm.sparsemax, where=MASK, temperature=0.0),
+        functools.partial(jsm.entmax, alpha=np.float64([[1.2], [3.0]]), where=MASK),
+        functools.partial(jsm.normmax, alpha=np.float64(1.5), where=MASK),
+        functools.partial(jsm.budget_sparsemax, budget=np.float64([[2.0], [3.0]]), where=MASK),
+        functools.partial(jsm.sinkhorn, temperature=np.float64(0.5)),
+    ],
+    ids=lambda f: f.func.__name__,
+)
+def test_nothing_is_nan_on_the_way_with_options(fun):
+    with jax.disable_jit(), jax.debug_nans(True):
+        jax.vjp(fun, SCORES)[1](np.cos(SCORES))
 
 
 @every_rule

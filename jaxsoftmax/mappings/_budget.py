@@ -131,7 +131,8 @@ def _solve(rows: Rows, scores: Entries, budget: Array) -> tuple[Array, ...]:
     firsts, others = rows.sums(infinite_and_finite, [scores])
     share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
     left = budget - firsts
-    total = jnp.where((left > 0) & (left < others), left, jnp.nan)
+    # Where nothing is left to be found, any total that there is a threshold for.
+    total = jnp.where((left > 0) & (left < others), left, others / 2)
     return *_spend(rows, rows.map(_finite, [scores]), total), share, left, others
 
 
@@ -143,7 +144,7 @@ def _weight(score: Array, *row: Array) -> Array:
     none = left <= 0
     p = jnp.where(none, 0, jnp.where(left >= others, indicator(score > -jnp.inf, p.dtype), p))
     spoiled = jnp.isnan(left + others)
-    return jnp.where(spoiled, jnp.nan, jnp.where(score == jnp.inf, share, p))
+    return jnp.where(spoiled, left + others, jnp.where(score == jnp.inf, share, p))
 
 
 def _finite(z: Array) -> Array:
@@ -192,9 +193,9 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         early = passes < _PATIENCE
         middle = jnp.where(early & ~tight, low + (high / 2 - low / 2), middle)
 
-        jump = excess / free
+        jump = jnp.where(free > 0, excess / jnp.maximum(free, 1), 0)
         newton, newton_rest = two_sum(tau, rest + jump)
-        fits = (newton >= low) & (newton <= high)
+        fits = (free > 0) & (newton >= low) & (newton <= high)
         slow = jnp.abs(jump) > last / 2
         follow = fits & (tight | (early & ~slow))
         finishing = jnp.where(tight, finishing + 1, 0)

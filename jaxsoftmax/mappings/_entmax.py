@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import log1p, sqrt
+from jaxsoftmax._elementary import log1p, nan_unless, sqrt
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -237,7 +237,7 @@ def _solve(rows: Rows, scores: Entries, alpha: Array) -> tuple[Array, Array, Arr
     is kept is halved where a step is not half of the last, or leaves it.
     """
     gaps, top = _threshold.below_top(rows, scores)
-    beta = jnp.where(alpha >= 1, alpha - 1, jnp.nan)
+    beta = nan_unless(alpha >= 1, alpha - 1)
     eps = float(jnp.finfo(beta.dtype).eps)
 
     def terms(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array, Array]:
@@ -284,12 +284,13 @@ def _solve(rows: Rows, scores: Entries, alpha: Array) -> tuple[Array, Array, Arr
 def _weight(score: Array, top: Array, scale: Array, by: Array, alpha: Array) -> Array:
     """`by w` of `_solve`, where `scale` is `1 / m`."""
     u = _threshold.gap_above(score, top, 0, scale)
-    return _power(u, jnp.where(alpha >= 1, alpha - 1, jnp.nan)) * by
+    return _power(u, alpha - 1) * by  # NaN for an alpha below 1, as `by` is
 
 
 def _power(u: Array, beta: Array) -> Array:
     """`[1 + beta u]_+ ** (1 / beta)`."""
-    return jnp.where(beta * u <= -1, 0, jnp.exp(_log1p_over(beta, u)))
+    outside = beta * u <= -1
+    return jnp.where(outside, 0, jnp.exp(_log1p_over(beta, jnp.where(outside, 0, u))))
 
 
 # Below this, quotients by beta have nothing left to say, and at 0 they would be NaN.
@@ -298,7 +299,8 @@ _NO_BETA = 1e-30
 
 def _log1p_over(beta: Array, x: Array) -> Array:
     """`log(1 + beta x) / beta`, which is `x` where beta is 0."""
-    return jnp.where(beta < _NO_BETA, x, log1p(beta * x) / beta)
+    none = beta < _NO_BETA
+    return jnp.where(none, x, log1p(beta * x) / jnp.where(none, 1, beta))
 
 
 def negentropy(p: Array, alpha: Array) -> Array:

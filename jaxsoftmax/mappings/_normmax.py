@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, sum_to
 from jaxsoftmax._scores import (
     Axis,
@@ -93,7 +94,7 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
         gaps = rows.map(_threshold.gap_above, [scores], [top, tau, jnp.ones_like(top)])
         return _threshold.normalized(rows, rows.map(lambda u: jnp.maximum(u, 0), [gaps]))
     gaps, _ = _threshold.below_top(rows, scores)
-    alpha = jnp.where(alpha > 1, alpha, jnp.nan)
+    alpha = nan_unless(alpha > 1, alpha)
     q = alpha / (alpha - 1)
     powers = ENTMAX.probabilities(rows, rows.map(jnp.multiply, [gaps], [q]), 1 + 1 / q)
     return _threshold.normalized(rows, rows.map(jnp.power, [powers], [1 / alpha]))

@@ -8,10 +8,12 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Rows, vary_like
 from jaxsoftmax._scores import (
     Axis,
     Options,
+    is_cold,
     known_number,
     output_dtype,
     prepare,
@@ -83,9 +85,9 @@ def sinkhorn(
     if known_number(temperature) == 0:
         raise ValueError("temperature must be positive, got 0, which has no limit in sinkhorn.")
     both, rows, columns = _rows_and_columns(axes, jnp.ndim(x))
-    options = Options(where, temperature)
-    _, (scores,) = prepare(x, both, options, at_zero=lambda top: jnp.full_like(top, jnp.nan))
-    scores = _below_top(rows, scores)
+    whole, (scores,) = prepare(x, both, Options(where, temperature))
+    cold = is_cold(whole, scores, temperature)
+    scores = nan_unless(jnp.logical_not(cold), _below_top(rows, scores))
 
     def normalize(g: Array, _: None) -> tuple[Array, None]:
         f = -_finite_log_sum(rows, scores + g)
