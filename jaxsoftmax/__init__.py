@@ -62,6 +62,7 @@ from jaxsoftmax.linear_loss import linear_cross_entropy as linear_cross_entropy
 from jaxsoftmax.losses import cross_entropy as cross_entropy
 from jaxsoftmax.losses import entmax_loss as entmax_loss
 from jaxsoftmax.losses import fenchel_young_loss as fenchel_young_loss
+from jaxsoftmax.losses import kl_divergence as kl_divergence
 from jaxsoftmax.losses import sparsemax_loss as sparsemax_loss
 from jaxsoftmax.mappings import budget_sparsemax as budget_sparsemax
 from jaxsoftmax.mappings import entmax as entmax

@@ -144,6 +144,10 @@ def _look_at_integer(name: str, value: Any) -> int:
     return int(value)
 
 
+def _look_at_integer_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else _look_at_integer(name, value)
+
+
 def _look_at_hard(value: Any) -> Any:
     if not isinstance(value, bool | np.bool_):
         raise TypeError(f"hard must be True or False, got {type(value).__name__}.")
@@ -162,15 +166,17 @@ def _look_at_static(name: str, value: Any) -> Any:
 
 _AXES = ("axis", "axes")
 _INTEGERS = ("k", "num_iterations", "num_bins", "num_resamples")
+_INTEGERS_OR_NONE = ("ignore_index",)
 _OTHERS = (
     *("num_segments", "reverse", "hard", "reduction", "chunk_size", "vocab_axis_name"),
     *("binning", "norm", "debiased", "shape", "replace"),
 )
-_STATIC = (*_AXES, *_INTEGERS, *_OTHERS)
+_STATIC = (*_AXES, *_INTEGERS, *_INTEGERS_OR_NONE, *_OTHERS)
 _LOOKS = {
     **{name: functools.partial(_look_at_static, name) for name in _OTHERS},
     **{name: functools.partial(_look_at_axis, name) for name in _AXES},
     **{name: functools.partial(_look_at_integer, name) for name in _INTEGERS},
+    **{name: functools.partial(_look_at_integer_or_none, name) for name in _INTEGERS_OR_NONE},
     "temperature": _look_at_temperature,
     "alpha": _look_at_alpha,
     "budget": _look_at_number,
@@ -239,6 +245,14 @@ def split_axis(axis: Axis, ndim: int) -> tuple[tuple[int, ...], tuple[str, ...]]
     if len(set(axes)) + len(set(names)) < len(members):
         raise ValueError(f"axis must not name an axis twice, got {axis!r}.")
     return axes, names
+
+
+def in_given_order(axis: Axis, ndim: int) -> tuple[int, ...]:
+    """The array axes of `axis`, as they were given."""
+    if axis is None:
+        return tuple(range(ndim))
+    members = axis if isinstance(axis, tuple) else (axis,)
+    return tuple(int(a) % ndim for a in members if not isinstance(a, str))
 
 
 def mesh_names(argument: str, names: Any) -> tuple[str, ...]:

@@ -52,6 +52,7 @@ CALLS = {
     "cross_entropy": (jsm.cross_entropy, (X, LABELS)),
     "sparsemax_loss": (jsm.sparsemax_loss, (X, LABELS)),
     "entmax_loss": (jsm.entmax_loss, (X, P)),
+    "kl_divergence": (jsm.kl_divergence, (X, X[::-1])),
     "fenchel_young_loss": (
         jsm.fenchel_young_loss(jsm.sparsemax, functools.partial(jsm.tsallis_entropy, alpha=2.0)),
         (X, LABELS),

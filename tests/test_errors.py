@@ -514,17 +514,17 @@ WRONG_LOSS_CALLS = {
         r"targets must have the shape of scores without axis 1, \(2,\), if they are classes, "
         r"got shape \(3,\)",
     ),
-    "one-hot integers": ((X, np.eye(2, 3, dtype=int)), ValueError, "targets .* got shape .2, 3"),
+    "classes with the axis": ((X, np.ones((2, 1), int)), ValueError, "targets .* got shape .2, 1"),
     "classes as floats": (
         (X, np.zeros(2)),
         ValueError,
-        r"targets must have the shape of scores \(2, 3\) if they are distributions, got shape "
-        r"\(2,\)",
+        r"targets must have the shape of scores \(2, 3\), or 1 instead of a size, if they are "
+        r"distributions, got shape \(2,\)",
     ),
     "classes along two axes": (
-        (X, np.array(0), None),
+        (X, np.zeros(2, int), None),
         ValueError,
-        "targets must be distributions over 2 axes, got integers",
+        r"targets must have the shape of scores without axes \(0, 1\), \(\), .* got shape \(2,\)",
     ),
     "complex scores": ((X * 1j, np.zeros(2, int)), TypeError, "scores must be real numbers"),
     "complex targets": ((X, X * 1j), TypeError, "targets must be real numbers, got dtype complex"),

@@ -5,16 +5,18 @@ import functools
 import jax
 import jax.numpy as jnp
 import jax.scipy as jsp
+import mpmath
 import numpy as np
 import optax
 import pytest
+import scipy.special
 from jax.experimental import checkify
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 import jaxsoftmax as jsm
 from tests.cases import LOSSES, SCORES, entmax_by_bisection, named, project_by_sorting
-from tests.tools import operations
+from tests.tools import IN_FLOAT64, exact_log_softmax, operations
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -137,6 +139,88 @@ def test_a_mask_of_classes_is_not_taken_for_one_of_rows(case, rng):
     with pytest.raises(ValueError, match=r"\(3, 3\) could mean either"):
         case.fun(np.zeros((3, 3, 3)), np.zeros((3, 3), int), where=np.ones((3, 3), bool))
     assert case.fun(scores[0], 2, where=some) > 0  # one row alone
+
+
+@every_loss
+def test_classes_along_several_axes_are_counted_in_the_order_given(case, rng):
+    scores, labels = rng.normal(size=(2, 3, 4)), np.array([11, 3])
+    flat = scores.reshape(2, 12)
+    close(case.fun(scores, labels, axis=(1, 2)), case.fun(flat, labels))
+    turned = scores.swapaxes(1, 2).reshape(2, 12)
+    close(case.fun(scores, labels, axis=(-1, 1)), case.fun(turned, labels))
+    close(case.fun(scores, np.array(23), axis=None), case.fun(scores.ravel(), np.array(23)))
+    gradient = jax.grad(lambda s: jnp.sum(case.fun(s, labels, axis=(1, 2))))(scores)
+    close(gradient.reshape(2, 12), jax.grad(lambda s: jnp.sum(case.fun(s, labels)))(flat))
+
+
+@every_loss
+def test_targets_that_broadcast_and_one_hot_integers(case, rng):
+    scores, labels = rng.normal(size=(3, 4)), np.array([2, 0, 3])
+    close(case.fun(scores, one_hot(labels, 4).astype(int)), case.fun(scores, labels))
+    shared = rng.dirichlet(np.ones(4), size=1)
+    expected = case.fun(scores, np.repeat(shared, 3, 0))
+    close(case.fun(scores, shared), expected)
+    gradient = jax.grad(lambda y: jnp.sum(case.fun(scores, y)))(shared)
+    whole = jax.grad(lambda y: jnp.sum(case.fun(scores, y)))(np.repeat(shared, 3, 0))
+    close(gradient, np.sum(whole, 0, keepdims=True), rtol=1e-10)
+    close(case.fun(scores, np.array([2])), case.fun(scores, np.array([2, 2, 2])))
+    # Floats that may be classes, and classes with an axis too many, are neither.
+    for wrong in (np.array([2.0, 0.0, 3.0]), np.array([0.25] * 4), np.array([[2], [0], [3]])):
+        with pytest.raises(ValueError, match="targets must have the shape of scores"):
+            case.fun(scores, wrong)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_class_weights_and_ignored_classes(smoothing, rng):
+    """By the formula of PyTorch's `cross_entropy` with `reduction="none"`."""
+    scores, labels = rng.normal(size=(5, 6)), np.array([0, 5, -100, 2, 1])
+    dense = rng.dirichlet(np.ones(6), size=5)
+    weights = np.array([1.0, 0.5, 0.0, 2.0, 3.0, 1.5])
+    log_p = scipy.special.log_softmax(scores, -1)
+    counts = labels != -100
+    one = one_hot(np.where(counts, labels, 0), 6)
+    for targets, y in ((labels, one * counts[:, None]), (dense, dense)):
+        spread = (1 - smoothing) * y + smoothing / 6 * y.sum(-1, keepdims=True)
+        expected = -np.sum(weights * spread * log_p, -1)
+        slope = np.exp(log_p) * np.sum(weights * spread, -1, keepdims=True) - weights * spread
+        ignored = -100 if targets is labels else None
+
+        @jax.jit
+        def loss(s, w, targets=targets, ignored=ignored):
+            options = {"class_weights": w, "ignore_index": ignored}
+            return jsm.cross_entropy(s, targets, label_smoothing=smoothing, **options)
+
+        close(loss(scores, weights), expected)
+        close(jax.grad(lambda s, f=loss: jnp.sum(f(s, weights)))(scores), slope)
+        by_weight = jax.grad(lambda w, f=loss: jnp.sum(f(scores, w)))(weights)
+        close(by_weight, -np.sum(spread * log_p, 0))
+    turned = jsm.cross_entropy(scores.T, labels, 0, class_weights=weights, ignore_index=-100)
+    close(turned, jsm.cross_entropy(scores, labels, class_weights=weights, ignore_index=-100))
+    # An ignored class that no label can be, and one that is a class as any other.
+    options = {"label_smoothing": smoothing, "z_loss": 0.1}
+    some = np.uint8([0, 5, 2])
+    plain = jsm.cross_entropy(scores[:3], some, **options)
+    close(jsm.cross_entropy(scores[:3], some, ignore_index=-100, **options), plain)
+    out = jsm.cross_entropy(scores[:3], some, ignore_index=5, **options)
+    close(out, np.where(some == 5, 0, plain))
+
+
+def test_class_weights_and_ignored_classes_that_do_not_fit():
+    with pytest.raises(ValueError, match=r"class_weights must have one value per class, shape"):
+        jsm.cross_entropy(SCORES, LABELS, class_weights=np.ones(2))
+    with pytest.raises(TypeError, match="ignore_index must be an integer, got float"):
+        jsm.cross_entropy(SCORES, LABELS, ignore_index=1.0)
+    with pytest.raises(ValueError, match="ignore_index goes with classes, got distributions"):
+        jsm.cross_entropy(SCORES, np.ones_like(SCORES), ignore_index=1)
+
+
+def test_focal_loss_of_the_guide(rng):
+    """The recipe: `-(1 - p) ** gamma * log(p)`, with the digits where `p` is nearly 1."""
+    scores, labels = rng.normal(size=(5, 6)), np.array([0, 5, 3, 2, 1])
+    loss = jsm.cross_entropy(scores, labels)
+    focal = (-jnp.expm1(-loss)) ** 2 * loss
+    p = scipy.special.softmax(scores, -1)[np.arange(5), labels]
+    close(focal, -((1 - p) ** 2) * np.log(p))
 
 
 # What makes them losses.
@@ -307,16 +391,19 @@ def test_cross_entropy_of_what_is_nearly_certain():
 
 @every_loss
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_half_precision_is_rounded_once(case, dtype, rng):
+def test_half_precision_gives_float32(case, dtype, rng):
     scores = jnp.asarray(rng.normal(size=(200, 7)), dtype)
     labels = rng.integers(7, size=200)
     loss = case.fun(scores, labels)
-    assert loss.dtype == dtype
+    assert loss.dtype == np.float32
     exact = case.reference(np.asarray(scores, float), one_hot(labels, 7))
-    finfo = jnp.finfo(dtype)
-    _, exponent = np.frexp(np.maximum(exact, 0.01))
-    unit = np.ldexp(1.0, exponent - 1 - finfo.nmant)
-    assert np.max(np.abs(np.asarray(loss, float) - exact) / unit) <= 0.51
+    np.testing.assert_allclose(np.asarray(loss, float), exact, rtol=1e-6, atol=3e-7)
+    # Also of targets in another precision. Gradients are in that of the scores.
+    dense = np.float32(rng.dirichlet(np.ones(7), size=200))
+    loss, gradient = jax.value_and_grad(lambda s: jnp.sum(case.fun(s, dense)))(scores)
+    exact = case.reference(np.asarray(scores, float), np.float64(dense))
+    assert (loss.dtype, gradient.dtype) == (np.float32, dtype)
+    np.testing.assert_allclose(float(loss), exact.sum(), rtol=1e-5)
 
 
 @every_loss
@@ -413,6 +500,63 @@ def test_entmax_losses_equal_those_of_torch(rng):
         loss, gradient = jax.value_and_grad(lambda s, f=ours: jnp.sum(f(s, labels)))(scores)
         np.testing.assert_allclose(loss, expected.sum().detach().numpy(), rtol=1e-9)
         np.testing.assert_allclose(gradient, x.grad.numpy(), atol=1e-9)
+
+
+# Two softmaxes.
+
+
+def exact_divergence(x, z):
+    log_p, log_q = (exact_log_softmax(row) for row in (x, z))
+    return mpmath.fsum(mpmath.exp(q) * (q - p) for p, q in zip(log_p, log_q, strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["float32", IN_FLOAT64])
+def test_kl_divergence(dtype, rng):
+    """Also where one is sure, and where both are nearly equal."""
+    eps = float(jnp.finfo(dtype).eps)
+    x = (3 * rng.normal(size=(5, 9))).astype(dtype)
+    z = x + (np.array([[0], [1e-3], [1], [30], [300]]) * rng.normal(size=(5, 9))).astype(dtype)
+    ours = np.asarray(jsm.kl_divergence(x, z), float)
+    exact = np.array([float(exact_divergence(*pair)) for pair in zip(x, z, strict=True)])
+    assert np.all(ours >= 0)
+    # A difference of logarithms is as exact as they are, and as `expm1` is in float64.
+    np.testing.assert_allclose(ours, exact, rtol=20 * eps, atol=eps)
+    optax_loss = optax.losses.kl_divergence(jax.nn.log_softmax(x[1:3]), jax.nn.softmax(z[1:3]))
+    np.testing.assert_allclose(ours[1:3], optax_loss, rtol=1e-5, atol=1e-6)
+    as_target = jsm.cross_entropy(x, jsm.softmax(z)) - jsm.shannon_entropy(jsm.softmax(z))
+    np.testing.assert_allclose(ours, as_target, rtol=1e-4, atol=1e-6)
+
+
+def test_derivatives_of_kl_divergence(rng):
+    x, z, t = rng.normal(size=(2, 4)), rng.normal(size=(2, 4)), np.array([[0.7], [1.3]])
+    p, q = jsm.softmax(x / t), jsm.softmax(z / t)
+
+    @jax.jit
+    def loss(x, z, t):
+        return jsm.kl_divergence(x, z, where=MASK, temperature=t)
+
+    gradient = jax.grad(lambda x: jnp.sum(jsm.kl_divergence(x, z, temperature=t)))(x)
+    close(gradient, (p - q) / t)
+    check_grads(loss, (x, z, t), order=2, modes=("fwd", "rev"))
+    same = jax.grad(lambda *a: jnp.sum(jsm.kl_divergence(*a)), (0, 1))(x, x)
+    np.testing.assert_array_equal(same, np.zeros((2, 2, 4)))
+
+
+@pytest.mark.asks_for_nan
+def test_edges_of_kl_divergence():
+    inf = np.inf
+    x = np.array([[1.0, 2, -inf], [1, 2, 0], [1, -inf, 0], [-inf] * 3, [np.nan, 0, 0]])
+    z = np.array([[1.0, 0, -inf], [1, 0, -inf], [1, 0, -inf], [-inf] * 3, [0.0, 0, 0]])
+    loss = jsm.kl_divergence(x, z)
+    q = np.array([np.e, 1]) / (np.e + 1)
+    p = [np.array([np.e, np.e**2]) / total for total in (np.e + np.e**2, np.e + np.e**2 + 1)]
+    expected = np.sum(q * np.log(q / p), -1)
+    close(loss[:2], expected)
+    np.testing.assert_array_equal(loss[2:], [inf, 0, np.nan])
+    gradient = jax.grad(lambda x: jsm.kl_divergence(x[1], z[1]))(x)
+    assert np.all(np.isfinite(gradient))
+    with pytest.raises(ValueError, match=r"target_scores must have the shape of scores, \(5, 3\)"):
+        jsm.kl_divergence(x, z[0])
 
 
 # Label smoothing and z-loss.

@@ -10,5 +10,6 @@ and has the gradient `p - y`.
 
 from jaxsoftmax.losses._cross_entropy import cross_entropy as cross_entropy
 from jaxsoftmax.losses._fenchel_young import fenchel_young_loss as fenchel_young_loss
+from jaxsoftmax.losses._kl_divergence import kl_divergence as kl_divergence
 from jaxsoftmax.losses._regularized import entmax_loss as entmax_loss
 from jaxsoftmax.losses._regularized import sparsemax_loss as sparsemax_loss

@@ -13,23 +13,33 @@ from jaxsoftmax._scores import (
     Axis,
     Options,
     check_per_row,
+    check_real,
+    in_given_order,
     known_number,
     public,
 )
-from jaxsoftmax.losses._targets import Classes, as_target, one_per_row, prepare_scores
+from jaxsoftmax.losses._targets import (
+    Classes,
+    as_target,
+    one_per_row,
+    prepare_scores,
+    without_ignored,
+)
 from jaxsoftmax.mappings import _softmax
 
 
 @public
 def cross_entropy(
     scores: Real[ArrayLike, "*shape"],
-    targets: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],
+    targets: Integer[ArrayLike, "*rows"] | Real[ArrayLike, "*shape"],
     axis: Axis = -1,
     where: Bool[ArrayLike, "*#shape"] | None = None,
     *,
     temperature: ArrayLike = 1.0,
     label_smoothing: ArrayLike = 0.0,
     z_loss: ArrayLike = 0.0,
+    class_weights: Real[ArrayLike, "*classes"] | None = None,
+    ignore_index: int | None = None,
 ) -> Float[Array, "*rows"]:
     r"""The negative log-likelihood of the targets under `softmax`.
 
@@ -37,16 +47,16 @@ def cross_entropy(
               \quad p = \mathrm{softmax}(x / t), \quad \tilde y_i = (1 - s) y_i + s / K
 
     with the label smoothing `s` over the `K` classes that take part, and the coefficient `c` of the
-    z-loss; both are 0 unless given. For a class `y` it then is :math:`-\log p_y`, exact also where
-    the class is nearly certain, and so is the gradient in `x/t`, which is `p - y` (`p * sum(y) - y`
-    for targets that do not sum to 1).
+    z-loss; both are 0 unless given. Class weights multiply :math:`\tilde y_i`. For a class `y` it
+    then is :math:`-\log p_y`, exact also where the class is nearly certain, and so is the gradient
+    in `x/t`, which is `p - y` (`p * sum(y) - y` for targets that do not sum to 1).
 
     Args:
       scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
-        the classes, of the shape of `scores`.
-      axis: the axis of the classes; several, or None for all, need a distribution as target. Mesh
-        axis names may be among them: a class is then counted across the devices.
+      targets: integer classes, of the shape of `scores` without `axis`; or a distribution over the
+        classes, numbers of the shape of `scores`, one-hot integers too. Sizes of 1 broadcast.
+      axis: the axis of the classes; several, or None for all, count them in the order given, the
+        last fastest. Mesh axis names may be among them: a class is then counted across the devices.
       where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
         for K classes, or a mask for each row. Rows that are not to count are left out later, by
         `jnp.mean(loss, where=rows)`.
@@ -55,16 +65,21 @@ def cross_entropy(
         part (those of score -inf do not); from 0 to 1, a number or one value per row.
       z_loss: the coefficient of the square of `logsumexp`, which keeps the scores from drifting;
         a number or one value per row, not negative.
+      class_weights: how much each class counts, not negative, of the shape (K,) for K classes, or
+        of the sizes of `axis`. For a mean as in PyTorch, divide the sum of the losses by that of
+        `class_weights[targets]`.
+      ignore_index: the class, be it out of range, whose rows have the loss and the gradient 0.
 
     Returns:
-      One value per row, in the dtype of `scores`. A class that `where` excludes gives inf. One out
-      of range gives NaN and the gradient 0, and an error under `jax.experimental.checkify` (which
-      loses sight of it, as of all checks, in the gradient of a `scan`).
+      One value per row, in the dtype of `scores`, or float32 for half precision. A class that
+      `where` excludes gives inf. One out of range gives NaN and the gradient 0, and an error under
+      `jax.experimental.checkify` (which loses sight of it, as of all checks, in the gradient of a
+      `scan`).
 
     Raises:
       TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
-      ValueError: if shapes do not fit, `temperature` or `z_loss` is a negative number, or
-        `label_smoothing` one outside of [0, 1].
+      ValueError: if shapes do not fit, `temperature` or `z_loss` is a negative number,
+        `label_smoothing` one outside of [0, 1], or `ignore_index` comes with distributions.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -89,16 +104,48 @@ def cross_entropy(
     if drift is not None and not 0 <= drift < jnp.inf:
         raise ValueError(f"z_loss must not be negative, and finite, got {drift}.")
     rows, z = prepare_scores(scores, axis, Options(where, temperature))
-    target = as_target(rows, z, targets)
-    loss = _surprise(rows, z, target)
+    ignored, targets = without_ignored(targets, ignore_index)
+    target = as_target(rows, z, targets, axis)
+    if ignore_index is not None and not isinstance(target, Classes):
+        raise ValueError("ignore_index goes with classes, got distributions as targets.")
+    weights = None if class_weights is None else _as_weights(rows, z, class_weights, axis)
+    loss = _weighted_surprise(rows, z, target, weights)
     if smoothing != 0:
         share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
-        uniform = _surprise(rows, z, _uniform(rows, z))
+        uniform = _weighted_surprise(rows, z, _uniform(rows, z), weights)
         loss = _times(1 - share, loss) + _times(share, uniform)
     if drift != 0:
         strength = check_per_row("z_loss", z_loss, z[0], rows)
         loss += _times(strength, _squared_log_sum(rows, z))
-    return one_per_row(rows, loss, target, scores)
+    loss = one_per_row(rows, loss, target, scores)
+    return loss if ignored is None else jnp.where(ignored, 0, loss)
+
+
+def _as_weights(rows: Rows, scores: Entries, weights: ArrayLike, axis: Axis) -> Entries:
+    """One weight per class, as entries."""
+    weights, shape = jnp.asarray(weights), scores[0].shape
+    check_real("class_weights", weights)
+    order = in_given_order(axis, len(shape))
+    wanted = tuple(shape[i] for i in order)
+    if weights.shape != wanted:
+        raise ValueError(
+            f"class_weights must have one value per class, shape {wanted}, got shape "
+            f"{weights.shape}."
+        )
+    weights = jnp.transpose(weights, [order.index(i) for i in rows.axes])
+    weights = weights.reshape([n if i in rows.axes else 1 for i, n in enumerate(shape)])
+    return (jnp.broadcast_to(weights.astype(scores[0].dtype), shape),)
+
+
+def _weighted_surprise(
+    rows: Rows, scores: Entries, target: Classes | Entries, weights: Entries | None
+) -> Array:
+    """The surprise at the target, each class of which counts as much as its weight."""
+    if weights is None:
+        return _surprise(rows, scores, target)
+    if isinstance(target, Classes):
+        return _times(target.pick(rows, weights[0]), _surprise(rows, scores, target))
+    return _surprise(rows, scores, rows.map(jnp.multiply, [target, weights]))
 
 
 def _times(share: Array, loss: Array) -> Array:

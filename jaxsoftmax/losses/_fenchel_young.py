@@ -42,9 +42,9 @@ def fenchel_young_loss(
 
     Returns:
       The function `loss(scores, targets, axis=-1, where=None)`. It gives one value per row, in the
-      dtype of `scores`, never negative for targets that the mapping can give; classes and
-      distributions as targets are treated as by `cross_entropy`. It is compiled once for each call
-      of `fenchel_young_loss`: make it once.
+      dtype of `scores` (float32 for half precision), never negative for targets that the mapping
+      can give; classes and distributions as targets are treated as by `cross_entropy`. It is
+      compiled once for each call of `fenchel_young_loss`: make it once.
 
     Raises:
       TypeError: if an argument is no function; by the loss, if `scores` or `targets` are not real.
@@ -70,7 +70,7 @@ def fenchel_young_loss(
     ) -> Array:
         """The Fenchel-Young loss of one mapping."""
         rows, z = prepare_scores(scores, axis, Options(where))
-        target, classes = as_distribution(rows, z, targets)
+        target, classes = as_distribution(rows, z, targets, axis)
         mask = {} if where is None else {"where": where}
         p = mapping(z[0], axis=axis, **mask)
         if jnp.shape(p) != z[0].shape:

@@ -45,18 +45,19 @@ def sparsemax_loss(
 
     Args:
       scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
-        the classes, of the shape of `scores`.
-      axis: the axis of the classes; several, or None for all, need a distribution as target.
+      targets: integer classes, of the shape of `scores` without `axis`; or a distribution over the
+        classes, numbers of the shape of `scores`, one-hot integers too. Sizes of 1 broadcast.
+      axis: the axis of the classes; several, or None for all, count them in the order given, the
+        last fastest.
       where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
         for K classes, or a mask for each row. Rows that are not to count are left out later, by
         `jnp.mean(loss, where=rows)`.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, in the dtype of `scores`, never negative if the targets sum to 1; of others
-      it is the formula, and the gradient `p - y`. A class that `where` excludes
-      gives inf; one out of range gives NaN and the gradient 0, and an error under
+      One value per row, in the dtype of `scores` (float32 for half precision), never negative if
+      the targets sum to 1; of others it is the formula, and the gradient `p - y`. A class that
+      `where` excludes gives inf; one out of range gives NaN and the gradient 0, and an error under
       `jax.experimental.checkify`.
 
     Raises:
@@ -96,19 +97,20 @@ def entmax_loss(
 
     Args:
       scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`, or a distribution over
-        the classes, of the shape of `scores`.
+      targets: integer classes, of the shape of `scores` without `axis`; or a distribution over the
+        classes, numbers of the shape of `scores`, one-hot integers too. Sizes of 1 broadcast.
       alpha: the shape, at least 1; a number or one value per row, differentiable.
-      axis: the axis of the classes; several, or None for all, need a distribution as target.
+      axis: the axis of the classes; several, or None for all, count them in the order given, the
+        last fastest.
       where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
         for K classes, or a mask for each row. Rows that are not to count are left out later, by
         `jnp.mean(loss, where=rows)`.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, in the dtype of `scores`, never negative if the targets sum to 1; of others
-      it is the formula, and the gradient `p - y`. A class that `where` excludes
-      gives inf; one out of range gives NaN and the gradient 0, and an error under
+      One value per row, in the dtype of `scores` (float32 for half precision), never negative if
+      the targets sum to 1; of others it is the formula, and the gradient `p - y`. A class that
+      `where` excludes gives inf; one out of range gives NaN and the gradient 0, and an error under
       `jax.experimental.checkify`.
 
     Raises:
@@ -254,7 +256,7 @@ def _loss(
     alpha: ArrayLike | Fixed | None = None,
 ) -> Array:
     rows, z = prepare_scores(scores, axis, Options(where, temperature))
-    target, classes = as_distribution(rows, z, targets)
+    target, classes = as_distribution(rows, z, targets, axis)
     params = () if alpha is None else (_entmax.as_alpha(rows, z, alpha),)
     loss = _fenchel_young(regularizer, classes is not None, rows, z, target, *params)
     return one_per_row(rows, loss, classes, scores)

@@ -11,12 +11,21 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._differentiation import checked
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
-from jaxsoftmax._scores import Axis, Options, check_real, output_dtype, prepare
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    broadcasts,
+    check_real,
+    in_given_order,
+    output_dtype,
+    prepare,
+    wide,
+)
 from jaxsoftmax._sharding import share_like
 
 
 @functools.partial(
-    jax.tree_util.register_dataclass, data_fields=("number", "known"), meta_fields=()
+    jax.tree_util.register_dataclass, data_fields=("number", "known"), meta_fields=("axes",)
 )
 @dataclasses.dataclass(frozen=True)
 class Classes:
@@ -25,16 +34,21 @@ class Classes:
     Attributes:
       number: row values, the number of the class; 0 where that is out of range.
       known: row values, whether it is in range.
+      axes: the axes along which classes are counted, the one that counts fastest last.
     """
 
     number: Array
     known: Array
+    axes: tuple[int, ...]
 
     def hits(self, rows: Rows, scores: Array) -> Array:
         """Where the scores of the classes are."""
-        (axis,) = rows.axes
-        classes = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
-        return classes == self._here(rows, scores)
+        first, *others = self.axes
+        number = lax.broadcasted_iota(jnp.int32, scores.shape, first)
+        for axis in others:
+            along = lax.broadcasted_iota(jnp.int32, scores.shape, axis)
+            number = number * scores.shape[axis] + along
+        return number == self._here(rows, scores)
 
     def distribution(self, rows: Rows, scores: Array) -> Entries:
         """All the weight on the class; none in rows whose class is out of range."""
@@ -43,10 +57,10 @@ class Classes:
 
     def pick(self, rows: Rows, scores: Array) -> Array:
         """The score of the class, one per row."""
-        (axis,) = rows.axes
+        *others, axis = self.axes
         here = self._here(rows, scores)
         length = scores.shape[axis]
-        if length == 0 or jax.typeof(scores).sharding.spec[axis] is not None:
+        if others or length == 0 or jax.typeof(scores).sharding.spec[axis] is not None:
             # Nothing to look up, or no one place to look it up on an explicit mesh.
             return rows.sum((jnp.where(self.hits(rows, scores), scores, 0),))
         index = jnp.clip(here, 0, length - 1)
@@ -59,7 +73,7 @@ class Classes:
         """The numbers, counted from the first class that is on this device."""
         if not rows.names:
             return self.number
-        (axis,) = rows.axes
+        (axis,) = self.axes
         return self.number - lax.axis_index(rows.names) * scores.shape[axis]
 
 
@@ -78,58 +92,81 @@ def prepare_scores(scores: ArrayLike, axis: Axis, options: Options) -> tuple[Row
     return rows, z
 
 
-def as_target(rows: Rows, entries: Entries, targets: ArrayLike) -> Classes | Entries:
-    """The targets, checked: classes if they are integers, else distributions as entries."""
+def as_target(rows: Rows, entries: Entries, targets: ArrayLike, axis: Axis) -> Classes | Entries:
+    """The targets, checked: classes, or distributions as entries.
+
+    Integers are classes, unless they have all axes of the scores, as one-hot rows have.
+    """
     (scores,) = entries
     targets = jnp.asarray(targets)
     check_real("targets", targets)
-    if jnp.issubdtype(targets.dtype, jnp.floating):
-        if targets.shape != scores.shape:
+    if targets.shape == scores.shape or jnp.issubdtype(targets.dtype, jnp.floating):
+        # No other axes are added: floats of one axis may be classes.
+        if targets.ndim != scores.ndim or not broadcasts(targets.shape, scores.shape):
             raise ValueError(
-                f"targets must have the shape of scores {scores.shape} if they are distributions, "
-                f"got shape {targets.shape}."
+                f"targets must have the shape of scores {scores.shape}, or 1 instead of a size, if "
+                f"they are distributions, got shape {targets.shape}."
             )
-        return (share_like(vary_like(targets.astype(scores.dtype), scores), scores),)
-    if len(rows.axes) != 1:
+        targets = jnp.broadcast_to(targets.astype(scores.dtype), scores.shape)
+        return (share_like(vary_like(targets, scores), scores),)
+    if rows.names and len(rows.axes) != 1:
         raise ValueError(
-            f"targets must be distributions over {len(rows.axes)} axes, got integers, which name "
-            "a class along one axis."
+            f"targets must be distributions over {len(rows.axes)} axes across devices, got "
+            "integers, which name a class along one axis."
         )
-    (axis,) = rows.axes
-    wanted = scores.shape[:axis] + scores.shape[axis + 1 :]
-    if targets.shape != wanted:
+    wanted = tuple(n for i, n in enumerate(scores.shape) if i not in rows.axes)
+    if len(targets.shape) != len(wanted) or not broadcasts(targets.shape, wanted):
+        without = f"axis {rows.axes[0]}" if len(rows.axes) == 1 else f"axes {rows.axes}"
         raise ValueError(
-            f"targets must have the shape of scores without axis {axis}, {wanted}, if they are "
+            f"targets must have the shape of scores without {without}, {wanted}, if they are "
             f"classes, got shape {targets.shape}."
         )
-    return _as_classes(jnp.expand_dims(targets, axis), rows.length(entries))
+    targets = jnp.expand_dims(jnp.broadcast_to(targets, wanted), rows.axes)
+    return _as_classes(targets, rows.length(entries), in_given_order(axis, scores.ndim))
 
 
 def as_distribution(
-    rows: Rows, entries: Entries, targets: ArrayLike
+    rows: Rows, entries: Entries, targets: ArrayLike, axis: Axis
 ) -> tuple[Entries, Classes | None]:
     """The targets as distributions, and as the classes that they may be."""
-    target = as_target(rows, entries, targets)
+    target = as_target(rows, entries, targets, axis)
     if isinstance(target, Classes):
         return target.distribution(rows, entries[0]), target
     return target, None
 
 
+def without_ignored(targets: ArrayLike, ignore_index: int | None) -> tuple[Array | None, ArrayLike]:
+    """Where targets are the class that is ignored, and they with class 0 in its place."""
+    if ignore_index is None:
+        return None, targets
+    targets = jnp.asarray(targets)
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        return None, targets
+    info = jnp.iinfo(targets.dtype)
+    if not info.min <= ignore_index <= info.max:  # no target can be it
+        return None, targets
+    ignored = targets == ignore_index
+    return ignored, jnp.where(ignored, 0, targets)
+
+
 def one_per_row(
     rows: Rows, loss: Array, target: Classes | Entries | None, scores: ArrayLike
 ) -> Array:
-    """The losses as they are returned: NaN, without gradient, for a class out of range."""
+    """The losses as they are returned: NaN, without gradient, for a class out of range.
+
+    Half precision would lose the digits of their sum.
+    """
     if isinstance(target, Classes):
         loss = nan_unless(target.known, jnp.where(target.known, loss, 0))
-    return rows.flatten(loss).astype(output_dtype(scores))
+    return rows.flatten(loss).astype(wide(output_dtype(scores)))
 
 
-def _as_classes(targets: Array, length: int) -> Classes:
+def _as_classes(targets: Array, length: int, axes: tuple[int, ...]) -> Classes:
     number = targets.astype(jnp.int32)
     # What the conversion changes was out of range, and must not become a neighbour.
     known = (number.astype(targets.dtype) == targets) & (number >= 0) & (number < length)
     number = check_known("targets", jnp.where(known, number, 0), known, length)
-    return Classes(number, known)
+    return Classes(number, known, axes)
 
 
 def check_known(name: str, classes: Array, known: Array, length: int) -> Array:
