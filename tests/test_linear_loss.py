@@ -268,6 +268,90 @@ def test_rows_that_do_not_count_leave_no_trace(reduction):
     assert np.all(np.isfinite(tangent))
 
 
+DENSE = RNG.dirichlet(np.ones(NUM_CLASSES), size=NUM_ROWS)
+PADDED = np.where(KEEP, LABELS, -100)
+
+
+@pytest.mark.parametrize("reduction", REDUCE)
+@pytest.mark.parametrize(("labels", "ignored"), [(PADDED, -100), (DENSE, None)], ids=("ids", "p"))
+def test_weights_of_rows_ignored_classes_and_distributions(labels, ignored, reduction):
+    """Values and derivatives, those in the weights too, of first and second order."""
+    weights = np.linspace(0, 2, NUM_ROWS)
+    counts = KEEP * 1.0 if ignored else np.ones(NUM_ROWS)
+
+    def ours(hidden, weight, weights):
+        options = {"weights": weights, "ignore_index": ignored, "reduction": reduction}
+        return jsm.linear_cross_entropy(hidden, weight, labels, chunk_size=3, **options)
+
+    def theirs(hidden, weight, weights):
+        targets = np.where(labels == -100, 0, labels) if ignored else labels
+        losses = counts * weights * jsm.cross_entropy(hidden @ weight, targets)
+        if reduction == "none":
+            return losses
+        return jnp.sum(losses) / (jnp.sum(counts * weights) if reduction == "mean" else 1)
+
+    def derivatives(f):
+        def scalar(*args):
+            return jnp.sum(jnp.sin(f(*args)))
+
+        args = HIDDEN, WEIGHT, weights
+        first = jax.grad(scalar, (0, 1, 2))
+        return f(*args), first(*args), jax.jvp(first, args, args)[1]
+
+    jax.tree.map(functools.partial(close, rtol=1e-9), derivatives(ours), derivatives(theirs))
+    mapped = jax.vmap(lambda w: jnp.sum(ours(HIDDEN, WEIGHT, w)))(np.stack([weights, 2 * weights]))
+    close(mapped[0], jnp.sum(theirs(HIDDEN, WEIGHT, weights)))
+
+
+def test_distributions_as_labels_are_constants():
+    gradient = jax.grad(lambda y: jsm.linear_cross_entropy(HIDDEN, WEIGHT, y))(DENSE)
+    np.testing.assert_array_equal(gradient, np.zeros_like(DENSE))
+    hidden = np.where(KEEP[:, None], HIDDEN, np.nan)
+    dense = np.where(KEEP[:, None], DENSE, np.nan)
+    close(
+        jsm.linear_cross_entropy(hidden, WEIGHT, dense, where=KEEP),
+        jsm.linear_cross_entropy(HIDDEN[KEEP], WEIGHT, DENSE[KEEP]),
+    )
+
+
+def test_weights_of_0_take_away_what_is_infinite():
+    hidden, weight = np.array([[1.0], [2.0]]), np.array([[0.0, -np.inf, 1.0]])
+    for reduction, expected in (("mean", np.log(1 + np.e)), ("none", [np.log(1 + np.e), 0])):
+        loss = jsm.linear_cross_entropy(
+            hidden, weight, np.array([0, 1]), weights=np.array([3.0, 0.0]), reduction=reduction
+        )
+        close(loss, 3 * np.array(expected) if reduction == "none" else expected)
+
+
+@pytest.mark.parametrize(
+    ("labels", "options", "message"),
+    [
+        (LABELS, {"weights": np.ones(3)}, r"weights must broadcast to one value per row, .*\(3,\)"),
+        (DENSE, {"ignore_index": 0}, "ignore_index goes with classes, got distributions"),
+        (DENSE[:, :2], {}, r"labels must have the shape \(7, 5\), rows and classes, .*\(7, 2\)"),
+    ],
+)
+def test_what_does_not_fit_rows_is_named(labels, options, message):
+    with pytest.raises(ValueError, match=message):
+        jsm.linear_cross_entropy(HIDDEN, WEIGHT, labels, **options)
+
+
+def test_distributions_and_weights_on_an_explicit_mesh():
+    mesh = jax.make_mesh((2, 2), ("r", "c"), axis_types=(jax.sharding.AxisType.Explicit,) * 2)
+    rng = np.random.default_rng(0)
+    hidden, weight = rng.normal(size=(4, 3)), rng.normal(size=(3, 6))
+    dense, weights = rng.dirichlet(np.ones(6), size=4), rng.uniform(size=4)
+
+    def loss(hidden, weight, dense, weights):
+        return jsm.linear_cross_entropy(hidden, weight, dense, weights=weights)
+
+    expected = jax.value_and_grad(loss, (0, 1, 3))(hidden, weight, dense, weights)
+    with jax.set_mesh(mesh):
+        specs = P("r"), P(None, "c"), P("r", "c"), P("r")
+        placed = map(jax.device_put, (hidden, weight, dense, weights), specs)
+        all_close(jax.value_and_grad(loss, (0, 1, 3))(*placed), expected)
+
+
 def test_no_rows():
     for where, rows in ((np.zeros(7, bool), 7), (None, 0)):
         f = functools.partial(chunked, labels=LABELS[:rows], where=where)

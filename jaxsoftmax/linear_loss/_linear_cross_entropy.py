@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import lax
@@ -12,24 +12,28 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._scores import (
+    broadcasts,
     check_integers,
     check_mask,
+    check_real,
     check_size,
     check_soft_cap,
     mesh_names,
+    wide,
+    with_ndim,
 )
 from jaxsoftmax.linear_loss._layer import as_layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
 from jaxsoftmax.linear_loss._mesh import on_explicit_mesh, sharding_of
 from jaxsoftmax.losses import cross_entropy
-from jaxsoftmax.losses._targets import check_known
+from jaxsoftmax.losses._targets import check_known, without_ignored
 
 
 @public_with_loss
 def linear_cross_entropy(
     hidden: Real[ArrayLike, "*rows D"],
     weight: Real[ArrayLike, "D V"],
-    labels: Integer[ArrayLike, "*rows"],
+    labels: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*rows V"],
     *,
     bias: Real[ArrayLike, " V"] | None = None,
     loss: Callable[..., Array] = cross_entropy,
@@ -38,6 +42,8 @@ def linear_cross_entropy(
     logits_soft_cap: ArrayLike | None = None,
     chunk_size: int | None = None,
     vocab_axis_name: str | tuple[str, ...] | None = None,
+    weights: Real[ArrayLike, "*#rows"] | None = None,
+    ignore_index: int | None = None,
 ) -> Float[Array, ""] | Float[Array, "*rows"]:
     r"""The loss of `hidden @ weight + bias`, without ever holding all of these scores.
 
@@ -51,7 +57,8 @@ def linear_cross_entropy(
     Args:
       hidden: the inputs of the last layer, of shape (..., D).
       weight: the weights of that layer, of shape (D, V) for V classes.
-      labels: integer classes, of the shape (...).
+      labels: integer classes, of the shape (...), or distributions over the classes, floats of the
+        shape (..., V), which are taken as constants: they have no gradient.
       bias: added to the scores, of shape (V,).
       loss: any function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that gives
         one value per row, such as `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
@@ -69,18 +76,22 @@ def linear_cross_entropy(
         across all devices, and the loss is called with `axis=(-1, vocab_axis_name)`. The devices
         exchange a few numbers per row and the gradient of `hidden`. Outside of `shard_map`, leave
         it out: rows and classes of arrays on a mesh stay where they are.
+      weights: how much each row counts; numbers that broadcast to (...), with gradients. The mean
+        is the weighted sum over the sum of the weights.
+      ignore_index: a class whose rows do not count. It may be out of range.
 
     Returns:
-      A scalar, or for "none" losses of the shape of `labels`. It is 0 if no row counts. The dtype
+      A scalar, or for "none" losses of the shape (...). It is 0 if no row counts. The dtype
       is that of the operands, or float32 if they are in half precision; the scores and all sums
       over rows are then float32, too. A label out of range gives NaN with gradient 0, and an error
       under `jax.experimental.checkify`.
 
     Raises:
-      TypeError: if `labels` are not integers, `where` not boolean, `loss` is not a function, or the
+      TypeError: if `labels` are neither integers nor floats, `where` not boolean, `loss` is not a function, or the
         others are not real.
       ValueError: if shapes do not fit, including that of the result of `loss`; if `reduction` is
-        unknown; or if `chunk_size` or `logits_soft_cap` is not positive.
+        unknown; if `chunk_size` or `logits_soft_cap` is not positive; or if `ignore_index` is used
+        with distributions.
 
     Example:
       >>> import functools, jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -101,15 +112,23 @@ def linear_cross_entropy(
     """
     layer = as_layer(hidden, weight, bias)
     shape, num_classes = layer.hidden.shape[:-1], layer.weight.shape[1]
-    labels = _as_labels(labels, shape)
+    ignored, labels = without_ignored(labels, ignore_index)
+    labels = _as_labels(labels, shape, num_classes)
+    are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
+    if ignore_index is not None and not are_classes:
+        raise ValueError("ignore_index goes with classes, got distributions as labels.")
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none', got {reduction!r}.")
     known_cap = check_soft_cap(logits_soft_cap)
     names = mesh_names("vocab_axis_name", vocab_axis_name)
     keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
-    length = num_classes * math.prod(lax.axis_size(name) for name in names)
-    known = (labels >= 0) & (labels < length) | ~keep
-    labels = check_known("labels", jnp.where(keep, labels, 0), known, length)
+    keep = keep if ignored is None else keep & ~ignored
+    if are_classes:
+        length = num_classes * math.prod(lax.axis_size(name) for name in names)
+        known = (labels >= 0) & (labels < length) | ~keep
+        labels = check_known("labels", jnp.where(keep, labels, 0), known, length)
+    else:
+        labels = lax.stop_gradient(jnp.where(keep[..., None], labels, 0))
     how = How(
         loss=loss,
         soft_cap=logits_soft_cap if known_cap is None else known_cap,
@@ -120,14 +139,37 @@ def linear_cross_entropy(
     # Zeros instead of what does not count, be it NaN.
     hidden = jnp.where(keep[..., None], layer.hidden, 0)
     losses = on_explicit_mesh if sharding_of(layer) is not None else summed_or_each
-    losses = losses(how, layer._replace(hidden=hidden), labels, keep)
-    if reduction == "mean":
+    weights = None if weights is None else _as_weights(weights, keep, wide(hidden.dtype))
+    losses = losses(how, layer._replace(hidden=hidden), labels, keep, weights)
+    if reduction != "mean":
+        return losses
+    if weights is None:
         return losses / jnp.maximum(jnp.sum(keep.astype(losses.dtype)), 1)
-    return losses
+    total = jnp.sum(weights)
+    return losses / jnp.where(total == 0, 1, total)
 
 
-def _as_labels(labels: ArrayLike, wanted: tuple[int, ...]) -> Array:
+def _as_weights(weights: ArrayLike, keep: Array, dtype: Any) -> Array:
+    """The weights of the rows, 0 for those that do not count."""
+    weights = jnp.asarray(weights)
+    check_real("weights", weights)
+    if not broadcasts(weights.shape, keep.shape):
+        raise ValueError(
+            f"weights must broadcast to one value per row, shape {keep.shape}, got shape "
+            f"{weights.shape}."
+        )
+    return jnp.where(keep, with_ndim(weights, keep.ndim).astype(dtype), 0)
+
+
+def _as_labels(labels: ArrayLike, wanted: tuple[int, ...], num_classes: int) -> Array:
     labels = jnp.asarray(labels)
+    if jnp.issubdtype(labels.dtype, jnp.floating) and labels.ndim == len(wanted) + 1:
+        if labels.shape != (*wanted, num_classes):
+            raise ValueError(
+                f"labels must have the shape {(*wanted, num_classes)}, rows and classes, if they "
+                f"are distributions, got shape {labels.shape}."
+            )
+        return labels
     check_integers("labels", labels)
     if labels.shape != wanted:
         raise ValueError(

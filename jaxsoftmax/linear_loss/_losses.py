@@ -13,7 +13,7 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
-from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total
+from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total, weighted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,16 +39,20 @@ class How:
         if self.soft_cap is not None:
             scores = soft_cap(scores, self.soft_cap)
         axis = {"axis": (-1, *self.names)} if self.names else {}
-        return _check_losses(self.loss(scores, labels, **axis), labels, scores.dtype)
+        return _check_losses(self.loss(scores, labels, **axis), scores)
 
 
-def summed_or_each(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
-    """The sum of all losses, or each of them, as `how` wants it."""
+def summed_or_each(
+    how: How, layer: Layer, labels: Array, keep: Array, weights: Array | None
+) -> Array:
+    """The sum of all losses, or each of them, as `how` wants it; weighted, if there are weights."""
     layer = varying_alike(layer)
     chunks = chunks_of_rows(layer.hidden, how.chunk_size, layer.weight.shape[1])
-    hidden, labels, keep = map(chunks.split, (layer.hidden, labels, keep))
+    if weights is None:
+        weights = jnp.ones(keep.shape, wide(layer.hidden.dtype))
+    hidden, labels, keep, weights = map(chunks.split, (layer.hidden, labels, keep, weights))
     some = vary_like(
-        jnp.zeros((*labels.shape[1:], layer.weight.shape[1]), wide(hidden.dtype)), hidden
+        jnp.zeros((*keep.shape[1:], layer.weight.shape[1]), wide(hidden.dtype)), hidden
     )
     losses_of = how.losses
     for _ in some.shape[2:]:  # chunks that XLA shares among devices keep all axes of rows
@@ -60,18 +64,18 @@ def summed_or_each(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
     if how.chunk_size is None and isinstance(chunks, Chunks):
         group = in_one(chunks.count, chunks.size, layer.weight.shape[1])
     if not how.in_sum:
-        return chunks.join(each(pure, group, operands, rows))
+        return chunks.join(weighted(each(pure, group, operands, rows), weights))
     # What the loss closes over may be shared by devices that have different rows. Its gradient is
     # then summed over them, and so the cotangents, which may differ, have to be met before that.
     if all(vary_like(x, hidden, but=how.names) is x for x in params):
-        return total(pure, group, operands, rows)
-    return jnp.sum(each(pure, group, operands, rows))
+        return total(pure, group, operands, rows, vary_like(weights, hidden, but=how.names))
+    return jnp.sum(weighted(each(pure, group, operands, rows), weights))
 
 
-def _check_losses(losses: Any, labels: Array, dtype: Any) -> Array:
-    if jnp.shape(losses) != labels.shape:
+def _check_losses(losses: Any, scores: Array) -> Array:
+    wanted = scores.shape[:-1]
+    if jnp.shape(losses) != wanted:
         raise ValueError(
-            f"loss must return one value per row, shape {labels.shape}, got shape "
-            f"{jnp.shape(losses)}."
+            f"loss must return one value per row, shape {wanted}, got shape {jnp.shape(losses)}."
         )
-    return losses.astype(dtype)
+    return losses.astype(scores.dtype)

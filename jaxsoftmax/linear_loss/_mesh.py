@@ -16,9 +16,11 @@ from jaxsoftmax.linear_loss._layer import Layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
 
 
-def on_explicit_mesh(how: How, layer: Layer, labels: Array, keep: Array) -> Array:
+def on_explicit_mesh(
+    how: How, layer: Layer, labels: Array, keep: Array, weights: Array | None
+) -> Array:
     """The losses, or their sum, where types tell which devices have which rows and classes."""
-    in_rows = [explicit_names(layer.hidden, i) for i in range(labels.ndim)]
+    in_rows = [explicit_names(layer.hidden, i) for i in range(keep.ndim)]
     row_names = tuple(itertools.chain.from_iterable(in_rows))
     # An axis that has rows has no classes: of the two, the weights are those to be gathered.
     classes = [name for name in explicit_names(layer.weight, 1) if name not in row_names]
@@ -28,14 +30,18 @@ def on_explicit_mesh(how: How, layer: Layer, labels: Array, keep: Array) -> Arra
     # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
     params, how_of = _parameters(how)
 
-    def local(params: list[Array], labels: Array, keep: Array, *layer: Array) -> Array:
+    def local(params: list[Array], labels: Array, keep: Array, *others: Array) -> Array:
+        *layer, weights = others if weights_given else (*others, None)
         layer_here = Layer(*layer, *(None,) * (3 - len(layer)))
-        losses = summed_or_each(how_of(params), layer_here, labels, keep)
+        losses = summed_or_each(how_of(params), layer_here, labels, keep, weights)
         return lax.psum(losses, row_names) if how.in_sum and row_names else losses
 
+    weights_given = weights is not None
     layer_axes = ((*in_rows, ()), ((), classes), (classes,))
     given = [x for x in layer if x is not None]
-    in_axes = ((), in_rows, in_rows, *layer_axes[: len(given)])
+    in_axes = ((), (*in_rows, classes)[: labels.ndim], in_rows, *layer_axes[: len(given)])
+    if weights is not None:
+        in_axes, given = (*in_axes, in_rows), [*given, weights]
     out_specs = PartitionSpec() if how.in_sum else spec_of(in_rows)
     mapped = on_each_device(local, sharding_of(layer), in_axes, out_specs)
     return mapped(params, labels, keep, *given)

@@ -157,7 +157,7 @@ def _by_platform(
     """
     if group == 1:
         return function(losses, operands, rows, *of_rows)
-    count, size = rows.labels.shape
+    count, size = rows.keep.shape
 
     def together(operands: Operands, rows: Labelled, *of_rows: Array) -> Any:
         def joined(x: Array) -> Array:
@@ -192,20 +192,31 @@ def _of_group(losses: Losses, group: int, size: int) -> Losses:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def total(losses: Losses, group: int, operands: Operands, rows: Labelled) -> Array:
-    """The sum of all losses. Its gradients are formed in the forward pass."""
-    return jnp.sum(_by_platform(_losses, losses, group, operands, rows))
+def total(
+    losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array
+) -> Array:
+    """The weighted sum of all losses. Its gradients are formed in the forward pass."""
+    return jnp.sum(weighted(_by_platform(_losses, losses, group, operands, rows), weights))
 
 
-def _total_fwd(losses: Losses, group: int, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
-    ones = jnp.ones(rows.labels.shape, wide(operands.weight.dtype))
-    values, gradients = _by_platform(_gradients, losses, group, operands, rows, ones)
-    return jnp.sum(values), (gradients, operands)
+def weighted(values: Array, weights: Array) -> Array:
+    """The product, 0 where the weight is, also of infinite losses."""
+    return jnp.where((weights == 0) & (values == jnp.inf), 0, values) * weights
 
 
-def _total_bwd(losses: Losses, group: int, residuals: Any, ct: Array) -> tuple[Operands, None]:
-    gradients, operands = residuals
-    return jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands), None
+def _total_fwd(
+    losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array
+) -> tuple[Array, Any]:
+    values, gradients = _by_platform(_gradients, losses, group, operands, rows, weights)
+    return jnp.sum(weighted(values, weights)), (gradients, operands, values)
+
+
+def _total_bwd(
+    losses: Losses, group: int, residuals: Any, ct: Array
+) -> tuple[Operands, None, Array]:
+    gradients, operands, values = residuals
+    scaled = jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands)
+    return scaled, None, ct * values
 
 
 total.defvjp(_total_fwd, _total_bwd)
@@ -218,9 +229,13 @@ def _total_batch(
     group: int,
     operands: Operands,
     rows: Labelled,
+    weights: Array,
 ) -> Array | None:
-    values = _each_batch(axis_size, batched, losses, group, operands, rows)
-    return None if values is None else jnp.sum(values, range(1, values.ndim))
+    values = _each_batch(axis_size, batched[:2], losses, group, operands, rows)
+    if values is None:
+        return None
+    weights = weights if batched[2] else weights[None]
+    return jnp.sum(weighted(values, weights), range(1, values.ndim))
 
 
 total.defbatch(_total_batch)
@@ -281,7 +296,7 @@ def _each_batch(
     of_rows = (batched_operands.hidden, batched_rows.labels, batched_rows.keep)
     if any(jax.tree.leaves((batched_operands[1:], batched_rows.rest))):
         return None  # other weights for other rows
-    if rows.labels.ndim - batched_rows.labels != 2:
+    if rows.keep.ndim - batched_rows.keep != 2:
         return None  # chunks that XLA shares among devices
 
     def chunks_of(x: Array, is_batched: bool) -> Array:
@@ -290,7 +305,7 @@ def _each_batch(
 
     arrays = (operands.hidden, rows.labels, rows.keep)
     hidden, labels, keep = map(chunks_of, arrays, of_rows)
-    count, size = labels.shape
+    count, size = keep.shape
     # Small chunks are grouped, or each would be a matrix product of few rows.
     together = max(1, chunk_size_for(operands.weight.shape[1]) // size)
     groups = Chunks.of((count,), together)
