@@ -406,6 +406,11 @@ def is_int(n: Any) -> bool:
     return isinstance(n, int | np.integer) and not isinstance(n, bool)
 
 
+def as_int(n: Any) -> int | None:
+    """A whole number that is known while tracing; None for all else."""
+    return int(n) if is_int(n) else None
+
+
 def has_parameter(signature: inspect.Signature, name: str) -> bool:
     """Whether a function can be given an argument of this name."""
     parameters = signature.parameters

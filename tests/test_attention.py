@@ -188,6 +188,101 @@ def test_sparse_mappings_in_a_window(normalizer, rng):
     assert_same_derivatives(ours, reference, inputs(rng), rng)
 
 
+OFFSETS = {
+    "bottom right": S - T,
+    "far": 9,
+    "before the keys": -4,
+    "an array": np.array(2, np.int32),
+    "one per batch": np.array([0, 5], np.int32),
+}
+
+
+@pytest.mark.parametrize("name", OFFSETS)
+@pytest.mark.parametrize(
+    ("options", "before", "after"),
+    [
+        ({"is_causal": True}, 100, 0),
+        ({"is_causal": True, "local_window_size": (3, 1)}, 3, 0),
+        ({"local_window_size": (2, 1)}, 2, 1),
+    ],
+    ids=lambda x: "-".join(x) if isinstance(x, dict) else str(x),
+)
+def test_queries_that_begin_at_an_offset(name, options, before, after, rng):
+    offset = OFFSETS[name]
+    places = np.broadcast_to(offset, (B,))[:, None, None, None] + np.arange(T)[:, None]
+    distance = places - np.arange(S)
+    where = (distance <= before) & (distance >= -after)
+    q, k, v = inputs(rng)
+
+    def ours(q, k, v):
+        return attend(q, k, v, query_offset=offset, **options)
+
+    np.testing.assert_allclose(ours(q, k, v), dense(q, k, v, where=where), rtol=1e-11, atol=1e-13)
+    both = [
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2))(q, k, v)
+        for f in (ours, functools.partial(dense, where=where))
+    ]
+    for x, y in zip(*both, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
+
+
+def test_offsets_reach_functions_of_positions_and_leave_lengths_alone(rng):
+    q, k, v = inputs(rng)
+    lengths = np.array([T, 3], np.int32)
+    for offset in (2, np.array([2, 2], np.int32)):
+        out = attend(
+            q,
+            k,
+            v,
+            query_offset=offset,
+            query_seq_lengths=lengths,
+            score_mod=lambda s, b, n, i, j: s - 0.1 * ((i - j) * (b + n + 1)).astype(s.dtype),
+            mask_mod=lambda b, n, i, j: j <= i,
+        )
+        i, j = np.arange(T)[:, None] + 2, np.arange(S)
+        factor = np.arange(B)[:, None, None, None] + np.arange(N)[:, None, None] + 1
+        counts = np.arange(T)[:, None] < lengths[:, None, None, None]
+        expected = dense(q, k, v, bias=-0.1 * (i - j) * factor, where=(j <= i) & counts)
+        np.testing.assert_allclose(out, expected, rtol=1e-11, atol=1e-13)
+
+
+def test_decoding_with_an_offset_gives_the_rows_of_the_whole(rng):
+    """Row by row, with a cache that is longer than what is in it, under one program."""
+    q, k, v = inputs(rng, queries=S)
+    whole = attend(q, k, v, is_causal=True, local_window_size=(4, 0))
+    step = jax.jit(
+        lambda q, i: attend(q, k, v, is_causal=True, local_window_size=(4, 0), query_offset=i)
+    )
+    for i in range(S):
+        out = step(q[:, i : i + 1], jnp.asarray(i))
+        np.testing.assert_allclose(out[:, 0], whole[:, i], rtol=1e-11, atol=1e-13)
+    # As many keys as there are so far, the last query at the last one.
+    lengths = np.array([5, S], np.int32)
+    last = jnp.stack([q[0, 4:5], q[1, S - 1 :]])
+    options = {"key_value_seq_lengths": lengths, "query_offset": lengths - 1}
+    out = attend(last, k, v, is_causal=True, local_window_size=(4, 0), **options)
+    np.testing.assert_allclose(out[0, 0], whole[0, 4], rtol=1e-11, atol=1e-13)
+    np.testing.assert_allclose(out[1, 0], whole[1, S - 1], rtol=1e-11, atol=1e-13)
+
+
+def test_offsets_that_do_not_fit_are_named(rng):
+    q, k, v = inputs(rng)
+    with pytest.raises(TypeError, match="query_offset must be integers, got dtype float64"):
+        attend(q, k, v, query_offset=1.5)
+    with pytest.raises(ValueError, match=r"query_offset must be an integer or one per batch"):
+        attend(q, k, v, query_offset=np.zeros(3, int))
+
+
+def test_weights_are_the_output_for_values_of_the_unit_matrix(rng):
+    """The recipe of the guide."""
+    q, k, _ = inputs(rng)
+    units = jnp.broadcast_to(jnp.eye(S)[:, None], (B, S, K, S))
+    weights = attend(q, k, units, normalizer=jsm.entmax15, is_causal=True).swapaxes(1, 2)
+    scores = jnp.einsum("btnh,bsnh->bnts", q, jnp.repeat(k, N // K, 2)) / np.sqrt(H)
+    expected = jsm.entmax15(scores, where=causal())
+    np.testing.assert_allclose(weights, expected, rtol=1e-10, atol=1e-12)
+
+
 def normalized_sigmoid(scores, axis, where):
     """A function that knows nothing of rows in which nothing takes part."""
     weights = jnp.where(where, jax.nn.sigmoid(scores), 0)

@@ -149,11 +149,46 @@ def test_layer_of_linen_with_our_attention(rng):
     np.testing.assert_allclose(ours.apply(params, x, mask=mask), wanted, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["precision", "module"])
-def test_what_flax_may_not_ask_for(name):
+@pytest.mark.filterwarnings("ignore:Using 'Module.sow:DeprecationWarning")
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("batch", [(3,), (3, 2)])
+def test_weights_are_sown_as_flax_does(batch, rng):
+    """Before dropout, and with the layer's own output."""
+    x = jnp.asarray(rng.normal(size=(*batch, 5, 8)), np.float32)
+    mask = nnx.make_causal_mask(jnp.ones((*batch, 5)))
+    sown = []
+    for options in ({"attention_fn": jsm.attention_fn}, {}):
+        model = layer(dropout_rate=0.5, keep_rngs=True, **options)
+        model(x, mask=mask, sow_weights=True, deterministic=False)
+        (weights,) = jax.tree.leaves(nnx.state(model, nnx.Intermediate))
+        sown.append(weights)
+    np.testing.assert_allclose(*sown, rtol=1e-5, atol=1e-6)
+    if len(batch) == 1:
+        outs = []
+        for options in ({"attention_fn": jsm.attention_fn}, {}):
+            model = linen.MultiHeadDotProductAttention(num_heads=2, **options)
+            params = model.init(jax.random.key(0), x)
+            _, state = model.apply(params, x, mask=mask, sow_weights=True, mutable="intermediates")
+            outs.append(state["intermediates"]["attention_weights"][0])
+        np.testing.assert_allclose(*outs, rtol=1e-5, atol=1e-6)
+
+
+def test_precision_is_not_for_a_layer_to_say():
     q = jnp.zeros((1, 2, 1, 4), np.float32)
-    with pytest.raises(ValueError, match=f"{name} must be None"):
-        jsm.attention_fn(q, q, q, **{name: "highest"})
+    with pytest.raises(ValueError, match="precision must be None, got 'highest': use"):
+        jsm.attention_fn(q, q, q, precision="highest")
+
+
+@pytest.mark.usefixtures("promotion")
+def test_layer_of_nnx_decodes_with_our_attention(rng):
+    """Step by step, with the cache and the mask of Flax, as all at once."""
+    x = jnp.asarray(rng.normal(size=(3, 5, 8)), np.float32)
+    model = layer(attention_fn=jsm.attention_fn)
+    whole = model(x, mask=nnx.make_causal_mask(jnp.ones((3, 5))))
+    model.init_cache(x.shape)
+    for i in range(5):
+        out = model(x[:, i : i + 1], decode=True)
+        np.testing.assert_allclose(out[:, 0], whole[:, i], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.usefixtures("promotion")

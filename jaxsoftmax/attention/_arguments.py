@@ -31,6 +31,7 @@ LAYOUT = {
     "mask": SCORES,
     "query_lengths": WHOLE,
     "key_lengths": WHOLE,
+    "query_offset": WHOLE,
     "query_segments": ROWS,
     "key_segments": KEYS,
     "log_sum": ROWS,
@@ -124,6 +125,18 @@ def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
         )
     # None is longer than an int32 can say, whatever the dtype.
     return jnp.clip(lengths, 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
+
+
+def check_offset(offset: ArrayLike, sizes: Sizes) -> Array:
+    """The positions of the first queries, (B, 1, 1, 1)."""
+    offset = jnp.asarray(offset)
+    check_integers("query_offset", offset)
+    if offset.shape not in ((), (sizes.batch,)):
+        raise ValueError(
+            f"query_offset must be an integer or one per batch, shape {(sizes.batch,)}, got shape "
+            f"{offset.shape}."
+        )
+    return jnp.broadcast_to(offset.astype(jnp.int32), (sizes.batch,)).reshape(-1, 1, 1, 1)
 
 
 def check_segments(

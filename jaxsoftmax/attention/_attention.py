@@ -15,6 +15,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax._configured import Configured, configured
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import (
+    as_int,
     check_mask,
     check_size,
     check_soft_cap,
@@ -100,6 +101,7 @@ def dot_product_attention(
     block_size: int | None = None,
     return_residual: bool = False,
     query_axis_name: AxisName | None = None,
+    query_offset: int | Integer[ArrayLike, " B"] | None = None,
 ) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     r"""Attention with any normalizer, in memory linear in the sequence, differentiable every way.
 
@@ -128,7 +130,7 @@ def dot_product_attention(
         function of your own.
       scale: multiplies the products of queries and keys; None: :math:`1 / \sqrt H`.
       is_causal: if true, a query sees no key after its own position. Positions of both are counted
-        from the first.
+        from the first, or as `query_offset` says.
       query_seq_lengths: how many queries are not padding, (B,). The output of the others is 0, even
         if they contain NaN.
       key_value_seq_lengths: how many keys and values are not padding, (B,). The others take no
@@ -166,6 +168,11 @@ def dot_product_attention(
         transfer overlaps with the work on the keys before, parts that no query sees are left
         out, and `bias` and `mask` have the device's queries and the keys of all. That goes with
         the normalizer softmax.
+      query_offset: the position of the first query, in the count of the keys; None: 0. Causal masks
+        and windows go by positions, as do the indices of queries that `score_mod` and `mask_mod`
+        get. An int for all, which saves what is out of reach but is compiled for; or integers,
+        (B,), which may be traced: the length of the cache before it, to decode; S - T, or
+        `key_value_seq_lengths - T`, to have the last query see the last key.
 
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
@@ -232,6 +239,7 @@ def dot_product_attention(
             keys=mesh_names("kv_axis_name", kv_axis_name),
         ),
         block_size=check_size("block_size", block_size),
+        offset=as_int(query_offset) or 0,
         return_residual=bool(return_residual),
     )
     arrays = {
@@ -245,6 +253,7 @@ def dot_product_attention(
         "query_segment_ids": query_segment_ids,
         "key_value_segment_ids": key_value_segment_ids,
         "sink": sink,
+        "query_offset": None if as_int(query_offset) is not None else query_offset,
         "dropout_key": _arguments.check_dropout(dropout_rate, dropout_key),
         "scale": None if static.scale is not None else scale,
         "soft_cap": None if static.soft_cap is not None else logits_soft_cap,
@@ -274,6 +283,7 @@ class _Static:
     dropout_rate: float
     places: Places
     block_size: int | None
+    offset: int
     return_residual: bool
 
     def in_ring(self, normalizer: Normalizer) -> bool:
@@ -362,6 +372,8 @@ def _operands(
         key = _arguments.without_padding(key, lengths, first_key)
         value = _arguments.without_padding(value, lengths, first_key)
         operands["key_lengths"] = lengths
+    if "query_offset" in given:
+        operands["query_offset"] = _arguments.check_offset(given["query_offset"], sizes)
     if "query_segment_ids" in given or "key_value_segment_ids" in given:
         operands["query_segments"], operands["key_segments"] = _arguments.check_segments(
             given.get("query_segment_ids"), given.get("key_value_segment_ids"), sizes
@@ -385,7 +397,7 @@ def _operands(
     return operands, sizes
 
 
-def _first(places: Places, sizes: Sizes) -> tuple[ArrayLike, ...]:
+def _first(places: Places, sizes: Sizes) -> tuple[Any, ...]:
     """The positions of the first batch, head, query and key of this device."""
     pairs = zip(dataclasses.astuple(places), sizes.scores, strict=True)
     return tuple(lax.axis_index(names) * size if names else 0 for names, size in pairs)
@@ -402,6 +414,7 @@ def _rules(
     soft_cap = static.soft_cap
     if "soft_cap" in given:
         soft_cap = _arguments.check_number("logits_soft_cap", given["soft_cap"], dtype)
+    batch, head, query, key = _first(static.places, sizes)
     return Rules(
         normalizer=normalizer,
         row_value=_log_sum(normalizer) if static.return_residual else None,
@@ -414,7 +427,8 @@ def _rules(
         dropout_rate=static.dropout_rate,
         dropout_key=given.get("dropout_key"),
         kv_names=static.places.keys,
-        first=_first(static.places, sizes),
+        offset=static.offset,
+        first=(batch, head, query + static.offset, key),
         guard=not isinstance(normalizer, Configured),
     )
 
@@ -454,10 +468,13 @@ def _in_blocks(
 
         return prepared
 
+    # Where positions are not known while tracing, no key is out of reach.
+    unknown = "query_offset" in operands
+    reaching = dataclasses.replace(rules, before=None, after=None) if unknown else rules
     if parts_in_all(operands["query"]) > 1:
         cuts_of = functools.partial(_shared_cuts, block_size, operands["query"], sizes)
     else:
-        cuts_of = functools.partial(_cuts, block_size, rules, operands["query"], sizes)
+        cuts_of = functools.partial(_cuts, block_size, reaching, operands["query"], sizes)
     default, cuts = cuts_of(TILING), {name: cuts_of(own) for name, own in TILINGS.items()}
     layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name]) for name in names]
     arrays = list(operands.values())
@@ -466,9 +483,8 @@ def _in_blocks(
 
 def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:
     """How attention is cut where it is one device's own."""
-    # Where positions are not known while tracing, no key is out of reach.
     known = all(isinstance(first, int) for first in rules.first[2:])
-    reach = Reach(rules.before, rules.after) if known else Reach()
+    reach = Reach(rules.before, rules.after).of_rows_from(rules.offset) if known else Reach()
     groups, together = Groups(), sizes.batch * sizes.heads
     forward, backward = tiling.forward, tiling.backward
     # Of functions that are not ours it is not known which of their arrays belong to a head.

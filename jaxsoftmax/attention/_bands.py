@@ -55,10 +55,16 @@ class Reach:
     before: int | None = None
     after: int | None = None
 
+    def of_rows_from(self, position: int) -> "Reach":
+        """The same, as rows count that begin at a position."""
+        before = None if self.before is None else self.before - position
+        after = None if self.after is None else self.after + position
+        return Reach(before, after)
+
     def keys(self, start: int, stop: int, total: int) -> tuple[int, int]:
         """The stretch of keys that rows from `start` to `stop` can see, never empty."""
         low = 0 if self.before is None else max(start - self.before, 0)
-        high = total if self.after is None else min(stop + self.after, total)
+        high = total if self.after is None else min(max(stop + self.after, 0), total)
         low = min(low, total - 1)
         return low, max(high, low + 1)
 

@@ -47,7 +47,8 @@ class Rules:
       dropout_rate: the share of the weights that are dropped.
       dropout_key: a key of `jax.random`, if any are.
       kv_names: the mesh axes that the keys are spread over.
-      first: the indices of the first batch, head, query and key.
+      offset: the position of the first query, as far as it is known while tracing.
+      first: the indices of the first batch and head, the positions of the first query and key.
       guard: whether the normalizer is not to see rows of which nothing takes part.
     """
 
@@ -62,6 +63,7 @@ class Rules:
     dropout_rate: float = 0.0
     dropout_key: Array | None = None
     kv_names: tuple[str, ...] = ()
+    offset: int = 0
     first: tuple[ArrayLike, ...] = (0, 0, 0, 0)
     guard: bool = True
 
@@ -110,7 +112,7 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     scores = _scores(rules, part)
     places = _places(rules, band, first, scores.shape)
     if rules.score_mod is not None:
-        scores = _modified(rules.score_mod, scores, places)
+        scores = _modified(_at_positions(rules.score_mod, part, places), scores, places)
     normalizer, row_value = _with_arrays(rules, part)
     options: dict[str, Any] = {
         "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
@@ -321,6 +323,21 @@ def _modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[A
     return modified.astype(scores.dtype)
 
 
+def _at_positions(
+    function: Callable[..., Array], part: Parts, places: Sequence[Array]
+) -> Callable[..., Array]:
+    """The function, given positions of queries where they are counted from an offset."""
+    if "query_offset" not in part:
+        return function
+    offset, first_batch = part["query_offset"].reshape(-1), places[0][0]
+
+    def moved(*args: Array) -> Array:
+        *scores, batch, head, row, key = args
+        return function(*scores, batch, head, row + offset[batch - first_batch], key)
+
+    return moved
+
+
 def _over_all(function: Callable[..., Array], *scores: Array) -> Callable[..., Array]:
     """Maps a function of scores and four indices over vectors of indices."""
     for axis in (3, 2, 1, 0):
@@ -333,13 +350,14 @@ def _visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
     """Where a key takes part, in a shape that broadcasts to that of the scores."""
     query = places[2][None, None, :, None]
     key = places[3][None, None, None, :]
+    position = query + part["query_offset"] if "query_offset" in part else query
     conditions = []
     if rules.after is not None:
-        conditions.append(key <= query + rules.after)
+        conditions.append(key <= position + rules.after)
     if rules.before is not None:
-        conditions.append(key >= query - rules.before)
+        conditions.append(key >= position - rules.before)
     if "query_lengths" in part:
-        conditions.append(query < part["query_lengths"])
+        conditions.append(query - rules.offset < part["query_lengths"])
     if "key_lengths" in part:
         conditions.append(key < part["key_lengths"])
     if "query_segments" in part:
@@ -347,7 +365,7 @@ def _visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
     if "mask" in part:
         conditions.append(part["mask"])
     if rules.mask_mod is not None:
-        conditions.append(_mapped_mask(rules.mask_mod, places))
+        conditions.append(_mapped_mask(_at_positions(rules.mask_mod, part, places), places))
     where = jnp.ones((1, 1, 1, 1), bool)
     for condition in conditions:
         where = where & condition

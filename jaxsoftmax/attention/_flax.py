@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -45,16 +46,20 @@ def attention_fn(
       dropout_rate: the share of weights that are dropped.
       deterministic: if true, nothing is dropped.
       dtype: what queries, keys and values are converted to; None: what they have in common.
-      precision: None; for another, call within `jax.default_matmul_precision`.
-      module: None; the weights of all queries are never held at once and cannot be sown.
-      is_causal: whether no query sees keys after its own position.
+      precision: None; for another, compile and call within `jax.default_matmul_precision`.
+      module: None, or the module that the weights are to be sown in, as "attention_weights", of the
+        shape (*batch, N, T, S). They are computed for that alone, as the output for values of a
+        unit matrix: for small inputs.
+      is_causal: whether no query sees keys after its own position. To decode with a cache, Flax
+        passes a mask instead; without that, pass `query_offset`.
       options: all other options of `dot_product_attention`.
 
     Returns:
       The attention outputs, in the layout of `query`.
 
     Raises:
-      ValueError: if `precision` or `module` is given, or for what `dot_product_attention` refuses.
+      ValueError: if batch axes differ, `precision` is given, or for what `dot_product_attention`
+        refuses.
       TypeError: for what `dot_product_attention` refuses.
 
     Example:
@@ -75,8 +80,6 @@ def attention_fn(
         raise ValueError(
             f"precision must be None, got {precision!r}: use jax.default_matmul_precision."
         )
-    if module is not None:
-        raise ValueError("module must be None, since there are no weights to sow, got a module.")
     query, key, value = as_array(query, "query"), as_array(key, "key"), as_array(value, "value")
     if dtype is None:
         dtype = jnp.result_type(query, key, value)
@@ -88,18 +91,32 @@ def attention_fn(
                 f"query, {batch}, got shape {x.shape}."
             )
     query, key, value = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
-    out = dot_product_attention(
+    attend = functools.partial(
+        dot_product_attention,
         query,
         key,
-        value,
-        None if bias is None else _one_batch_axis(jnp.asarray(bias), batch),
-        None if mask is None else _one_batch_axis(jnp.asarray(mask) != 0, batch),
+        bias=None if bias is None else _one_batch_axis(jnp.asarray(bias), batch),
+        mask=None if mask is None else _one_batch_axis(jnp.asarray(mask) != 0, batch),
         is_causal=is_causal,
-        dropout_rate=0.0 if deterministic else dropout_rate,
-        dropout_key=None if deterministic else dropout_rng,
         **options,
     )
+    dropout = {} if deterministic else {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
+    out = attend(value=value, **dropout)
+    if module is not None:
+        units = jnp.eye(key.shape[1], dtype=dtype)[:, None]
+        weights = attend(value=jnp.broadcast_to(units, (*key.shape[:3], key.shape[1])))
+        weights = weights[0] if isinstance(weights, tuple) else weights
+        weights = jnp.moveaxis(weights, 2, 1)
+        _sow(module, weights.reshape(*batch, *weights.shape[1:]))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+
+def _sow(module: Any, weights: Array) -> None:
+    """Leaves the weights in a module of `flax.nnx` or `flax.linen`, as their own attention does."""
+    from flax import linen, nnx
+
+    collection: Any = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
+    module.sow(collection, "attention_weights", weights)
 
 
 def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:

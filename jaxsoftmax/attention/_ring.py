@@ -264,7 +264,8 @@ def in_ring(
     functions = _of_one_part(in_blocks, dataclasses.replace(rules, **arrays), sizes)
     rows = query[..., :1].astype(wide(query.dtype))
     opened, moving, fixed, can_skip = _hoisted(functions, going, staying, rows)
-    reach = Reach(rules.before, rules.after) if can_skip else Reach()
+    can_skip = can_skip and "query_offset" not in staying
+    reach = Reach(rules.before, rules.after).of_rows_from(rules.offset) if can_skip else Reach()
     ring = Ring(names, query.shape[ROW_AXIS], operands["key"].shape[KEY_AXIS], reach, *opened)
     return attend(ring, moving, fixed._replace(sink=sink))
 

@@ -73,6 +73,7 @@ LETTERS = {
     "mask": "BNTA",
     "query_seq_lengths": "B",
     "key_value_seq_lengths": "B",
+    "query_offset": "B",
     "query_segment_ids": "BT",
     "key_value_segment_ids": "BS",
     "sink": "N",
