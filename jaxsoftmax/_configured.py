@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxsoftmax._scores import is_public, public
+from jaxsoftmax._scores import is_public, look_at_alpha, public
 from jaxsoftmax.losses import cross_entropy
 
 P = ParamSpec("P")
@@ -50,8 +50,13 @@ def configured(function: Callable[..., Any]) -> Configured | None:
     partial = functools.partial(function)
     if not is_public(partial.func) or partial.args:
         return None
-    arrays = {name: x for name, x in partial.keywords.items() if _is_array(x)}
-    options = tuple(item for item in partial.keywords.items() if item[0] not in arrays)
+    keywords = {
+        # Traced, lest each be compiled for, but for those with a form of their own.
+        name: np.asarray(x) if name == "alpha" and isinstance(look_at_alpha(x), float) else x
+        for name, x in partial.keywords.items()
+    }
+    arrays: dict[str, Any] = {name: x for name, x in keywords.items() if _is_array(x)}
+    options = tuple(item for item in keywords.items() if item[0] not in arrays)
     try:
         hash(options)
     except TypeError:

@@ -69,6 +69,11 @@ def public(fun: Callable[P, R]) -> Callable[P, R]:
         try:
             return jitted(*args, **kwargs)
         except (TypeError, ValueError):
+            if unknown := [name for name in kwargs if name not in positions]:
+                name = getattr(fun, "__name__", "the function")
+                raise TypeError(
+                    f"{name} takes the arguments {', '.join(positions)}, got {unknown[0]}."
+                ) from None
             given = {**dict(zip(positions, args, strict=False)), **kwargs}
             refuse_what_is_no_array(given, required)
             raise
@@ -117,7 +122,8 @@ def _look_at_number(value: Any) -> Any:
     return Fixed(float(value)) if isinstance(value, numbers.Real) else value
 
 
-def _look_at_alpha(value: Any) -> Any:
+def look_at_alpha(value: Any) -> Any:
+    """A number that is known while tracing, if it is one to be compiled for."""
     if not isinstance(value, numbers.Real):
         return value
     value = float(value)
@@ -178,7 +184,7 @@ _LOOKS = {
     **{name: functools.partial(_look_at_integer, name) for name in _INTEGERS},
     **{name: functools.partial(_look_at_integer_or_none, name) for name in _INTEGERS_OR_NONE},
     "temperature": _look_at_temperature,
-    "alpha": _look_at_alpha,
+    "alpha": look_at_alpha,
     "budget": _look_at_number,
     "hard": _look_at_hard,
     "label_smoothing": _look_at_number,

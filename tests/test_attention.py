@@ -283,6 +283,18 @@ def test_weights_are_the_output_for_values_of_the_unit_matrix(rng):
     np.testing.assert_allclose(weights, expected, rtol=1e-10, atol=1e-12)
 
 
+def test_another_alpha_is_no_other_program(rng):
+    """A float in a partial is traced, as it is in a call; with a result of its own."""
+    q, k, v = inputs(rng)
+    compiled, sizes = _attention._compiled, []
+    for alpha in (1.3, 1.31, 1.7):
+        out = attend(q, k, v, normalizer=functools.partial(jsm.entmax, alpha=alpha))
+        close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12)
+        close(out, dense(q, k, v, normalizer=functools.partial(jsm.entmax, alpha=alpha)))
+        sizes.append(compiled._cache_size())
+    assert len(set(sizes)) == 1
+
+
 def normalized_sigmoid(scores, axis, where):
     """A function that knows nothing of rows in which nothing takes part."""
     weights = jnp.where(where, jax.nn.sigmoid(scores), 0)

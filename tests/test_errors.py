@@ -502,6 +502,18 @@ def test_calls_that_python_refuses(case):
         case.fun(X, tau=2.0)
 
 
+def test_arguments_that_others_take_are_named_with_those_of_ours():
+    for fun, name in ((jsm.logsumexp, "keepdims"), (jsm.logsumexp, "b"), (jsm.softmax, "dim")):
+        message = rf"{fun.__name__} takes the arguments x, axis, where, temperature, .* got {name}"
+        with pytest.raises(TypeError, match=message):
+            fun(X, **{name: 1})
+
+
+def test_alpha_below_1_is_named():
+    with pytest.raises(ValueError, match=r"alpha must be at least 1 and finite, got 0\.5"):
+        jsm.entmax(X, 0.5)
+
+
 def test_hardmax_has_no_temperature():
     with pytest.raises(TypeError, match="temperature"):
         jsm.hardmax(X, temperature=2.0)

@@ -31,3 +31,4 @@ class Options(TypedDict, total=False):
     kv_axis_name: AxisName | None
     block_size: int | None
     query_axis_name: AxisName | None
+    query_offset: int | Integer[ArrayLike, " B"] | None

@@ -31,12 +31,14 @@ def budget_sparsemax(
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, "*shape"]:
-    r"""Sparsemax for choosing several: each entry is between 0 and 1, each row sums to `budget`.
+    r"""Sparsemax for sharing out a budget: each entry is from 0 to 1, each row sums to `budget`.
 
     .. math:: p_i = \min(\max(x_i / t - \tau, 0), 1),
               \quad \tau \text{ such that } \sum_i p_i = \text{budget}
 
-    It maximizes :math:`\langle p, x/t \rangle - \frac{1}{2} \|p\|^2` over all such rows; at budget
+    Entries are shares: more of them than `budget` may be above 0, and to choose so many is for
+    `top_k_mask`. It maximizes :math:`\langle p, x/t \rangle - \frac{1}{2} \|p\|^2` over all such
+    rows; at budget
     1 it is `sparsemax`. Jacobian in `x/t`: :math:`\mathrm{diag}(s) - s s^\top / \sum s`, with `s`
     the indicator of the entries strictly between 0 and 1; in `budget`: :math:`s / \sum s`.
 

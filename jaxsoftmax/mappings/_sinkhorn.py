@@ -43,7 +43,10 @@ def sinkhorn(
     It maximizes :math:`\langle p, x/t \rangle + H(p)` over such matrices, with Shannon's entropy
     :math:`H`: a soft assignment, and transport with entropic regularization `t`. Columns and rows
     are normalized in turn, as logarithms, and rows come last. So the sums of rows are exact, and
-    those of columns as good as `num_iterations` makes them.
+    those of columns as good as `num_iterations` makes them; at low temperatures that takes
+    hundreds. The result shows how far they are: `p.sum(-2) - rows / columns`. There is no
+    tolerance, because then the number of steps would depend on the data. All rows have the same
+    sum, and so have all columns.
 
     The derivative is that of the iterations themselves. So it is exact for the returned matrix, for
     any `num_iterations`, in every mode and to any order. It keeps one potential per column and
