@@ -192,9 +192,7 @@ def _of_group(losses: Losses, group: int, size: int) -> Losses:
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def total(
-    losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array
-) -> Array:
+def total(losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array) -> Array:
     """The weighted sum of all losses. Its gradients are formed in the forward pass."""
     return jnp.sum(weighted(_by_platform(_losses, losses, group, operands, rows), weights))
 
