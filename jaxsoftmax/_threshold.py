@@ -221,8 +221,8 @@ def top_of(rows: Rows, scores: Entries) -> Array:
     """The maximum of each row, finite in a row in which nothing takes part."""
     # JAX has no derivative of a maximum over devices. Only differences of scores matter: it would
     # change nothing but losses whose targets do not sum to 1.
-    top = rows.max(lax.stop_gradient(scores) if rows.names else scores)
-    return jnp.maximum(top, jnp.finfo(top.dtype).min)
+    least = float(jnp.finfo(scores[0].dtype).min)
+    return rows.max(lax.stop_gradient(scores) if rows.names else scores, least)
 
 
 def gap(score: Array, top: Array) -> Array:

@@ -61,3 +61,15 @@ def test_memory_of_linear_cross_entropy_does_not_grow_with_the_rows(monkeypatch)
         )
         assert many < few + 512 * 4 * 8 * width  # a few numbers per number of `hidden`
         assert many < 512 * num_classes * 4 / 6
+
+
+def test_cross_entropy_of_classes_holds_no_scores():
+    """Neither the losses nor their gradient, which is the only array of that size."""
+    scores = jax.ShapeDtypeStruct((512, 2048), jnp.float32)
+    labels = jax.ShapeDtypeStruct((512,), jnp.int32)
+
+    def total(scores, labels):
+        return jnp.sum(jsm.cross_entropy(scores, labels))
+
+    for fun in (jsm.cross_entropy, jax.value_and_grad(total)):
+        assert temporaries(fun, scores, labels) < scores.size * 4 / 2

@@ -255,7 +255,10 @@ SOFTMAX = _Softmax(
 def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
     total = total_of(rows, scores)
-    log_p = lambda z, t, s: _threshold.gap(z, t) - s  # noqa: E731
+
+    def log_p(score: Array, top: Array, log: Array) -> Array:
+        return _threshold.gap(score, top) - log
+
     return rows.map(log_p, [rounded(scores)], [total.top, total.log])
 
 
