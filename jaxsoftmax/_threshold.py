@@ -185,7 +185,9 @@ def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
     return list(zip(*entries, strict=True))
 
 
-def has_form(find: Callable[..., tuple[Form, tuple[Array, ...]]]) -> Any:
+def has_form(
+    find: Callable[..., tuple[Form, tuple[Array, ...]]],
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """A decorator that tells which form a public mapping has, for those who normalize in parts.
 
     Args:

@@ -87,8 +87,8 @@ def linear_cross_entropy(
       under `jax.experimental.checkify`.
 
     Raises:
-      TypeError: if `labels` are neither integers nor floats, `where` not boolean, `loss` is not a function, or the
-        others are not real.
+      TypeError: if `labels` are neither integers nor floats, `where` is not boolean, `loss` is not
+        a function, or the others are not real.
       ValueError: if shapes do not fit, including that of the result of `loss`; if `reduction` is
         unknown; if `chunk_size` or `logits_soft_cap` is not positive; or if `ignore_index` is used
         with distributions.
