@@ -140,6 +140,15 @@ class Rows:
         whole = first[..., : length - length % _PARTS]
         return jnp.max(whole.reshape(*first.shape[:-1], -1, _PARTS), -2), *sink
 
+    def summed_cotangent(self, ct: Array) -> Array:
+        """The cotangent of row values, which are the same on all devices; for reverse rules.
+
+        `shard_map` knows that they are the same. Under `vmap`, and without `check_vma`, JAX does
+        not know. Then each device has a share of the cotangent, as it has for JAX's own `psum`.
+        """
+        names = tuple(name for name in self.names if name not in varying(lax.axis_index(name)))
+        return lax.psum(ct, names) if names else ct
+
     def map(
         self,
         function: Callable[..., T],

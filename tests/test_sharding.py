@@ -441,3 +441,48 @@ def test_vmap_of_the_rings_derivatives(rng):
     ring = in_ring(functools.partial(attend, kv_axis_name="a", query_axis_name="a"))
     for actual, wanted in zip(gradient(ring), gradient(attend), strict=True):
         np.testing.assert_allclose(actual, wanted, rtol=1e-11, atol=1e-12)
+
+
+# ---- values of rows that JAX does not know to be the same everywhere
+
+
+LABELS = np.array([0, 3, 4, 7, 5])
+OF_ROWS = {
+    "logsumexp": jsm.logsumexp,
+    "cross_entropy": lambda z, axis: jsm.cross_entropy(z, LABELS, axis=axis),
+    "cross_entropy, options": lambda z, axis: jsm.cross_entropy(
+        z, LABELS, axis=axis, z_loss=0.1, label_smoothing=0.1
+    ),
+    "sparsemax_loss": lambda z, axis: jsm.sparsemax_loss(z, LABELS, axis=axis),
+    "entmax_loss": lambda z, axis: jsm.entmax_loss(z, LABELS, 1.3, axis=axis),
+    "kl_divergence": lambda z, axis: jsm.kl_divergence(z, jnp.sin(z), axis=axis),
+}
+
+
+@pytest.mark.parametrize("kind", ["vmap", "shard_map"])
+@pytest.mark.parametrize("function", OF_ROWS.values(), ids=OF_ROWS)
+def test_cotangents_of_row_values_are_summed(function, kind, rng):
+    """Under `vmap` of a name, and where `shard_map` does not check what varies."""
+    x, counts = jnp.asarray(rng.normal(size=(5, 8))), np.arange(1.0, 6)
+
+    def spread(x):
+        def of_part(part):
+            return function(part, axis=(-1, "i"))
+
+        if kind == "vmap":
+            return jax.vmap(of_part, 1, axis_name="i")(x.reshape(5, 2, 4)).mean(0)
+        mesh = jax.make_mesh((2,), ("i",), (AxisType.Auto,), devices=jax.devices()[:2])
+        return jax.shard_map(
+            of_part, mesh=mesh, in_specs=P(None, "i"), out_specs=P(), check_vma=False
+        )(x)
+
+    def derivatives(f):
+        tangent = jax.jvp(f, (x,), (np.cos(x),))[1]
+        return f(x), tangent, jax.grad(lambda x: f(x) @ counts)(x)
+
+    for found, wanted in zip(
+        jax.jit(lambda: derivatives(spread))(),
+        derivatives(lambda x: function(x, axis=-1)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)

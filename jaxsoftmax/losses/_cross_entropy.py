@@ -190,7 +190,7 @@ def _surprise_of_class_fwd(rows: Rows, scores: Entries, classes: Classes) -> tup
 
 def _surprise_of_class_bwd(residuals: Any, ct: Array) -> tuple[None, Entries, None]:
     rows, excess = residuals
-    return None, rows.map(jnp.multiply, [excess], [ct]), None
+    return None, rows.map(jnp.multiply, [excess], [rows.summed_cotangent(ct)]), None
 
 
 _surprise_of_class.defvjp(_surprise_of_class_fwd, _surprise_of_class_bwd)
@@ -231,7 +231,7 @@ def _surprise_and_excess_bwd(
     residuals: Any, ct: tuple[Array, Entries]
 ) -> tuple[None, Entries, None]:
     rows, classes, surprise, excess = residuals
-    ct_surprise, ct_excess = ct
+    ct_surprise, ct_excess = rows.summed_cotangent(ct[0]), ct[1]
     hits = (classes.hits(rows, excess[0]),)
     p = rows.map(
         lambda excess, hit, own: jnp.where(hit, own, excess), [excess, hits], [jnp.exp(-surprise)]

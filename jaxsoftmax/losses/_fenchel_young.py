@@ -141,6 +141,7 @@ def _gap_bwd(entropy: Callable[..., Array], residuals: Any, ct: Array) -> tuple[
 
     (ct_params,) = jax.vjp(of_params, params)[1](ct)
     (ct_target,) = jax.vjp(lambda y: -entropy(params, rest, y), target)[1](ct)
+    ct = rows.summed_cotangent(ct)
     ct_target = rows.map(
         lambda c, z, ct: c - ct * jnp.where(jnp.isfinite(z), z, 0), [ct_target, scores], [ct]
     )

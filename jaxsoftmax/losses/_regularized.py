@@ -233,6 +233,7 @@ def _fenchel_young_bwd(
     # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
     _, pull_back = jax.vjp(change, target, *params)
     ct_target, *ct_params = pull_back(ct)
+    ct = rows.summed_cotangent(ct)
 
     def less_score(ct_target: Array, score: Array, ct: Array) -> Array:
         finite = jnp.where(jnp.abs(score) == jnp.inf, 0, score)

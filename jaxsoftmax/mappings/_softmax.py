@@ -308,7 +308,7 @@ def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
 
 def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
     rows, p = residuals
-    return None, rows.map(jnp.multiply, [p], [ct])
+    return None, rows.map(jnp.multiply, [p], [rows.summed_cotangent(ct)])
 
 
 log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
