@@ -131,7 +131,7 @@ CASES = [
         _of_scores(lambda x: jsm.softmax(x, (-1, "i"))),
     ),
     Case(
-        "`softmax` and its gradient", "3 R", lambda n: 3 * _ROWS, _of_scores(_softmax_and_gradient)
+        "`softmax` and its gradient", "4 R", lambda n: 4 * _ROWS, _of_scores(_softmax_and_gradient)
     ),
     Case(
         "`log_softmax`",
@@ -144,8 +144,8 @@ CASES = [
     _solved("entmax", 3, functools.partial(jsm.entmax, alpha=1.3)),
     Case(
         "`linear_cross_entropy`, both gradients",
-        "3 R + R D",
-        lambda n: 3 * _ROWS + _ROWS * _FEATURES,
+        "4 R + R D",
+        lambda n: 4 * _ROWS + _ROWS * _FEATURES,
         _on_mesh(
             _linear,
             (P(), P(None, "i"), P()),

@@ -23,9 +23,10 @@ Mappings: from scores to probabilities
     hardmax               everything to the largest score; ties share
 
 Losses: from scores and targets to one value per row
-    cross_entropy         of softmax; with label smoothing and z-loss
+    cross_entropy         of softmax; with label smoothing, z-loss and class weights
     entmax_loss           of entmax and entmax15
     sparsemax_loss        of sparsemax
+    kl_divergence         of two softmaxes, from the scores of both
     fenchel_young_loss    of your own mapping
     linear_cross_entropy  any of these for a large last layer, without holding all scores
 
@@ -101,6 +102,7 @@ __all__ = [
     "fenchel_young_loss",
     "gumbel_softmax",
     "hardmax",
+    "kl_divergence",
     "linear_cross_entropy",
     "log_softmax",
     "logsumexp",

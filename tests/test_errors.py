@@ -192,15 +192,16 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "targets must have the shape of scores (2, 3) if they are distributions, got shape (2,).",
+        "targets must have the shape of scores (2, 3), or 1 instead of a size, if they are "
+        "distributions, got shape (2,).",
         lambda: jsm.cross_entropy(X, np.zeros(2)),
     ),
     (TypeError, "targets must be an array, got str.", lambda: jsm.cross_entropy(X, "cat")),
     (
         ValueError,
-        "targets must be distributions over 2 axes, got integers, which name a class along one "
-        "axis.",
-        lambda: jsm.sparsemax_loss(X, np.array(0), None),
+        "targets must have the shape of scores without axes (0, 1), (), if they are classes, got "
+        "shape (2,).",
+        lambda: jsm.sparsemax_loss(X, np.zeros(2, int), None),
     ),
     (TypeError, "targets must be real numbers, got dtype bool.", lambda: jsm.entmax_loss(X, X > 0)),
     (

@@ -477,7 +477,7 @@ def test_cotangents_of_row_values_are_summed(function, kind, rng):
         )(x)
 
     def derivatives(f):
-        tangent = jax.jvp(f, (x,), (np.cos(x),))[1]
+        tangent = jax.jvp(f, (x,), (jnp.cos(x),))[1]
         return f(x), tangent, jax.grad(lambda x: f(x) @ counts)(x)
 
     for found, wanted in zip(
