@@ -214,14 +214,15 @@ def panel(title: str, row: str, quantity: str, x_label: str, *kinds: str) -> Rat
 TIME, MEMORY = "estimated time, relative", "temporary memory, relative"
 
 NOTES = """
-- Attention: XLA writes the scores of a block to memory between two products, and ours goes through
-  them once more in the reverse pass, which takes products instead of memory.
+- Attention: XLA writes the scores of a block to memory and reads them once, as it does for `jax.nn`. Ours
+  saves that in the reverse pass, and on an H100 makes scores again rather than read them.
 - Linear layer: each chunk of rows adds to the gradient of all weights, which is read and written as
-  often as there are chunks; optax holds all scores instead.
-- Mappings on an H100: what needs the scores a second time is a kernel of its own.
+  often as there are chunks; optax holds all scores instead, here in the dtype of the inputs.
+- Mappings: the exact gradient, with one sum more, has its price where XLA needs a kernel for it: in
+  long rows on an H100, and on a TPU. Kernels on an H100 are otherwise those of `jax.nn`.
 - In bfloat16, `jax.nn` and optax compute with 8 bits. Ours computes in float32, and rounds once.
 - Sparse mappings, beside softmax: each pass of the solver goes through the scores.
-- Compiling: there is more of it, an exact logarithm, a solver, or bands of causal attention.
+- Compiling: there is more of it, an exact gradient, a solver, or bands of causal attention.
 """
 
 TOPIC = Topic(
