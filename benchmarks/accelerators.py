@@ -214,7 +214,7 @@ def panel(title: str, row: str, quantity: str, x_label: str, *kinds: str) -> Rat
 TIME, MEMORY = "estimated time, relative", "temporary memory, relative"
 
 NOTES = """
-- Attention: XLA writes the scores of a block to memory and reads them once, as it does for `jax.nn`.
+- Attention: XLA writes the scores of a block to memory and reads them once, as for `jax.nn`.
   Ours saves that in the reverse pass, and on an H100 makes scores again rather than read them.
 - Linear layer: each chunk of rows adds to the gradient of all weights, which is read and written as
   often as there are chunks; optax holds all scores instead, here in the dtype of the inputs.
