@@ -158,8 +158,8 @@ NOTES = """
 - Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
   has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
   shape.
-- Compiling: programs for CPUs and for other devices are traced, of which one is compiled; it has a
-  loop that solves for the threshold, or one that is only gone through for infinite scores.
+- Compiling: programs for CPUs and for other devices are traced, of which one is compiled; it may
+  have a loop that solves for the threshold.
 """
 
 TOPIC = Topic(

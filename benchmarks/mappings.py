@@ -158,17 +158,16 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- `log_softmax` and `logsumexp` on CPUs: ours are right to 2 ulp also where one class dominates,
-  where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the sum is kept in
-  two parts, and the exponential and the logarithm are our own: those of XLA are not exact enough.
-- `softmax`: differences to the maximum are made exact, and rows that hold an infinite score are
-  found, which `jax.nn.softmax` does not.
+- `log_softmax` and `logsumexp` on CPUs: ours are right to about 4 ulp also where one class
+  dominates, where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the
+  exponentials below the maximum are summed apart, with what rounding takes from their differences.
+- `softmax`: differences to the maximum are exact, and infinite scores share a row.
 - In bfloat16, `jax.nn` computes with 8 bits, and is off by up to 56 ulp. Ours computes in float32
   and rounds once.
 - Temporary memory is a copy of the scores in float32, or folded such that XLA for CPU can sum
   several at a time.
-- Compiling takes longer for there is more to compile: a loop that solves for the threshold, or
-  one for rows with infinite scores. It is paid once per shape.
+- Compiling takes longer because there is more to compile: a loop that solves for the threshold, or
+  an exact sum. It is paid once per shape.
 """
 
 TOPIC = Topic(
