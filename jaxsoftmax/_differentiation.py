@@ -300,7 +300,11 @@ class _Pullback:
         return [self._checked(leaves[i], self.args.types[i]) for i in self.active]
 
     def push(self, points: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
-        """The tangents of the output: the transpose."""
+        """The tangents of the output: the transpose.
+
+        There is none of a `bwd` that is not linear. JAX says so by any of four errors, two of them
+        without a word that a user could understand; here they become one that names `bwd`.
+        """
 
         def pull(*cts: Any) -> list[Any]:
             pairs = zip(self(points, cts), tangents, strict=True)
