@@ -1,7 +1,6 @@
 """Mappings in threshold form: one solver and one reverse rule for the whole family.
 
-A mapping is in threshold form if `p_i = g(z_i - tau)` for a growing function `g`, where `tau` is
-the one number per row for which the row sums to its total. Differentiating the total gives
+The total of `p_i = g(z_i - tau)` is the same for all scores. Differentiating it gives
 `dtau = sum(s dz) / sum(s)` with the slopes `s_i = g'(z_i - tau)`, and so the Jacobian
 
     J = diag(s) - s s^T / sum(s),
@@ -21,10 +20,10 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import (
     Entries,
     Rows,
-    indicator,
     on_local_cpu_or_else,
     sum_to,
     vary_like,
@@ -35,59 +34,82 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-def _nothing(*_: Array) -> tuple[Array, ...]:
-    return ()
+@dataclasses.dataclass(frozen=True, eq=False)
+class Solved(Form):
+    """A form whose threshold is found in a way of its own, in several row values if need be."""
 
+    def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
+        """The threshold; never differentiated."""
+        raise NotImplementedError
 
-@dataclasses.dataclass(frozen=True)
-class Form:
-    """What is particular to one mapping.
-
-    Attributes:
-      solve: `(rows, scores, *params) -> row values`, the threshold, in one number or more; never
-        differentiated.
-      weight: `(score, *row values, *params) -> p`, entry by entry; never differentiated.
-      slope: `(p, *params) -> s`, the slopes as a function of the probabilities.
-      partials: `(p, *params) -> (dp/dparam, ...)` at fixed `tau`.
-      totals: `(*params) -> (dtotal/dparam, ...)`, if the rows' totals are not just 1.
-      slopes_sum_to_one: whether they do, in each row where there are any but 0: those of softmax,
-        which are its probabilities.
-      is_fixed: whether no threshold is solved for, so that the Jacobian is `diag(s)`.
-      start: what `solve` returns but for its last number, which multiplies the weights and is 1
-        here: for those who come by the sum of the weights in another way. None: not known.
-      origin: `(*row values) -> tau` such that `weight(score, *row values)` is that of
-        `score - tau` with the row values 0 and 1. None: there is none.
-    """
-
-    solve: Callable[..., tuple[Array, ...]]
-    weight: Callable[..., Array]
-    slope: Callable[..., Array]
-    partials: Callable[..., tuple[Array, ...]] = _nothing
-    totals: Callable[..., tuple[Array, ...]] = _nothing
-    slopes_sum_to_one: bool = False
-    is_fixed: bool = False
-    start: Callable[..., tuple[Array, ...]] | None = None
-    origin: Callable[..., Array] | None = None
+    def at(self, score: Array, *row: Array) -> Array:
+        """The probability of a score, given the threshold and the parameters."""
+        raise NotImplementedError
 
     def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
         """The probabilities; never differentiated."""
-        return self.weights(rows, scores, self.solve(rows, scores, *params), params)
-
-    def weights(
-        self, rows: Rows, scores: Entries, threshold: Sequence[Array], params: Sequence[Array]
-    ) -> Entries:
-        """The probabilities, given the threshold."""
-        return rows.map(self.weight, [scores], [*threshold, *params])
+        return weights(self, rows, scores, self.solve(rows, scores, *params), params)
 
 
 # What already are weights: each depends on its own score alone, as it is.
-IDENTITY = Form(_nothing, lambda p: p, jnp.ones_like, is_fixed=True)
+IDENTITY = Form(lambda u: u, lambda p: p, jnp.ones_like, tau=0)
+
+
+def solve(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
+    """The threshold, as row values; never differentiated.
+
+    They are the maximum of the scores, `tau` less that as entries take it, and what weights are
+    multiplied by for their sum to be 1 but for rounding.
+    """
+    if isinstance(form, Solved):
+        return form.solve(rows, scores, *params)
+    if form.tau is not None:
+        return ()
+    top = top_of(rows, scores)
+
+    def terms(score: Array, top: Array, tau: Array, *params: Array) -> Sequence[Array]:
+        return form.terms(gap(score, top), tau, *params)
+
+    def step(scores: Entries, state: Any) -> tuple[Any, Array]:
+        state, _ = state
+        sums = rows.sums(terms, [scores], [top, form.of_row(state[0], *params), *params])
+        state, moved = form.update(sums, state, *params)
+        return (state, sums[0]), moved
+
+    length = jnp.full_like(sum(params, top), rows.length(scores))
+    start = form.start(length, *params), jnp.zeros_like(length)
+    (tau, *_), total = search(rows, scores, step, start)
+    return top, form.of_row(tau, *params), inverse_of(total)
+
+
+def weights(
+    form: Form, rows: Rows, scores: Entries, threshold: Sequence[Array], params: Sequence[Array]
+) -> Entries:
+    """The probabilities, given the threshold; never differentiated."""
+    return rows.map(functools.partial(weight, form), [scores], [*threshold, *params])
+
+
+def weight(form: Form, score: Array, *row: Array) -> Array:
+    """The probability of a score, given the threshold and the parameters."""
+    if isinstance(form, Solved):
+        return form.at(score, *row)
+    if form.tau is not None:
+        return form.weight(score - form.tau, *row)
+    top, tau, by, *params = row
+    return form.weigh(gap(score, top), tau, *params) * by
+
+
+def probabilities(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
+    """The probabilities; never differentiated."""
+    if isinstance(form, Solved):
+        return form.probabilities(rows, scores, *params)
+    return weights(form, rows, scores, solve(form, rows, scores, *params), params)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
     """The probabilities that `form` gives to `scores`, with the rule of the family."""
-    return form.probabilities(rows, scores, *params)
+    return probabilities(form, rows, scores, *params)
 
 
 def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Entries, Any]:
@@ -98,8 +120,8 @@ def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple
 def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
-    if form.slopes_sum_to_one:
-        p = rows.map(form.slope, [p], params)
+    if form.only_scales:
+        p = rows.map(form.slopes, [p], params)
         return None, linear_pair(_softmax_jacobian, _softmax_jacobian, (rows, p), ct)
     return None, *pull_back(form, rows, p, params, ct)
 
@@ -155,12 +177,12 @@ def pull_back(
       ct: the cotangents of `p`.
       mean: the mean of `ct`, weighted by the slopes, where it is known.
     """
-    slope = rows.map(form.slope, [p], params)
+    slope = rows.map(form.slopes, [p], params)
     if mean is None:
         mean = _mean(form, rows, slope, ct)
     worth = rows.map(jnp.subtract, [ct], [mean])
     ct_params = [jnp.zeros_like(mean)] * len(params)
-    for i, partial in enumerate(_transposed(rows.map(form.partials, [p], params))):
+    for i, partial in enumerate(_transposed(rows.map(form.moved_by_params, [p], params))):
         ct_params[i] += rows.sum(rows.map(jnp.multiply, [partial, worth]))
     for i, total in enumerate(form.totals(*params)):
         ct_params[i] += mean * total
@@ -169,10 +191,10 @@ def pull_back(
 
 
 def _mean(form: Form, rows: Rows, slope: Entries, ct: Entries) -> Array:
-    if form.is_fixed:
+    if form.tau is not None:
         return jnp.zeros((1,) * ct[0].ndim, ct[0].dtype)
     mean = rows.sum(rows.map(jnp.multiply, [slope, ct]))
-    if form.slopes_sum_to_one:
+    if form.only_scales:
         return mean
     total = rows.sum(slope)
     return mean / jnp.where(total == 0, 1, total)
@@ -233,96 +255,37 @@ def gap(score: Array, top: Array) -> Array:
     return jnp.where(score == jnp.inf, 0, score - top)
 
 
-def gap_above(score: Array, top: Array, tau: Array | float, scale: Array | float) -> Array:
-    """`scale * gap - tau`, from the score: of gaps, XLA for CPU would keep one array more."""
-    return jnp.where(score == jnp.inf, -tau, (score - top) * scale - tau)
-
-
 def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     """The scores less their row's maximum, and that maximum."""
     top = top_of(rows, scores)
     return rows.map(gap, [scores], [top]), top
 
 
-def solve_norm(q: int, scale: float, rows: Rows, scores: Entries) -> tuple[Array, Array, Array]:
-    """The threshold of `[scale * scores - tau]_+ ** q` that sum to 1, for `weight_of_norm`.
-
-    With `scale = 1 / q` they are entmax of alpha = 1 + 1/q.
-
-    Newton's method on the q-norm, `||[scale * scores - tau]_+||_q = 1`. The norm is convex in tau,
-    so from any point where it is at least 1, such as 1 below the maximum, the steps grow tau and
-    never overshoot. The entries leave the support and do not come back: there is nothing to
-    bracket.
-
-    Args:
-      q: the power, 1 for sparsemax or 2 for entmax15.
-      scale: what the scores are multiplied by.
-      rows: the rows of `scores`.
-      scores: any, also infinite.
-    """
-
-    def terms(gap: Array, tau: Array) -> tuple[Array, Array]:
-        u = jnp.maximum(gap - tau, 0)
-        return (u, indicator(u > 0, u.dtype)) if q == 1 else (u * u, u)
-
-    def norm_and_slope(total: Array, slope: Array) -> tuple[Array, Array]:
-        if q == 1:
-            return total, slope
-        norm = jnp.sqrt(total)
-        return norm, slope / jnp.where(norm == 0, 1, norm)
-
-    def step(gaps: Entries, state: tuple[Array, Array]) -> tuple[tuple[Array, Array], Array]:
-        tau, _ = state
-        total, slope = rows.sums(terms, [gaps], [tau])
-        norm, slope = norm_and_slope(total, slope)
-        grown = tau + (norm - 1) / jnp.where(slope == 0, 1, slope)
-        grown = jnp.where((norm > 1 + tolerance(tau)) & (grown > tau), grown, tau)
-        return (grown, total), grown > tau
-
-    gaps, top = below_top(rows, scores)
-    gaps = rows.map(lambda gap: gap * scale, [gaps])
-    tau, total = solve(rows, gaps, step, (jnp.full_like(top, -1), jnp.zeros_like(top)))
-    return top, tau, inverse_of(total)
-
-
-def weight_of_norm(q: int, scale: float, score: Array, top: Array, tau: Array, by: Array) -> Array:
-    """`by [scale * (score - top) - tau]_+ ** q`: the probabilities that `solve_norm` solves for."""
-    return jnp.maximum(gap_above(score, top, tau, scale), 0) ** q * by
-
-
-def tolerance(x: Array) -> float:
-    """How near to its total a row is brought; normalizing does the rest."""
-    return 4 * float(jnp.finfo(x.dtype).eps)
-
-
-def solve(
-    rows: Rows,
-    gaps: Entries,
-    step: Callable[[Entries, Any], tuple[Any, Array]],
-    start: Any,
+def search(
+    rows: Rows, scores: Entries, step: Callable[[Entries, Any], tuple[Any, Array]], start: Any
 ) -> Any:
-    """Repeats `state, moved = step(gaps, state)`, for rows of many entries with few of them first.
+    """Repeats `state, moved = step(scores, state)`, for rows of many with few of them first.
 
     The threshold of some entries never exceeds that of all, and so it is as good a start from
     below; that of the largest is near.
 
     Args:
-      rows: the rows of `gaps`.
-      gaps: the scores, less their row's maximum.
-      step: a step on some gaps.
+      rows: the rows of `scores`.
+      scores: the scores.
+      step: a step on some scores.
       start: the first state. Its row value, or what comes first in it, may be that of some entries;
         what else it holds, such as bounds, may not.
     """
 
-    def by_few(gaps: Entries, start: Any) -> Any:
-        few = functools.partial(step, rows.some_of_the_largest(gaps))
+    def by_few(scores: Entries, start: Any) -> Any:
+        few = functools.partial(step, rows.some_of_the_largest(scores))
         return jax.tree.leaves(iterate(few, start))[0]
 
-    if rows.has_many(gaps):
+    if rows.has_many(scores):
         first, *others = jax.tree.leaves(start)
-        first = on_local_cpu_or_else(by_few, lambda *_: first, gaps, start)
+        first = on_local_cpu_or_else(by_few, lambda *_: first, scores, start)
         start = jax.tree.unflatten(jax.tree.structure(start), [first, *others])
-    return iterate(functools.partial(step, gaps), start)
+    return iterate(functools.partial(step, scores), start)
 
 
 def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:

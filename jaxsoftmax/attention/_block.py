@@ -17,11 +17,13 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._configured import Configured
+from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import Entries, Rows, vary_like
 from jaxsoftmax._scores import soft_cap, wide
-from jaxsoftmax._threshold import IDENTITY, Form, form_of
+from jaxsoftmax._threshold import IDENTITY, form_of
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._bands import Band
+from jaxsoftmax.mappings._softmax import SOFTMAX
 
 Parts = Mapping[str, Array]
 # The positions of the first batch, head and query of a block.
@@ -186,15 +188,14 @@ class Block:
           parts: what it sees of the operands.
         """
         made, value = self.prepare(first, *parts), parts[self.value]
-        find = made.form.start or made.form.solve
-        threshold = find(made.rows, made.entries, *made.params)
-        weights = _weights_of(made, threshold, again)
-        if made.form.start is None:
-            out = _mix(made.kept(weights[0]), value)
-        else:
-            out, total = _mix_and_sum(made, weights, value)
+        if made.form is SOFTMAX:
+            threshold = SOFTMAX.before_sum(made.rows, made.entries)
+            out, total = _mix_and_sum(made, _weights_of(made, threshold, again), value)
             by = _threshold.inverse_of(total)
-            out, threshold = out * by, (*threshold[:-1], by)
+            out, threshold = out * by, (threshold[0], by)
+        else:
+            threshold = _threshold.solve(made.form, made.rows, made.entries, *made.params)
+            out = _mix(made.kept(_weights_of(made, threshold, again)[0]), value)
         return (out, *made.row_values), threshold
 
     def pull_back(
@@ -241,7 +242,7 @@ class Block:
         value, (ct_out, *ct_row_values) = parts[self.value], ct
         factor = _grouped(ct_out, value.shape[1]).astype(value.dtype)
         # The slopes of softmax are its weights, and the mean is known.
-        mean = jnp.sum(ct_out * out, -1, keepdims=True) if made.form.slopes_sum_to_one else None
+        mean = jnp.sum(ct_out * out, -1, keepdims=True) if made.form.only_scales else None
         if mean is not None and made.rows.names:
             mean = lax.psum(mean, made.rows.names)
         if again and mean is not None and made.dropout is None:
@@ -417,15 +418,15 @@ def _grouped(x: Array, key_heads: int) -> Array:
 def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
     """The weights, given the threshold."""
     form, factors = made.form, made.factors
-    if not again or factors is None or form.origin is None:
-        return form.weights(made.rows, made.entries, threshold, made.params)
+    if not again or factors is None or form is not SOFTMAX:
+        return _threshold.weights(form, made.rows, made.entries, threshold, made.params)
     query, key, scale = factors
-    origin = form.origin(*threshold)
+    origin = SOFTMAX.origin(*threshold)
     grouped = _grouped(query, key.shape[1])
     gaps = _less(grouped, key, origin / jnp.where(scale == 0, 1, scale)) * scale
     none, one = jnp.zeros_like(scale), jnp.ones_like(scale)
-    weights = form.weight(gaps, none, one, *made.params).astype(key.dtype)
-    of_sink = [form.weight(z, *threshold, *made.params) for z in made.entries[1:]]
+    weights = SOFTMAX.at(gaps, none, one).astype(key.dtype)
+    of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]
     return weights.astype(gaps.dtype), *of_sink
 
 

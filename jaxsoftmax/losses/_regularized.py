@@ -12,9 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import sqrt
+from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Fixed, Options, known_number, public
-from jaxsoftmax._threshold import Form
 from jaxsoftmax.losses._cross_entropy import cross_entropy
 from jaxsoftmax.losses._targets import (
     as_distribution,

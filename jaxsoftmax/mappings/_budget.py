@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
+from jaxsoftmax._form import tolerance
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import (
     Axis,
@@ -19,7 +22,7 @@ from jaxsoftmax._scores import (
     prepare,
     public,
 )
-from jaxsoftmax._threshold import Form
+from jaxsoftmax._threshold import Solved
 
 
 @public
@@ -124,29 +127,38 @@ def _coldest(rows: Rows, scores: Entries, budget: Array) -> Entries:
     return rows.map(limit, [scores], [_from_ordered(low)])
 
 
-def _solve(rows: Rows, scores: Entries, budget: Array) -> tuple[Array, ...]:
-    def infinite_and_finite(z: Array) -> tuple[Array, Array]:
-        # Sums keep a NaN, which maxima may lose.
-        finite = jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype))
-        return indicator(z == jnp.inf, z.dtype), finite
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Budget(Solved):
+    def totals(self, *params: Array) -> tuple[Array, ...]:
+        """A row sums to its budget."""
+        return tuple(map(jnp.ones_like, params))
 
-    firsts, others = rows.sums(infinite_and_finite, [scores])
-    share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
-    left = budget - firsts
-    # Where nothing is left to be found, any total that there is a threshold for.
-    total = jnp.where((left > 0) & (left < others), left, others / 2)
-    return *_spend(rows, rows.map(_finite, [scores]), total), share, left, others
+    def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
+        """The threshold of finite scores, and what infinite ones get."""
+        (budget,) = params
 
+        def infinite_and_finite(z: Array) -> tuple[Array, Array]:
+            # Sums keep a NaN, which maxima may lose.
+            finite = jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype))
+            return indicator(z == jnp.inf, z.dtype), finite
 
-def _weight(score: Array, *row: Array) -> Array:
-    tau, rest, missing, clear, share, left, others, _ = row
-    u = (_finite(score) - tau) - rest
-    p = jnp.clip(u - _between(u) * missing, 0, 1)
-    p = jnp.where(clear, jnp.round(p), p)
-    none = left <= 0
-    p = jnp.where(none, 0, jnp.where(left >= others, indicator(score > -jnp.inf, p.dtype), p))
-    spoiled = jnp.isnan(left + others)
-    return jnp.where(spoiled, left + others, jnp.where(score == jnp.inf, share, p))
+        firsts, others = rows.sums(infinite_and_finite, [scores])
+        share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
+        left = budget - firsts
+        # Where nothing is left to be found, any total that there is a threshold for.
+        total = jnp.where((left > 0) & (left < others), left, others / 2)
+        return *_spend(rows, rows.map(_finite, [scores]), total), share, left, others
+
+    def at(self, score: Array, *row: Array) -> Array:
+        """The share of a score."""
+        tau, rest, missing, clear, share, left, others, _ = row
+        u = (_finite(score) - tau) - rest
+        p = jnp.clip(u - _between(u) * missing, 0, 1)
+        p = jnp.where(clear, jnp.round(p), p)
+        none = left <= 0
+        p = jnp.where(none, 0, jnp.where(left >= others, indicator(score > -jnp.inf, p.dtype), p))
+        spoiled = jnp.isnan(left + others)
+        return jnp.where(spoiled, left + others, jnp.where(score == jnp.inf, share, p))
 
 
 def _finite(z: Array) -> Array:
@@ -201,7 +213,7 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         slow = jnp.abs(jump) > last / 2
         follow = fits & (tight | (early & ~slow))
         finishing = jnp.where(tight, finishing + 1, 0)
-        moved = jnp.abs(excess) > 8 * _threshold.tolerance(tau) * held
+        moved = jnp.abs(excess) > 8 * tolerance(tau) * held
         moved &= finishing <= _LAST_STEPS
 
         new = jnp.where(follow, newton, middle)
@@ -300,9 +312,6 @@ def _slope(p: Array, budget: Array) -> Array:
     return indicator((p > 0) & (p < 1), p.dtype)
 
 
-BUDGET_SPARSEMAX = Form(
-    _solve,
-    _weight,
-    _slope,
-    totals=lambda budget: (jnp.ones_like(budget),),
+BUDGET_SPARSEMAX = _Budget(
+    lambda u, budget: jnp.clip(u, 0, 1) + 0 * budget, lambda p, budget: p + 0 * budget, _slope
 )

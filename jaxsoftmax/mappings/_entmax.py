@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
+import dataclasses
 import math
-from collections.abc import Callable
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
@@ -12,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, nan_unless, sqrt
+from jaxsoftmax._form import Form, State, tolerance
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -23,7 +23,7 @@ from jaxsoftmax._scores import (
     prepare,
     public,
 )
-from jaxsoftmax._threshold import Form, has_form
+from jaxsoftmax._threshold import has_form
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
 
@@ -218,40 +218,58 @@ def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:
     known = known_number(alpha)
     if known is not None and not 1 <= known < jnp.inf:
         raise ValueError(f"alpha must be at least 1 and finite, got {known}.")
-    return check_per_row("alpha", alpha, scores[0], rows)
+    per_row = check_per_row("alpha", alpha, scores[0], rows)
+    return nan_unless(per_row >= 1, per_row)
 
 
-def _solve(rows: Rows, scores: Entries, alpha: Array) -> tuple[Array, Array, Array]:
-    """Halley's method on the q-norm of `solve_norm`, written so that it has a limit.
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entmax(Form):
+    """Entmax of any `alpha`, with `beta = alpha - 1`.
 
-    With `beta = alpha - 1 = 1/q` the norm of the unnormalized entries is `S ** beta`, where `S` is
-    the sum of `p = (1 + beta (gap - theta)) ** (1 / beta)`. Taken as `(S ** beta - 1) / beta`, it
-    tends to `log S` as `beta` tends to 0, and the step to logsumexp.
-
-    What is kept is not `theta` but the logarithm `peak` of the probability at the maximum, for
-    `1 - beta theta` is `m = exp(beta peak)` and loses its digits where that is small. All others
-    are `p = exp(peak) w` with `w = (1 + beta gap / m) ** (1 / beta)`.
-
-    For `alpha > 1.5` the second derivative is infinite where an entry enters the support: there the
-    step is Newton's. For `alpha > 2` so is the slope, and the norm is not convex: the bracket that
-    is kept is halved where a step is not half of the last, or leaves it.
+    `p = [1 + beta (gap - theta)]_+ ** (1 / beta)`, which tends to `exp(gap - theta)` as `beta`
+    tends to 0. What is searched for is not `theta` but the logarithm `peak` of the probability at
+    the maximum, for `1 - beta theta` is `m = exp(beta peak)` and loses its digits where that is
+    small. All are `p = exp(peak) w` with `w = [1 + beta gap / m]_+ ** (1 / beta)`.
     """
-    gaps, top = _threshold.below_top(rows, scores)
-    beta = nan_unless(alpha >= 1, alpha - 1)
-    eps = float(jnp.finfo(beta.dtype).eps)
 
-    def terms(gap: Array, scale: Array, beta: Array) -> tuple[Array, Array, Array]:
-        u = gap * scale
+    def of_row(self, tau: Array, *params: Array) -> Array:
+        """`1 / m`."""
+        (alpha,) = params
+        return 1 / jnp.maximum(jnp.exp((alpha - 1) * tau), jnp.finfo(tau.dtype).tiny)
+
+    def weigh(self, gap: Array, tau: Array, *params: Array) -> Array:
+        """`w`."""
+        (alpha,) = params
+        return _power(gap * tau, alpha - 1)
+
+    def terms(self, gap: Array, tau: Array, *params: Array) -> tuple[Array, ...]:
+        """`w`, and what its derivatives in `log m` are made of."""
+        (alpha,) = params
+        u, beta = gap * tau, alpha - 1
         w = _power(u, beta)
         inverse = jnp.where(w > 0, 1 / (beta * u + 1), 0)
         return w, w * inverse, w * inverse * inverse
 
-    def scale(peak: Array) -> Array:
-        return 1 / jnp.maximum(jnp.exp(beta * peak), jnp.finfo(peak.dtype).tiny)
+    def start(self, length: Array, *params: Array) -> State:
+        """At least, all entries share evenly, but for rounding; at most, the maximum has all."""
+        del params
+        peak = jnp.zeros_like(length)
+        low = peak - jnp.log(length) - 1
+        return peak, low, peak, -2 * low
 
-    def step(gaps: Entries, state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-        peak, low, high, last, _ = state
-        total, slope, curve = rows.sums(terms, [gaps], [scale(peak), beta])
+    def update(self, sums: State, state: State, *params: Array) -> tuple[State, Array]:
+        """A step of Halley's method on the norm of the entries, written so that it has a limit.
+
+        The norm is `S ** beta`, where `S` is the sum of `p`. Taken as `(S ** beta - 1) / beta`, it
+        tends to `log S` as `beta` tends to 0, and the step to logsumexp. For `alpha > 1.5` the
+        second derivative is infinite where an entry enters the support: there the step is Newton's.
+        For `alpha > 2` so is the slope, and the norm is not convex: the bracket that is kept is
+        halved where a step is not half of the last, or leaves it.
+        """
+        (alpha,) = params
+        beta = alpha - 1
+        total, slope, curve = sums
+        peak, low, high, last = state
         log_total = peak + jnp.log(total)
         excess = _expm1_over(beta, log_total)
         excess *= total / (1 + beta * excess)
@@ -262,29 +280,16 @@ def _solve(rows: Rows, scores: Entries, alpha: Array) -> tuple[Array, Array, Arr
         low = jnp.where(log_total < 0, peak, low)
         high = jnp.where(log_total >= 0, peak, high)
         # A shorter step would be lost in the rounding of the peak or of the scale.
-        least = eps * jnp.maximum(-peak, 1 / jnp.maximum(beta, 1))
+        least = jnp.finfo(peak.dtype).eps * jnp.maximum(-peak, 1 / jnp.maximum(beta, 1))
         shortest = peak + jnp.where(log_total < 0, least, -least)
         new = jnp.where(jnp.abs(new - peak) < least, shortest, new)
         slow = (beta > 1) & (jnp.abs(new - peak) > last / 2)
         new = jnp.where((new > low) & (new < high) & ~slow, new, low + (high - low) / 2)
-        off = jnp.abs(log_total) > _threshold.tolerance(peak) * jnp.maximum(2, -peak)
+        off = jnp.abs(log_total) > tolerance(peak) * jnp.maximum(2, -peak)
         between = (new > low) & (new < high) & (high - low > least / 2)
         moved = off & between & (total > 0)  # no weight, no way to a sum of 1
         new = jnp.where(jnp.isnan(log_total), log_total, jnp.where(moved, new, peak))
-        return (new, low, high, jnp.abs(new - peak), total), moved
-
-    # At least, all entries share evenly, but for rounding; at most, the maximum has all.
-    peak = jnp.zeros_like(rows.max(gaps) + beta)
-    low = peak - jnp.log(jnp.asarray(rows.length(gaps), beta.dtype)) - 1
-    start = peak, low, peak, -2 * low, jnp.zeros_like(peak)
-    peak, *_, total = _threshold.solve(rows, gaps, step, start)
-    return top, scale(peak), _threshold.inverse_of(total)
-
-
-def _weight(score: Array, top: Array, scale: Array, by: Array, alpha: Array) -> Array:
-    """`by w` of `_solve`, where `scale` is `1 / m`."""
-    u = _threshold.gap_above(score, top, 0, scale)
-    return _power(u, alpha - 1) * by  # NaN for an alpha below 1, as `by` is
+        return (new, low, high, jnp.abs(new - peak)), moved
 
 
 def _power(u: Array, beta: Array) -> Array:
@@ -341,6 +346,16 @@ def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Arra
 _expm1_quotient.defvjp(_expm1_quotient_fwd, _expm1_quotient_bwd)
 
 
+def _tsallis_weight(u: Array, alpha: Array) -> Array:
+    """`[1 + beta u]_+ ** (1 / beta)`."""
+    return _power(u, alpha - 1)
+
+
+def _tsallis_score(p: Array, alpha: Array) -> Array:
+    """`(p ** beta - 1) / beta`."""
+    return _expm1_over(alpha - 1, _safe_log(p))
+
+
 def _entmax_slope(p: Array, alpha: Array) -> Array:
     """`p ** (2 - alpha)` on the support, short of overflow."""
     slope = jnp.exp((2 - alpha) * _safe_log(p))
@@ -373,12 +388,15 @@ def _safe_log(p: Array) -> Array:
     return jnp.log(jnp.where(p > 0, p, 1))
 
 
-def _form_of_norm(q: int, scale: float, slope: Callable[..., Array]) -> Form:
-    solve = functools.partial(_threshold.solve_norm, q, scale)
-    return Form(solve, functools.partial(_threshold.weight_of_norm, q, scale), slope)
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Entmax15(Form):
+    def terms(self, gap: Array, tau: Array, *params: Array) -> tuple[Array, ...]:
+        """The weight and its slope, which is its root."""
+        root = jnp.maximum((gap - tau) / 2, 0)
+        return root * root, root
 
 
-ENTMAX = Form(_solve, _weight, _entmax_slope, _entmax_partials)
-ENTMAX15 = _form_of_norm(2, 0.5, sqrt)
-SPARSEMAX = _form_of_norm(1, 1.0, lambda p: indicator(p > 0, p.dtype))
+ENTMAX = _Entmax(_tsallis_weight, _tsallis_score, _entmax_slope, _entmax_partials)
+ENTMAX15 = _Entmax15(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * sqrt(p), sqrt)
+SPARSEMAX = Form(lambda u: jnp.maximum(u, 0), lambda p: p, lambda p: indicator(p > 0, p.dtype))
 _FIXED_FORMS = {1.0: SOFTMAX, 1.5: ENTMAX15, 2.0: SPARSEMAX}

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
-from jaxsoftmax._threshold import Form, has_form
+from jaxsoftmax._threshold import Solved, has_form
 
 
 @has_form(lambda rows, scores: (HARDMAX, ()))
@@ -49,9 +51,17 @@ def hardmax(
     return _threshold.apply(HARDMAX, rows, scores)[0].astype(output_dtype(x))
 
 
-def _solve(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    top = _threshold.top_of(rows, scores)
-    return top, _threshold.inverse_of(rows.sum(rows.map(_at_top, [scores], [top])))
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Hardmax(Solved):
+    def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
+        """The maximum, and the share of each entry there."""
+        top = _threshold.top_of(rows, scores)
+        return top, _threshold.inverse_of(rows.sum(rows.map(_at_top, [scores], [top])))
+
+    def at(self, score: Array, *row: Array) -> Array:
+        """The probability of a score."""
+        top, by = row
+        return _at_top(score, top) * by
 
 
 def _at_top(score: Array, top: Array) -> Array:
@@ -59,8 +69,4 @@ def _at_top(score: Array, top: Array) -> Array:
     return jnp.where(jnp.isnan(gap), gap, indicator(gap == 0, gap.dtype))
 
 
-def _weight(score: Array, top: Array, by: Array) -> Array:
-    return _at_top(score, top) * by
-
-
-HARDMAX = Form(_solve, _weight, slope=jnp.zeros_like)
+HARDMAX = _Hardmax(lambda u: indicator(u >= 0, u.dtype), jnp.zeros_like, slope=jnp.zeros_like)

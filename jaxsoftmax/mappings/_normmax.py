@@ -10,7 +10,8 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._elementary import nan_unless, sqrt
+from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import Entries, Rows, sum_to
 from jaxsoftmax._scores import (
     Axis,
@@ -82,6 +83,9 @@ def normmax(
     return _apply(is_two, rows, scores, order)[0].astype(output_dtype(x))
 
 
+_SQUARES = Form(lambda u: jnp.maximum(u, 0) ** 2, sqrt, lambda p: 2 * sqrt(p))
+
+
 def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> Entries:
     """Entmax of another order, to the power `1 / alpha`.
 
@@ -90,13 +94,12 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
     `w = u ** (q - 1)` is `(u ** q) ** (1 / alpha)`.
     """
     if is_two:
-        top, tau, _ = _threshold.solve_norm(2, 1.0, rows, scores)
-        gaps = rows.map(_threshold.gap_above, [scores], [top, tau, jnp.ones_like(top)])
-        return _threshold.normalized(rows, rows.map(lambda u: jnp.maximum(u, 0), [gaps]))
+        squares = _threshold.probabilities(_SQUARES, rows, scores)
+        return _threshold.normalized(rows, rows.map(jnp.sqrt, [squares]))
     gaps, _ = _threshold.below_top(rows, scores)
     alpha = nan_unless(alpha > 1, alpha)
     q = alpha / (alpha - 1)
-    powers = ENTMAX.probabilities(rows, rows.map(jnp.multiply, [gaps], [q]), 1 + 1 / q)
+    powers = _threshold.probabilities(ENTMAX, rows, rows.map(jnp.multiply, [gaps], [q]), 1 + 1 / q)
     return _threshold.normalized(rows, rows.map(jnp.power, [powers], [1 / alpha]))
 
 

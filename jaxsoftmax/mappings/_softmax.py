@@ -1,5 +1,6 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
+import dataclasses
 import functools
 import math
 from typing import Any, NamedTuple
@@ -13,7 +14,7 @@ from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._elementary import log1p, two_sum
 from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
-from jaxsoftmax._threshold import Form, has_form
+from jaxsoftmax._threshold import Solved, has_form
 
 
 @has_form(lambda rows, scores: (SOFTMAX, ()))
@@ -201,7 +202,10 @@ def pivot(rows: Rows, scores: Entries, top: Array) -> Array:
 _LARGE = 2.0**20
 
 
-class _Softmax(Form):
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Softmax(Solved):
+    only_scales = True
+
     def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
         """The exponentials over their sum.
 
@@ -216,20 +220,25 @@ class _Softmax(Form):
         weights = rows.map(lambda z, t, s: jnp.exp(jnp.minimum(t, z) - s), [scores], [top, shift])
         return _threshold.normalized(rows, weights)
 
+    def before_sum(self, rows: Rows, scores: Entries) -> tuple[Array, Array]:
+        """What `solve` returns, but with 1 for what weights are multiplied by."""
+        largest = float(jnp.finfo(scores[0].dtype).max)
+        top = rows.max(rows.map(_as_number, [scores]), least=-largest)
+        return top, jnp.ones_like(top)
 
-def _start(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    largest = float(jnp.finfo(scores[0].dtype).max)
-    top = rows.max(rows.map(_as_number, [scores]), least=-largest)
-    return top, jnp.ones_like(top)
+    def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
+        """The maximum, and what exponentials below it are multiplied by."""
+        top, _ = self.before_sum(rows, scores)
+        return top, _threshold.inverse_of(rows.sum(rows.map(_exp_below, [scores], [top])))
 
+    def at(self, score: Array, *row: Array) -> Array:
+        """The probability of a score."""
+        top, by = row
+        return _exp_below(score, top) * by
 
-def _solve(rows: Rows, scores: Entries) -> tuple[Array, Array]:
-    top, _ = _start(rows, scores)
-    return top, _threshold.inverse_of(rows.sum(rows.map(_exp_below, [scores], [top])))
-
-
-def _weight(score: Array, top: Array, by: Array) -> Array:
-    return _exp_below(score, top) * by
+    def origin(self, top: Array, by: Array) -> Array:
+        """What is to be subtracted from a score for `at` to be its exponential."""
+        return top - jnp.log(by)
 
 
 def _exp_below(score: Array, top: Array) -> Array:
@@ -241,14 +250,7 @@ def _as_number(score: Array) -> Array:
     return jnp.minimum(score, jnp.finfo(score.dtype).max)
 
 
-SOFTMAX = _Softmax(
-    _solve,
-    _weight,
-    slope=lambda p: p,
-    slopes_sum_to_one=True,
-    start=_start,
-    origin=lambda top, by: top - jnp.log(by),
-)
+SOFTMAX = _Softmax(jnp.exp, jnp.log, slope=lambda p: p)
 
 
 @custom_vjp
