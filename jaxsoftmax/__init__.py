@@ -22,6 +22,11 @@ Mappings: from scores to probabilities
     sinkhorn              soft assignment: rows and columns have fixed sums
     hardmax               everything to the largest score; ties share
 
+A mapping of your own
+    Form                  its equations, entry by entry
+    threshold_mapping     makes a mapping of them, with all that those above have
+    testing               checks such a mapping
+
 Losses: from scores and targets to one value per row
     cross_entropy         of softmax; with label smoothing, z-loss and class weights
     entmax_loss           of entmax and entmax15
@@ -57,6 +62,8 @@ import importlib as _importlib
 import typing as _typing
 
 from jaxsoftmax._differentiation import custom_vjp as custom_vjp
+from jaxsoftmax._form import Form as Form
+from jaxsoftmax._threshold_mapping import threshold_mapping as threshold_mapping
 from jaxsoftmax.attention import attention_fn as attention_fn
 from jaxsoftmax.attention import dot_product_attention as dot_product_attention
 from jaxsoftmax.linear_loss import linear_cross_entropy as linear_cross_entropy
@@ -90,6 +97,7 @@ from jaxsoftmax.sampling import straight_through as straight_through
 __version__ = "0.1.0"
 
 __all__ = [
+    "Form",
     "attention_fn",
     "budget_sparsemax",
     "calibration",
@@ -119,6 +127,8 @@ __all__ = [
     "stick_breaking",
     "straight_through",
     "support_size",
+    "testing",
+    "threshold_mapping",
     "top_k_mask",
     "top_p_mask",
     "tsallis_entropy",
@@ -127,9 +137,10 @@ __all__ = [
 if _typing.TYPE_CHECKING:
     from jaxsoftmax import calibration as calibration
     from jaxsoftmax import plots as plots
+    from jaxsoftmax import testing as testing
 
 # Imported when they are first asked for: few programs need them.
-_LATER = ("calibration", "plots")
+_LATER = ("calibration", "plots", "testing")
 
 
 def __getattr__(name: str) -> _typing.Any:

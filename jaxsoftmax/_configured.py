@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jaxtyping import Array
 
-from jaxsoftmax._scores import is_public, look_at_alpha, public
+from jaxsoftmax._public import Kind, is_public, kinds_of, public
 from jaxsoftmax.losses import cross_entropy
 
 P = ParamSpec("P")
@@ -52,7 +52,7 @@ def configured(function: Callable[..., Any]) -> Configured | None:
         return None
     keywords = {
         # Traced, lest each be compiled for, but for those with a form of their own.
-        name: np.asarray(x) if name == "alpha" and isinstance(look_at_alpha(x), float) else x
+        name: np.asarray(x) if _is_traced(partial.func, name, x) else x
         for name, x in partial.keywords.items()
     }
     arrays: dict[str, Any] = {name: x for name, x in keywords.items() if _is_array(x)}
@@ -64,22 +64,31 @@ def configured(function: Callable[..., Any]) -> Configured | None:
     return Configured(partial.func, options, arrays)
 
 
+def _is_traced(function: Callable[..., Any], name: str, x: Any) -> bool:
+    kind = kinds_of(function).get(name)
+    return kind is not None and kind.is_traced and isinstance(kind.look(name, x), float)
+
+
 def _is_array(x: Any) -> bool:
     return isinstance(x, jax.Array | np.ndarray | np.generic)
 
 
-def public_with_loss(fun: Callable[P, R]) -> Callable[P, R]:
+def public_with_loss(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Does what `public` does for a function that takes a loss, by keyword."""
-    of_ours = public(fun)
 
-    @functools.wraps(fun)
-    def checked(*args: Any, loss: Any = cross_entropy, **kwargs: Any) -> Any:
-        if not callable(loss):
-            raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
-        ours = configured(loss)
-        if ours is not None:
-            return of_ours(*args, loss=ours, **kwargs)  # pyright: ignore[reportCallIssue]
-        # Compiled for this call alone: what the loss uses may be something else at the next.
-        return public(functools.partial(fun, loss=loss))(*args, **kwargs)
+    def decorated(fun: Callable[P, R]) -> Callable[P, R]:
+        of_ours = public(fun, **kinds)
 
-    return cast(Callable[P, R], checked)
+        @functools.wraps(fun)
+        def checked(*args: Any, loss: Any = cross_entropy, **kwargs: Any) -> Any:
+            if not callable(loss):
+                raise TypeError(f"loss must be a function, got {type(loss).__name__}.")
+            ours = configured(loss)
+            if ours is not None:
+                return of_ours(*args, loss=ours, **kwargs)  # pyright: ignore[reportCallIssue]
+            # Compiled for this call alone: what the loss uses may be something else at the next.
+            return public(functools.partial(fun, loss=loss), **kinds)(*args, **kwargs)
+
+        return cast(Callable[P, R], checked)
+
+    return decorated

@@ -18,6 +18,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._elementary import nan_unless
+
 State = tuple[Array, ...]
 
 
@@ -28,7 +30,7 @@ class Form:
     All are elementwise functions in `jax.numpy`. `params` are the mapping's own parameters, such as
     the `alpha` of `entmax`, under the names that `weight` gives them.
 
-    Attributes:
+    Args:
       weight: `(u, *params) -> p`, the function `g`: increasing, never negative.
       score: `(p, *params) -> u`, its inverse for `p` above 0.
       slope: `(p, *params) -> s`, the derivative of `g` where its value is `p`. None: JAX finds it.
@@ -44,6 +46,9 @@ class Form:
       >>> form = jsm.Form(weight=lambda u: jnp.maximum(u, 0), score=lambda p: p)
       >>> jsm.threshold_mapping(form)(jnp.array([1.0, 0.5, -1.0]))
       Array([0.75, 0.25, 0.  ], dtype=float32)
+
+    References:
+      Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
     """
 
     weight: Callable[..., Array]
@@ -110,6 +115,8 @@ class Form:
         one = jnp.ones_like(length)
         # At least, the largest entry has all; at most, all entries have as much as it has.
         low, high = -self.score(one, *params), -self.score(1 / length, *params)
+        # No entry can have all: NaN rather than a wrong number.
+        low = nan_unless(jnp.isfinite(low), low)
         return low, low, jnp.maximum(low, high), jnp.full_like(low, jnp.inf), jnp.zeros_like(low)
 
     def update(self, sums: State, state: State, *params: Array) -> tuple[State, Array]:
@@ -124,13 +131,15 @@ class Form:
         tau, low, high, last, passes = state
         low = jnp.where(total >= 1, jnp.maximum(tau, low), low)
         high = jnp.where(total <= 1, jnp.minimum(tau, high), high)
-        new = tau + self._step(total, slope, *params)
-        inside = (new >= low) & (new <= high) & (passes < _PATIENCE)
+        step = self._step(total, slope, *params)
+        new = tau + step
+        inside = (new >= low) & (new <= high) & (step != 0) & (passes < _PATIENCE)
         new = jnp.where(inside, new, low + (high - low) / 2)
         off = jnp.abs(total - 1)
         # Where a sum is as near to 1 as its rounding allows, it comes no nearer.
         rounds = (off > last / 2) & (off < jnp.finfo(off.dtype).eps ** 0.5)
-        moved = (off > tolerance(tau)) & ~rounds & (new != tau) & (total > 0)
+        narrow = high - low <= jnp.finfo(off.dtype).eps * jnp.abs(tau)
+        moved = (off > tolerance(tau)) & ~rounds & ~narrow & (new != tau) & (total > 0)
         return (jnp.where(moved, new, tau), low, high, off, passes + 1), moved
 
     def _step(self, total: Array, slope: Array, *params: Array) -> Array:

@@ -5,210 +5,33 @@ what was wanted.
 """
 
 import dataclasses
-import functools
 import inspect
-import math
-import numbers
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ParamSpec, TypeVar, cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core, lax
+from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._public import COLD, Fixed, Positive, is_array, is_int, known_number
 from jaxsoftmax._reductions import Entries, Rows, sum_to, vary_like
 from jaxsoftmax._sharding import share_like
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
 Axis = int | str | tuple[int | str, ...] | None
-
-
-@functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
-@dataclasses.dataclass(frozen=True)
-class Positive:
-    """A number that was seen to be positive before it was traced."""
-
-    value: Any
-
-
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class Fixed:
-    """A number that is known while tracing."""
-
-    value: float
 
 
 Temperature = ArrayLike | Positive | Fixed
 
 
-def public(fun: Callable[P, R]) -> Callable[P, R]:
-    """Jits a public function, after a look at what only the caller's Python values can tell."""
-    parameters = inspect.signature(fun).parameters
-    positions = {name: i for i, name in enumerate(parameters)}
-    required = [name for name, p in parameters.items() if p.default is p.empty]
-    jitted = jax.jit(fun, static_argnames=[name for name in _STATIC if name in positions])
-    looks = {name: look for name, look in _LOOKS.items() if name in positions}
-
-    @functools.wraps(fun)
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        for name, look in looks.items():
-            if name in kwargs:
-                kwargs[name] = look(kwargs[name])
-            elif positions[name] < len(args):
-                i = positions[name]
-                args = (*args[:i], look(args[i]), *args[i + 1 :])
-        if kwargs.get("segment_ids") is not None and kwargs.get("num_segments") is None:
-            kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
-        try:
-            return jitted(*args, **kwargs)
-        except (TypeError, ValueError):
-            if unknown := [name for name in kwargs if name not in positions]:
-                name = getattr(fun, "__name__", "the function")
-                raise TypeError(
-                    f"{name} takes the arguments {', '.join(positions)}, got {unknown[0]}."
-                ) from None
-            given = {**dict(zip(positions, args, strict=False)), **kwargs}
-            refuse_what_is_no_array(given, required)
-            raise
-
-    vars(checked).update(is_public=True, looks=looks)
-    return cast(Callable[P, R], checked)
-
-
-def looked_at(fun: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as the body of a public function gets them."""
-    looks = getattr(fun, "looks", {})
-    return {name: looks[name](x) if name in looks else x for name, x in arguments.items()}
-
-
-def is_public(fun: Callable[..., Any]) -> bool:
-    """Whether `public` made the function, and so it holds no state."""
-    return getattr(fun, "is_public", False)
-
-
-def refuse_what_is_no_array(arguments: Mapping[str, Any], required: Sequence[str] = ()) -> None:
-    """Strings and the like get no further than jit, which says so in its own words."""
-    for name, value in arguments.items():
-        is_missing = value is None and name in required
-        if name not in _STATIC and (is_missing or not all(map(_is_array, jax.tree.leaves(value)))):
-            found = type(value).__name__
-            raise TypeError(f"{name} must be an array, got {found}.") from None
-
-
-def _look_at_temperature(value: Any) -> Any:
-    if not isinstance(value, numbers.Real):
-        return value
-    value = float(value)
-    if not value >= 0:
-        raise ValueError(f"temperature must not be negative or NaN, got {value}.")
-    # 0 and 1 are known while tracing; other numbers are traced, lest each be compiled for.
-    if value < _COLD:
-        return Fixed(0.0)
-    return Fixed(value) if value == 1 else Positive(value)
-
-
-# Below this a temperature is taken as 0: quotients would overflow, and differ no more.
-_COLD = 1e-30
-
-
-def _look_at_number(value: Any) -> Any:
-    return Fixed(float(value)) if isinstance(value, numbers.Real) else value
-
-
-def look_at_alpha(value: Any) -> Any:
-    """A number that is known while tracing, if it is one to be compiled for."""
-    if not isinstance(value, numbers.Real):
-        return value
-    value = float(value)
-    # Some have a form of their own, others are refused while tracing; the rest is traced, lest each
-    # be compiled for.
-    return value if 1 < value < math.inf and value not in (1.5, 2) else Fixed(value)
-
-
-def _look_at_axis(name: str, value: Any) -> Any:
-    value = tuple(value) if isinstance(value, list) else value
-    try:
-        hash(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be an int, a mesh axis name, a tuple of these or None, got "
-            f"{type(value).__name__}."
-        ) from None
-    return value
-
-
-def _look_at_integer(name: str, value: Any) -> int:
-    if not is_int(value):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
-    return int(value)
-
-
-def _look_at_integer_or_none(name: str, value: Any) -> int | None:
-    return None if value is None else _look_at_integer(name, value)
-
-
-def _look_at_hard(value: Any) -> Any:
-    if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"hard must be True or False, got {type(value).__name__}.")
-    return bool(value)
-
-
-def _look_at_static(name: str, value: Any) -> Any:
-    try:
-        hash(value)
-    except TypeError:
-        raise TypeError(
-            f"{name} must be known while tracing, got {type(value).__name__}."
-        ) from None
-    return value
-
-
-_AXES = ("axis", "axes")
-_INTEGERS = ("k", "num_iterations", "num_bins", "num_resamples")
-_INTEGERS_OR_NONE = ("ignore_index",)
-_OTHERS = (
-    *("num_segments", "reverse", "hard", "reduction", "chunk_size", "vocab_axis_name"),
-    *("binning", "norm", "debiased", "shape", "replace"),
-)
-_STATIC = (*_AXES, *_INTEGERS, *_INTEGERS_OR_NONE, *_OTHERS)
-_LOOKS = {
-    **{name: functools.partial(_look_at_static, name) for name in _OTHERS},
-    **{name: functools.partial(_look_at_axis, name) for name in _AXES},
-    **{name: functools.partial(_look_at_integer, name) for name in _INTEGERS},
-    **{name: functools.partial(_look_at_integer_or_none, name) for name in _INTEGERS_OR_NONE},
-    "temperature": _look_at_temperature,
-    "alpha": look_at_alpha,
-    "budget": _look_at_number,
-    "hard": _look_at_hard,
-    "label_smoothing": _look_at_number,
-    "z_loss": _look_at_number,
-    "logits_soft_cap": _look_at_number,
-}
-
-
-def _count_segments(segment_ids: ArrayLike) -> int:
-    if isinstance(segment_ids, core.Tracer):
-        raise ValueError("num_segments must be given if segment_ids is traced, got None.")
-    ids = np.asarray(segment_ids)
-    return max(int(ids.max(initial=-1)) + 1, min(ids.size, 1))  # one, if all are out of range
-
-
 def as_array(x: Any, name: str) -> Array:
     """An array; refuses lists, strings, ..."""
-    if not _is_array(x):
+    if not is_array(x):
         raise TypeError(f"{name} must be an array, got {type(x).__name__}.")
     return jnp.asarray(x)
-
-
-def _is_array(x: Any) -> bool:
-    return hasattr(x, "dtype") or isinstance(x, complex | float | int)
 
 
 def as_scores(x: ArrayLike, name: str = "x") -> Array:
@@ -390,14 +213,7 @@ def is_cold(rows: Rows, scores: Array, temperature: Temperature) -> bool | Array
         return known == 0
     if isinstance(temperature, Positive):
         return False
-    return jnp.abs(check_per_row("temperature", temperature, scores, rows)) < _COLD
-
-
-def known_number(value: Any) -> float | None:
-    """The number that a parameter is, if it is known while tracing."""
-    if isinstance(value, Fixed):
-        return value.value
-    return float(value) if isinstance(value, numbers.Real) else None
+    return jnp.abs(check_per_row("temperature", temperature, scores, rows)) < COLD
 
 
 def check_size(name: str, size: Any) -> int | None:
@@ -405,11 +221,6 @@ def check_size(name: str, size: Any) -> int | None:
     if size is not None and not (is_int(size) and size > 0):
         raise ValueError(f"{name} must be a positive integer or None, got {size!r}.")
     return size
-
-
-def is_int(n: Any) -> bool:
-    """Whether `n` is a whole number that is known while tracing."""
-    return isinstance(n, int | np.integer) and not isinstance(n, bool)
 
 
 def as_int(n: Any) -> int | None:

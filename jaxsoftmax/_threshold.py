@@ -21,6 +21,7 @@ from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._form import Form
+from jaxsoftmax._public import looked_at
 from jaxsoftmax._reductions import (
     Entries,
     Rows,
@@ -28,7 +29,7 @@ from jaxsoftmax._reductions import (
     sum_to,
     vary_like,
 )
-from jaxsoftmax._scores import Options, looked_at, prepare
+from jaxsoftmax._scores import Options, prepare
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
 from jaxsoftmax import _threshold
+from jaxsoftmax._public import INTEGER, is_int, public
 from jaxsoftmax._reductions import Rows, is_known
 from jaxsoftmax._scores import (
     Axis,
@@ -29,10 +30,8 @@ from jaxsoftmax._scores import (
     check_mask,
     check_per_row,
     check_real,
-    is_int,
     one_axis,
     prepare,
-    public,
 )
 
 
@@ -88,7 +87,7 @@ def top_k_mask(
     return _top_of_each(x, k, axis, where)
 
 
-@public
+@public(k=INTEGER)
 def _top_k_mask(x: ArrayLike, k: int, axis: Axis, where: ArrayLike | None = None) -> Array:
     scores, takes_part, axis = _as_rows(x, axis, where)
     length = scores.shape[-1]

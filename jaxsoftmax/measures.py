@@ -6,17 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Int, Real
 
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Rows, indicator
-from jaxsoftmax._scores import (
-    Axis,
-    Fixed,
-    as_scores,
-    check_per_row,
-    known_number,
-    output_dtype,
-    public,
-    split_axis,
-)
+from jaxsoftmax._scores import Axis, as_scores, check_per_row, output_dtype, split_axis
 from jaxsoftmax.mappings._entmax import negentropy
 
 
@@ -55,7 +47,7 @@ def shannon_entropy(p: Real[ArrayLike, "*shape"], axis: Axis = -1) -> Float[Arra
     return rows.flatten(rows.sum((terms,))).astype(output_dtype(p))
 
 
-@public
+@public(alpha=ALPHA)
 def tsallis_entropy(
     p: Real[ArrayLike, "*shape"], alpha: ArrayLike, axis: Axis = -1
 ) -> Float[Array, "*rows"]:

@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._public import FLAG, STATIC, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, is_known, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -31,14 +32,13 @@ from jaxsoftmax._scores import (
     is_cold,
     output_dtype,
     prepare,
-    public,
     split_axis,
     temper,
 )
 from jaxsoftmax.mappings import _softmax, hardmax
 
 
-@public
+@public(shape=STATIC, replace=STATIC)
 def sample(
     key: PRNGKeyArray,
     x: Real[ArrayLike, "*shape"],
@@ -151,7 +151,7 @@ def _without_replacement(
     return jnp.moveaxis(drawn, -1, 0).reshape(draws + drawn.shape[:-1])
 
 
-@public
+@public(hard=FLAG)
 def gumbel_softmax(
     key: PRNGKeyArray,
     x: Real[ArrayLike, "*shape"],

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 import scipy.special
 
@@ -116,6 +117,12 @@ def fixed(fun, **parameters):
     return mapping
 
 
+# A form that the package does not have, as someone else would write it: entmax at alpha = 4/3.
+entmax43 = jsm.threshold_mapping(
+    jsm.Form(lambda u: jnp.maximum(u / 3, 0) ** 3, lambda p: 3 * p ** (1 / 3)), name="entmax43"
+)
+
+
 # Two rows whose supports, under each sparse mapping here, stay the same nearby. So do their maxima.
 SCORES = np.array([[1.0, 0.6, -0.9, 0.1], [0.2, -2.0, 1.4, 1.1]])
 
@@ -177,6 +184,13 @@ MAPPINGS = [
         "entmax",
         fixed(jsm.entmax, alpha=1.3),
         lambda z: entmax_by_bisection(z, 1.3),
+        sparse=True,
+        smooth="inside",
+    ),
+    Mapping(
+        "entmax43",
+        entmax43,
+        lambda z: entmax_by_bisection(z, 4 / 3),
         sparse=True,
         smooth="inside",
     ),

@@ -69,7 +69,7 @@ def test_api_pages_name_each_public_object_once():
     listed = collections.Counter(re.findall(r"^::: (\S+)$", text, re.M))
     public = {
         f"{module.__name__}.{name}"
-        for module in (jsm, jsm.calibration, jsm.plots)
+        for module in (jsm, jsm.calibration, jsm.plots, jsm.testing)
         for name, value in vars(module).items()
         if callable(value) and not name.startswith("_")
         if getattr(value, "__module__", "").startswith(module.__name__)

@@ -19,9 +19,12 @@ HIDDEN_MODULES = (
 )
 
 
+PUBLIC_MODULES = (jsm, jsm.calibration, jsm.plots, jsm.testing)
+
+
 def public_objects():
     """All names of the package, and what its public module defines."""
-    for module in (jsm, jsm.calibration, jsm.plots):
+    for module in PUBLIC_MODULES:
         for name, value in vars(module).items():
             is_ours = getattr(value, "__module__", "").startswith(module.__name__)
             if is_ours and not name.startswith("_") and callable(value):
@@ -50,7 +53,8 @@ def test_is_documented(name, value):
     for heading in ("Args:", "Example:", "References:"):
         assert f"\n{heading}\n" in doc, f"{name} has no section {heading}"
     if not isinstance(value, type):
-        assert "\nReturns:\n" in doc
+        returns = inspect.signature(value).return_annotation not in (None, "None")
+        assert ("\nReturns:\n" in doc) == returns
         assert "\nRaises:\n" in doc
     arguments = doc.split("\nArgs:\n")[1].split("\n\n")[0]
     for parameter in inspect.signature(value).parameters:
@@ -94,15 +98,12 @@ def test_pytest_collects_the_examples(request):
         assert f"::{value.__module__}.{value.__qualname__}\n" in out
 
 
-PUBLIC_MODULES = (jsm, jsm.calibration, jsm.plots)
-
-
 @pytest.mark.parametrize("module", PUBLIC_MODULES, ids=lambda module: module.__name__)
 def test_a_shell_completes_public_names_alone(module):
     public = {name for p in OBJECTS if (name := p.values[0]) in vars(module)}
     public = {name for name in public if vars(module)[name].__module__.startswith(module.__name__)}
     if module is jsm:
-        public |= {"calibration", "plots"}
+        public |= {"calibration", "plots", "testing"}
     assert sorted(public) == sorted(module.__all__)
     assert set(dir(module)) - {"__version__"} == public
     assert all(hasattr(module, name) for name in dir(module))

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._public import is_int
 from jaxsoftmax._scores import (
     broadcasts,
     check_integers,
     check_key,
     check_real,
     has_parameter,
-    is_int,
     with_ndim,
 )
 from jaxsoftmax.attention._operands import KEYS, ROWS, SCORES, WHOLE

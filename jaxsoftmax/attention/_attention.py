@@ -13,15 +13,14 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import Configured, configured
+from jaxsoftmax._public import known_number, refuse_what_is_no_array
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import (
     as_int,
     check_mask,
     check_size,
     check_soft_cap,
-    known_number,
     mesh_names,
-    refuse_what_is_no_array,
     wide,
     with_ndim,
 )

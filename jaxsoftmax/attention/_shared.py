@@ -11,7 +11,7 @@ from jaxtyping import Array
 
 from jaxsoftmax import _sharding
 from jaxsoftmax._configured import Configured
-from jaxsoftmax._scores import known_number
+from jaxsoftmax._public import known_number
 from jaxsoftmax._sharding import Names, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.mappings import softmax

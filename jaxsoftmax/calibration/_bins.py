@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Real
 
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._public import INTEGER, STATIC
 from jaxsoftmax._scores import check_key
 from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
@@ -35,7 +36,7 @@ class ReliabilityCurve(NamedTuple):
     upper: Float[Array, " bins"]
 
 
-@measure
+@measure(num_bins=INTEGER, binning=STATIC, num_resamples=INTEGER)
 def reliability_curve(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],

@@ -95,7 +95,7 @@ class Examples:
 
 def fit(fun: Callable[P, R]) -> Callable[P, R]:
     """Jits a fit to `(logits, labels, where, *, loss, ...)`; see `explained`."""
-    return explained(public_with_loss(fun), _what_is_wrong)
+    return explained(public_with_loss()(fun), _what_is_wrong)
 
 
 def _what_is_wrong(

@@ -10,7 +10,8 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._elementary import nan_unless
-from jaxsoftmax._scores import as_scores, output_dtype, public
+from jaxsoftmax._public import public
+from jaxsoftmax._scores import as_scores, output_dtype
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 from jaxsoftmax.calibration._scaling import strength
@@ -19,7 +20,7 @@ from jaxsoftmax.calibration._scaling import strength
 _LIMIT = 1000.0
 
 
-@measure
+@measure()
 def fit_beta_scaling(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],
@@ -156,7 +157,7 @@ def beta_scaling(
     return _class_by_class(of_class, probs, dict(zip("abc", parameters, strict=True)))
 
 
-@measure
+@measure()
 def fit_isotonic(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],

@@ -12,8 +12,9 @@ from jax import core, lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._public import Kind, public
 from jaxsoftmax._reductions import indicator
-from jaxsoftmax._scores import as_scores, broadcasts, check_mask, check_real, public, with_ndim
+from jaxsoftmax._scores import as_scores, broadcasts, check_mask, check_real, with_ndim
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -106,9 +107,13 @@ class Events:
         return Events(value, outcome, self.weights)
 
 
-def measure(fun: Callable[P, R]) -> Callable[P, R]:
-    """Jits a measure of `(probs, labels, where, *, weights, ...)`; see `explained`."""
-    return explained(public(fun), _what_is_wrong)
+def measure(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Jits a measure of `(probs, labels, where, *, weights, ...)`; see `public`, `explained`."""
+
+    def decorated(fun: Callable[P, R]) -> Callable[P, R]:
+        return explained(public(fun, **kinds), _what_is_wrong)
+
+    return decorated
 
 
 def explained(

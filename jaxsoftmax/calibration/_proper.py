@@ -7,11 +7,12 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
+from jaxsoftmax._public import INTEGER, STATIC
 from jaxsoftmax.calibration._bins import Binning, into_bins
 from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
 
-@measure
+@measure(reduction=STATIC)
 def negative_log_likelihood(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],
@@ -62,7 +63,7 @@ def negative_log_likelihood(
     return predictions.reduce(-jnp.log(true), reduction)
 
 
-@measure
+@measure(reduction=STATIC)
 def brier_score(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],
@@ -126,7 +127,7 @@ class BrierDecomposition(NamedTuple):
     within_bins: Float[Array, ""]
 
 
-@measure
+@measure(num_bins=INTEGER, binning=STATIC)
 def brier_decomposition(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],

@@ -16,7 +16,7 @@ _STEPS = 2**12
 _HALVINGS = 26
 
 
-@measure
+@measure()
 def smooth_calibration_error(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],

@@ -11,6 +11,7 @@ from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import public_with_loss
+from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, STATIC
 from jaxsoftmax._scores import (
     broadcasts,
     check_integers,
@@ -29,7 +30,13 @@ from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.losses._targets import check_known, without_ignored
 
 
-@public_with_loss
+@public_with_loss(
+    reduction=STATIC,
+    logits_soft_cap=NUMBER,
+    chunk_size=STATIC,
+    vocab_axis_name=STATIC,
+    ignore_index=INTEGER_OR_NONE,
+)
 def linear_cross_entropy(
     hidden: Real[ArrayLike, "*rows D"],
     weight: Real[ArrayLike, "D V"],

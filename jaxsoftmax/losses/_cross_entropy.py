@@ -8,16 +8,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
-from jaxsoftmax._scores import (
-    Axis,
-    Options,
-    check_per_row,
-    check_real,
-    in_given_order,
-    known_number,
-    public,
-)
+from jaxsoftmax._scores import Axis, Options, check_per_row, check_real, in_given_order
 from jaxsoftmax.losses._targets import (
     Classes,
     as_target,
@@ -28,7 +21,7 @@ from jaxsoftmax.losses._targets import (
 from jaxsoftmax.mappings import _softmax
 
 
-@public
+@public(label_smoothing=NUMBER, z_loss=NUMBER, ignore_index=INTEGER_OR_NONE)
 def cross_entropy(
     scores: Real[ArrayLike, "*shape"],
     targets: Integer[ArrayLike, "*rows"] | Real[ArrayLike, "*shape"],

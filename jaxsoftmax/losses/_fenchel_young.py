@@ -10,8 +10,9 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, hoist
+from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Options, public
+from jaxsoftmax._scores import Axis, Options
 from jaxsoftmax.losses._targets import (
     as_distribution,
     not_negative,

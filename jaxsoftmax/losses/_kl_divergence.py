@@ -3,7 +3,8 @@
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
-from jaxsoftmax._scores import Axis, Options, as_scores, public
+from jaxsoftmax._public import public
+from jaxsoftmax._scores import Axis, Options, as_scores
 from jaxsoftmax.losses._targets import one_per_row, prepare_scores
 from jaxsoftmax.mappings import _softmax
 

@@ -13,8 +13,9 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import sqrt
 from jaxsoftmax._form import Form
+from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Fixed, Options, known_number, public
+from jaxsoftmax._scores import Axis, Options
 from jaxsoftmax.losses._cross_entropy import cross_entropy
 from jaxsoftmax.losses._targets import (
     as_distribution,
@@ -76,7 +77,7 @@ def sparsemax_loss(
     return _loss(_GINI, scores, targets, axis, where, temperature)
 
 
-@public
+@public(alpha=ALPHA)
 def entmax_loss(
     scores: Real[ArrayLike, "*shape"],
     targets: Integer[ArrayLike, "*rows"] | Float[ArrayLike, "*shape"],

@@ -11,21 +11,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
+from jaxsoftmax._public import NUMBER, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._scores import (
-    Axis,
-    Options,
-    check_per_row,
-    is_cold,
-    known_number,
-    output_dtype,
-    prepare,
-    public,
-)
+from jaxsoftmax._scores import Axis, Options, check_per_row, is_cold, output_dtype, prepare
 from jaxsoftmax._threshold import Solved
 
 
-@public
+@public(budget=NUMBER)
 def budget_sparsemax(
     x: Real[ArrayLike, "*shape"],
     budget: ArrayLike,

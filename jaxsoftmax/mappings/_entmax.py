@@ -12,23 +12,15 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, nan_unless, sqrt
 from jaxsoftmax._form import Form, State, tolerance
+from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
-from jaxsoftmax._scores import (
-    Axis,
-    Fixed,
-    Options,
-    check_per_row,
-    known_number,
-    output_dtype,
-    prepare,
-    public,
-)
+from jaxsoftmax._scores import Axis, Options, check_per_row, output_dtype, prepare
 from jaxsoftmax._threshold import has_form
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
 
 @has_form(lambda rows, scores, alpha=1.5: _with_alpha(rows, scores, alpha))
-@public
+@public(alpha=ALPHA)
 def entmax(
     x: Real[ArrayLike, "*shape"],
     alpha: ArrayLike = 1.5,

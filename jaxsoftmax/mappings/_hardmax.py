@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
+from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
+from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
 from jaxsoftmax._threshold import Solved, has_form
 
 

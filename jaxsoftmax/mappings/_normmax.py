@@ -12,20 +12,13 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless, sqrt
 from jaxsoftmax._form import Form
+from jaxsoftmax._public import ALPHA, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, sum_to
-from jaxsoftmax._scores import (
-    Axis,
-    Options,
-    check_per_row,
-    known_number,
-    output_dtype,
-    prepare,
-    public,
-)
+from jaxsoftmax._scores import Axis, Options, check_per_row, output_dtype, prepare
 from jaxsoftmax.mappings._entmax import ENTMAX
 
 
-@public
+@public(alpha=ALPHA)
 def normmax(
     x: Real[ArrayLike, "*shape"],
     alpha: ArrayLike = 2.0,

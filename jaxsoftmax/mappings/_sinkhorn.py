@@ -9,24 +9,16 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._public import AXIS, INTEGER, known_number, public
 from jaxsoftmax._reductions import Rows, vary_like
-from jaxsoftmax._scores import (
-    Axis,
-    Options,
-    is_cold,
-    known_number,
-    output_dtype,
-    prepare,
-    public,
-    split_axis,
-)
+from jaxsoftmax._scores import Axis, Options, is_cold, output_dtype, prepare, split_axis
 from jaxsoftmax._sharding import share_like
 from jaxsoftmax.mappings._softmax import SOFTMAX, log_sum
 
 _OneOrMore = int | str | tuple[int | str, ...]
 
 
-@public
+@public(axes=AXIS, num_iterations=INTEGER)
 def sinkhorn(
     x: Real[ArrayLike, "*shape"],
     axes: tuple[_OneOrMore, _OneOrMore] = (-2, -1),

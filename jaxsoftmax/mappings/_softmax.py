@@ -12,8 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._elementary import log1p, two_sum
+from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
-from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare, public
+from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
 from jaxsoftmax._threshold import Solved, has_form
 
 

@@ -6,8 +6,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Options, output_dtype, prepare, public
+from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
 from jaxsoftmax.mappings import _softmax
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._public import STATIC, public
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import (
     Axis,
@@ -20,7 +21,6 @@ from jaxsoftmax._scores import (
     is_cold,
     output_dtype,
     prepare,
-    public,
     split_axis,
     with_ndim,
 )
@@ -28,7 +28,7 @@ from jaxsoftmax._sharding import parts_of
 from jaxsoftmax.mappings._hardmax import HARDMAX
 
 
-@public
+@public(reverse=STATIC)
 def stick_breaking(
     x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,

@@ -1,0 +1,221 @@
+"""What a public function does before it is traced.
+
+Only the caller's Python values can tell some things: that a temperature is exactly 0, or that an
+axis is no integer. Each function declares what its options are, as `public(k=INTEGER)`.
+"""
+
+import dataclasses
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
+
+import jax
+import numpy as np
+from jax import core
+from jaxtyping import ArrayLike
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=())
+@dataclasses.dataclass(frozen=True)
+class Positive:
+    """A number that was seen to be positive before it was traced."""
+
+    value: Any
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Fixed:
+    """A number that is known while tracing."""
+
+    value: float
+
+
+class Kind(NamedTuple):
+    """A kind of options.
+
+    Attributes:
+      look: `(name, value) -> value` as the function is to get it; may refuse it.
+      is_static: whether it is known while tracing, and compiled for.
+      is_traced: whether numbers of this kind are arrays, lest each be compiled for.
+    """
+
+    look: Callable[[str, Any], Any]
+    is_static: bool = False
+    is_traced: bool = False
+
+
+def _static(name: str, value: Any, kinds: str = "known while tracing") -> Any:
+    try:
+        hash(value)
+    except TypeError:
+        raise TypeError(f"{name} must be {kinds}, got {type(value).__name__}.") from None
+    return value
+
+
+def _axis(name: str, value: Any) -> Any:
+    value = tuple(value) if isinstance(value, list) else value
+    return _static(name, value, "an int, a mesh axis name, a tuple of these or None")
+
+
+def _integer(name: str, value: Any) -> int:
+    if not is_int(value):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
+    return int(value)
+
+
+def _integer_or_none(name: str, value: Any) -> int | None:
+    return None if value is None else _integer(name, value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
+    return bool(value)
+
+
+def _number(_: str, value: Any) -> Any:
+    return Fixed(float(value)) if isinstance(value, numbers.Real) else value
+
+
+def _temperature(name: str, value: Any) -> Any:
+    if not isinstance(value, numbers.Real):
+        return value
+    value = float(value)
+    if not value >= 0:
+        raise ValueError(f"{name} must not be negative or NaN, got {value}.")
+    # 0 and 1 are known while tracing; other numbers are traced, lest each be compiled for.
+    if value < COLD:
+        return Fixed(0.0)
+    return Fixed(value) if value == 1 else Positive(value)
+
+
+# Below this a temperature is taken as 0: quotients would overflow, and differ no more.
+COLD = 1e-30
+
+
+def _alpha(_: str, value: Any) -> Any:
+    if not isinstance(value, numbers.Real):
+        return value
+    value = float(value)
+    # Some have a form of their own, others are refused while tracing.
+    return value if 1 < value < math.inf and value not in (1.5, 2) else Fixed(value)
+
+
+STATIC = Kind(_static, is_static=True)
+AXIS = Kind(_axis, is_static=True)
+INTEGER = Kind(_integer, is_static=True)
+INTEGER_OR_NONE = Kind(_integer_or_none, is_static=True)
+FLAG = Kind(_flag, is_static=True)
+NUMBER = Kind(_number)
+TEMPERATURE = Kind(_temperature)
+ALPHA = Kind(_alpha, is_traced=True)
+PARAMETER = Kind(lambda _, value: value, is_traced=True)
+
+# What all functions that have these call them.
+_EVERYWHERE = {"axis": AXIS, "temperature": TEMPERATURE, "num_segments": STATIC}
+
+
+@overload
+def public(fun: Callable[P, R], /, **kinds: Kind) -> Callable[P, R]: ...
+@overload
+def public(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]: ...
+def public(fun: Callable[..., Any] | None = None, /, **kinds: Kind) -> Any:
+    """Jits a public function, after a look at what only the caller's Python values can tell.
+
+    Args:
+      fun: the function; None: a decorator is returned.
+      **kinds: what its options are, by name. All others are arrays.
+    """
+    if fun is None:
+        return functools.partial(public, **kinds)
+    name, parameters = getattr(fun, "__name__", "the function"), inspect.signature(fun).parameters
+    kinds |= {option: kind for option, kind in _EVERYWHERE.items() if option in parameters}
+    positions = {option: i for i, option in enumerate(parameters)}
+    static = [option for option, kind in kinds.items() if kind.is_static]
+    required = [option for option, p in parameters.items() if p.default is p.empty]
+    jitted = jax.jit(fun, static_argnames=static)
+
+    @functools.wraps(fun)
+    def checked(*args: Any, **kwargs: Any) -> Any:
+        for option, kind in kinds.items():
+            if option in kwargs:
+                kwargs[option] = kind.look(option, kwargs[option])
+            elif positions[option] < len(args):
+                i = positions[option]
+                args = (*args[:i], kind.look(option, args[i]), *args[i + 1 :])
+        if kwargs.get("segment_ids") is not None and kwargs.get("num_segments") is None:
+            kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
+        try:
+            return jitted(*args, **kwargs)
+        except (TypeError, ValueError):
+            if unknown := [option for option in kwargs if option not in positions]:
+                raise TypeError(
+                    f"{name} takes the arguments {', '.join(positions)}, got {unknown[0]}."
+                ) from None
+            given = {**dict(zip(positions, args, strict=False)), **kwargs}
+            refuse_what_is_no_array(given, required, static)
+            raise
+
+    vars(checked).update(is_public=True, kinds=kinds)
+    return checked
+
+
+def is_public(fun: Callable[..., Any]) -> bool:
+    """Whether `public` made the function, and so it holds no state."""
+    return getattr(fun, "is_public", False)
+
+
+def kinds_of(fun: Callable[..., Any]) -> Mapping[str, Kind]:
+    """What the options of a public function are."""
+    return getattr(fun, "kinds", {})
+
+
+def looked_at(fun: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as the body of a public function gets them."""
+    kinds = kinds_of(fun)
+    return {
+        name: kinds[name].look(name, value) if name in kinds else value
+        for name, value in arguments.items()
+    }
+
+
+def refuse_what_is_no_array(
+    arguments: Mapping[str, Any], required: Sequence[str] = (), static: Sequence[str] = ()
+) -> None:
+    """Strings and the like get no further than jit, which says so in its own words."""
+    for name, value in arguments.items():
+        is_missing = value is None and name in required
+        if name not in static and (is_missing or not all(map(is_array, jax.tree.leaves(value)))):
+            found = type(value).__name__
+            raise TypeError(f"{name} must be an array, got {found}.") from None
+
+
+def known_number(value: Any) -> float | None:
+    """The number that a parameter is, if it is known while tracing."""
+    if isinstance(value, Fixed):
+        return value.value
+    return float(value) if isinstance(value, numbers.Real) else None
+
+
+def is_int(n: Any) -> bool:
+    """Whether `n` is a whole number that is known while tracing."""
+    return isinstance(n, int | np.integer) and not isinstance(n, bool)
+
+
+def is_array(x: Any) -> bool:
+    """Whether `x` is what `jax.jit` takes for an array."""
+    return hasattr(x, "dtype") or isinstance(x, complex | float | int)
+
+
+def _count_segments(segment_ids: ArrayLike) -> int:
+    if isinstance(segment_ids, core.Tracer):
+        raise ValueError("num_segments must be given if segment_ids is traced, got None.")
+    ids = np.asarray(segment_ids)
+    return max(int(ids.max(initial=-1)) + 1, min(ids.size, 1))  # one, if all are out of range

@@ -1,0 +1,204 @@
+"""A form from outside the package, and the contract that it and ours are checked by."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.special
+
+import jaxsoftmax as jsm
+from jaxsoftmax import testing
+from tests.cases import MAPPINGS, entmax_by_bisection, fixed, named
+
+ours = [c for c in MAPPINGS if c.simplex and c.gives == "probabilities" and c.smooth != "nowhere"]
+
+
+@pytest.mark.parametrize("case", **named(ours))
+def test_ours_keep_the_contract(case):
+    testing.check_mapping(case.fun, case.reference)
+
+
+def softmax(x, axis=-1, where=None, temperature=1.0):
+    return jsm.softmax(x, axis, where, temperature=temperature)
+
+
+def _in_place_of_softmax(change):
+    return lambda x, axis=-1, where=None, temperature=1.0: change(x, axis, where, temperature)
+
+
+@jax.custom_jvp
+def _half(x):
+    return x
+
+
+_half.defjvp(lambda primals, tangents: (primals[0], 0.5 * tangents[0]))
+
+FAULTS = {
+    "values": lambda x, a, w, t: jsm.sparsemax(x, a, w, temperature=t),
+    "dtype": lambda x, a, w, t: softmax(jnp.asarray(x, jnp.float32), a, w, t),
+    "values of integers": lambda x, a, w, t: jnp.where(
+        jnp.issubdtype(jnp.result_type(x), jnp.integer), 0, softmax(x, a, w, t)
+    ),
+    "axis=0": lambda x, a, w, t: softmax(x, -1, w, t),
+    "where": lambda x, a, w, t: softmax(x, a, None, t),
+    "NaN that where excludes": lambda x, a, w, t: softmax(
+        x if w is None else jnp.where(w, x, x - jnp.inf), a, None, t
+    ),
+    "temperature=0.5": lambda x, a, w, t: softmax(x, a, w),
+    "temperature=0": lambda x, a, w, t: softmax(x, a, w, jnp.maximum(t, 0.1)),
+    "rows of extreme scores": lambda x, a, w, t: softmax(jnp.nan_to_num(x, nan=0.0), a, w, t),
+    "derivatives in reverse mode": lambda x, a, w, t: softmax(_half(x), a, w, t),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_faults_are_found(name):
+    def reference(x):
+        return scipy.special.softmax(x, -1)
+
+    with pytest.raises(AssertionError, match=f"^{name}"):
+        testing.check_mapping(_in_place_of_softmax(FAULTS[name]), reference)
+
+
+def test_too_few_scores():
+    with pytest.raises(ValueError, match="rows of three or more"):
+        testing.check_mapping(jsm.softmax, lambda x: x, scores=[[1.0, 2.0]])
+
+
+def weight(u, alpha):
+    """That of entmax, with the edge of the support at 0."""
+    return jnp.where(u > 0, jnp.where(u > 0, (alpha - 1) * u, 1) ** (1 / (alpha - 1)), 0)
+
+
+power = jsm.threshold_mapping(
+    jsm.Form(weight, lambda p, alpha: p ** (alpha - 1) / (alpha - 1)), name="power"
+)
+
+
+def test_parameters_of_a_form(rng):
+    """Those of entmax, whose derivatives are written by hand."""
+    x, ct = rng.normal(size=(2, 3, 40))
+    alpha = np.array([[1.2], [1.5], [1.9]])
+    ours, pull_back = jax.vjp(jsm.entmax, x, alpha)
+    theirs, theirs_back = jax.vjp(power, x, alpha)
+    np.testing.assert_allclose(theirs, ours, atol=1e-12)
+    for found, wanted in zip(theirs_back(ct), pull_back(ct), strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+    hessian = jax.jacfwd(jax.grad(lambda a: jnp.sum(ct * power(x, a))))(1.7)
+    ours = jax.jacfwd(jax.grad(lambda a: jnp.sum(ct * jsm.entmax(x, a))))(1.7)
+    np.testing.assert_allclose(hessian, ours, rtol=1e-7)
+    np.testing.assert_allclose(power(x, 1.3, 0), jsm.entmax(x, 1.3, 0), atol=1e-12)
+    testing.check_mapping(fixed(power, alpha=1.4), lambda x: entmax_by_bisection(x, 1.4))
+
+
+def test_parameters_are_not_compiled_for():
+    count = 0
+
+    def counted(u, rate):
+        nonlocal count
+        count += 1
+        return jnp.exp(rate * u)
+
+    mapping = jsm.threshold_mapping(jsm.Form(counted, lambda p, rate: jnp.log(p) / rate))
+    x = jnp.arange(3.0)
+    mapping(x, 1.0)
+    traced = count
+    np.testing.assert_allclose(mapping(x, 3.0), jsm.softmax(3 * x), rtol=1e-6)
+    assert count == traced
+
+
+def test_a_form_with_a_fixed_threshold(rng):
+    """Entries that depend on their own score alone."""
+    x = rng.normal(size=(2, 5))
+    sigmoid = jsm.threshold_mapping(
+        jsm.Form(jax.nn.sigmoid, lambda p: jnp.log(p) - jnp.log1p(-p), tau=0.0)
+    )
+    where = np.arange(5) < 4
+    np.testing.assert_allclose(sigmoid(x, where=where), scipy.special.expit(x) * where)
+    jacobian = jax.jacrev(sigmoid)(x[0])
+    np.testing.assert_allclose(jacobian, np.diag(jax.vmap(jax.grad(jax.nn.sigmoid))(x[0])))
+    np.testing.assert_allclose(jax.jacfwd(sigmoid)(x[0]), jacobian)
+    shifted = jsm.threshold_mapping(
+        jsm.Form(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * jnp.sqrt(p), tau=0.5)
+    )
+    np.testing.assert_allclose(shifted(x), np.maximum((x - 0.5) / 2, 0) ** 2)
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        # No power, and no exponential: the bracket is used.
+        jsm.Form(jax.nn.softplus, lambda p: jnp.log(jnp.expm1(p))),
+        jsm.Form(
+            lambda u: jnp.where(u < 0, 1 / jnp.where(u < 0, 1 - u, 1) ** 2, 1 + u),
+            lambda p: jnp.where(p < 1, 1 - jnp.where(p < 1, p, 1) ** -0.5, p - 1),
+        ),
+        jsm.Form(lambda u: jnp.clip(u, 0, 1) ** 0.5, lambda p: p**2),
+    ],
+)
+def test_any_increasing_function(form, rng):
+    """Whatever it is: rows sum to 1, and are the function of scores less one number."""
+    mapping = jsm.threshold_mapping(form)
+    for scale, length in [(0.1, 3), (1.0, 200), (30.0, 2000)]:
+        x = scale * rng.normal(size=(20, length))
+        p = np.asarray(mapping(x))
+        np.testing.assert_allclose(p.sum(-1), 1, rtol=1e-12)
+        inside = (p > 1e-9) & (p < 0.999)
+        tau = x - form.score(np.where(inside, p, 0.5))
+        most, least = (
+            np.max(tau, -1, where=inside, initial=-1e9),
+            np.min(tau, -1, where=inside, initial=1e9),
+        )
+        assert np.all(most - least < 1e-7)
+
+
+def test_attention_and_losses_of_a_form(rng):
+    query, key, value = rng.normal(size=(3, 2, 12, 2, 4))
+    form = jsm.Form(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * jnp.sqrt(p))
+    mapping = jsm.threshold_mapping(form)
+
+    def attend(normalizer):
+        def loss(*args):
+            out = jsm.dot_product_attention(*args, is_causal=True, normalizer=normalizer)
+            return jnp.sum(jnp.sin(3 * out))
+
+        return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
+
+    for found, wanted in zip(
+        jax.tree.leaves(attend(mapping)), jax.tree.leaves(attend(jsm.entmax15)), strict=True
+    ):
+        np.testing.assert_allclose(found, wanted, rtol=1e-9, atol=1e-11)
+
+    def entropy(p, axis):
+        return jnp.sum((p - p**1.5) / 0.75, axis)
+
+    loss = jsm.fenchel_young_loss(mapping, entropy)
+    x, y = rng.normal(size=(3, 5)), np.array([0, 4, 2])
+    np.testing.assert_allclose(loss(x, y), jsm.entmax_loss(x, y), atol=1e-9)
+    learned = functools.partial(power, alpha=1.5)
+    out = jsm.dot_product_attention(query, key, value, normalizer=learned)
+    wanted = jsm.dot_product_attention(query, key, value, normalizer=jsm.entmax15)
+    np.testing.assert_allclose(out, wanted, atol=1e-10)
+
+
+def test_wrong_forms():
+    with pytest.raises(TypeError, match=r"form must be a jaxsoftmax\.Form, got function"):
+        jsm.threshold_mapping(lambda u: u)
+    for wrong in (lambda u, axis: u, lambda u, *rest: u, lambda u, *, rate: u):
+        with pytest.raises(ValueError, match=r"form\.weight must name its parameters"):
+            jsm.threshold_mapping(jsm.Form(wrong, lambda p: p))
+    never_one = jsm.Form(jax.nn.sigmoid, lambda p: jnp.log(p) - jnp.log1p(-p))
+    no_inverse = jsm.Form(jnp.exp, lambda p: p)
+    for wrong in (never_one, no_inverse):
+        with pytest.raises(ValueError, match=r"form\.weight must be the inverse of form\.score"):
+            jsm.threshold_mapping(wrong)(np.ones(3))
+    for call, sentence in [
+        (lambda: power(np.ones(3)), "missing a required argument: 'alpha'"),
+        (lambda: power(np.ones(3), "x"), "alpha must be an array, got str"),
+        (lambda: power(np.ones((2, 3)), np.ones(3)), "alpha must broadcast to one value per row"),
+        (lambda: power(np.ones(3), 1.5, wher=1), "power takes the arguments x, alpha, axis, where"),
+    ]:
+        with pytest.raises((TypeError, ValueError), match=sentence):
+            call()
