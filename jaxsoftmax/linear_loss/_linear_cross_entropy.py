@@ -52,26 +52,26 @@ def linear_cross_entropy(
     weights: Real[ArrayLike, "*#rows"] | None = None,
     ignore_index: int | None = None,
 ) -> Float[Array, ""] | Float[Array, "*rows"]:
-    r"""The loss of `hidden @ weight + bias`, without ever holding all of these scores.
+    r"""The loss of the scores `hidden @ weight + bias`, computed without holding them all.
 
     .. math:: \frac{1}{N} \sum_{n=1}^N \mathrm{loss}(h_n W + b, y_n)
 
-    Up to rounding, it equals the loss of all the scores at once, and so do its derivatives of every
-    order. But only one chunk of rows is in memory at a time. For the reductions "mean" and "sum",
-    the gradient is computed in the forward pass. It costs three matrix products, as it does with
-    all the scores. For "none", the scores are computed once more.
+    Only one chunk of rows is in memory at a time. The loss and its derivatives of every order are
+    the same, up to rounding, as those from all the scores at once. For the reductions "mean" and
+    "sum", the gradient is computed in the forward pass and costs three matrix products, as it does
+    with all the scores. For "none", the scores are computed once more.
 
     Args:
       hidden: the inputs of the last layer, of shape (..., D).
       weight: the weights of that layer, of shape (D, V) for V classes.
-      labels: integer classes, of the shape (...), or distributions over the classes, floats of the
-        shape (..., V), which are taken as constants: they have no gradient.
+      labels: either integer classes, of the shape (...), or distributions over the classes: floats
+        of the shape (..., V). Distributions are constants: they get no gradient.
       bias: added to the scores, of shape (V,).
-      loss: any function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that gives
-        one value per row, such as `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
-        options by `functools.partial`. Arrays that it closes over, such as a learned `alpha`, get
-        gradients. Outside of `jax.jit`, each call with a loss of your own compiles again, since it
-        may close over other arrays.
+      loss: a function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that returns
+        one value per row. Examples are `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
+        options set by `functools.partial`. Arrays that it closes over, such as a learned `alpha`,
+        get gradients. Outside of `jax.jit`, each call with a loss of your own compiles again, since
+        it may close over other arrays.
       reduction: "mean" and "sum" are over the rows that count; "none" returns the loss of each row.
       where: which rows count; a boolean mask that broadcasts to `labels`. The loss and the gradient
         of other rows are 0, even if they contain NaN.
@@ -94,8 +94,8 @@ def linear_cross_entropy(
       under `jax.experimental.checkify`.
 
     Raises:
-      TypeError: if `labels` are neither integers nor floats, `where` is not boolean, `loss` is not
-        a function, or the others are not real.
+      TypeError: if `labels` are not integers or floats, `where` is not boolean, `loss` is not a
+        function, or the other arguments are not real.
       ValueError: if shapes do not fit, including that of the result of `loss`; if `reduction` is
         unknown; if `chunk_size` or `logits_soft_cap` is not positive; or if `ignore_index` is used
         with distributions.

@@ -1,11 +1,11 @@
-"""Losses: one value per row of scores, each the natural partner of a mapping.
+"""Losses: each belongs to a mapping, and returns one value per row of scores.
 
 A mapping that maximizes `<p, z> - Omega(p)` has the Fenchel-Young loss
 
     L(z, y) = Omega*(z) + Omega(y) - <y, z> = (<p, z> - Omega(p)) - (<y, z> - Omega(y)),
 
-which is 0 exactly where the mapping gives the target, positive elsewhere, convex in the scores,
-and has the gradient `p - y`.
+It is 0 where the mapping returns the target, and positive elsewhere. It is convex in the scores,
+and its gradient is `p - y`.
 """
 
 from jaxsoftmax.losses._cross_entropy import cross_entropy as cross_entropy

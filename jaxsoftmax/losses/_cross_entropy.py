@@ -1,5 +1,7 @@
 """Cross-entropy: how surprising the targets are under softmax."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp
@@ -39,40 +41,43 @@ def cross_entropy(
     .. math:: L(x, y) = -\sum_i \tilde y_i \log p_i + c \left(\log \sum_i e^{x_i / t}\right)^2,
               \quad p = \mathrm{softmax}(x / t), \quad \tilde y_i = (1 - s) y_i + s / K
 
-    with the label smoothing `s` over the `K` classes that take part, and the coefficient `c` of the
-    z-loss; both are 0 unless given. Class weights multiply :math:`\tilde y_i`. For a class `y` it
-    then is :math:`-\log p_y`, exact also where the class is nearly certain, and so is the gradient
-    in `x/t`, which is `p - y` (`p * sum(y) - y` for targets that do not sum to 1).
+    Here `s` is the label smoothing, `K` is how many classes take part, and `c` is the coefficient
+    of the z-loss. By default `s` and `c` are 0, so that the loss of a class `y` is
+    :math:`-\log p_y`. Class weights multiply :math:`\tilde y_i`. The gradient in `x/t` is `p - y`,
+    or `p * sum(y) - y` for targets that do not sum to 1. The loss and the gradient are accurate
+    even if the class is nearly certain.
 
     Args:
       scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`; or a distribution over the
-        classes, numbers of the shape of `scores`, one-hot integers too. Sizes of 1 broadcast.
-      axis: the axis of the classes; several, or None for all, count them in the order given, the
-        last fastest. Mesh axis names may be among them: a class is then counted across the devices.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
-        for K classes, or a mask for each row. Rows that are not to count are left out later, by
-        `jnp.mean(loss, where=rows)`.
+      targets: either integer classes, of the shape of `scores` without `axis`, or distributions
+        over the classes, of the shape of `scores`. One-hot integers are distributions. Sizes of 1
+        broadcast.
+      axis: the axis of the classes. It may be several axes, or None for all: the classes are then
+        counted along the axes in the order given, fastest along the last.
+        They may include names of mesh axes: the classes are then counted across the devices.
+      where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
+        (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
+        `jnp.mean(loss, where=rows)` afterwards.
       temperature: divides the scores; a number or one value per row, not negative.
       label_smoothing: the share of the target that is spread evenly over the classes that take
-        part (those of score -inf do not); from 0 to 1, a number or one value per row.
-      z_loss: the coefficient of the square of `logsumexp`, which keeps the scores from drifting;
-        a number or one value per row, not negative.
-      class_weights: how much each class counts, not negative, of the shape (K,) for K classes, or
-        of the sizes of `axis`. For a mean as in PyTorch, divide the sum of the losses by that of
+        part. Classes with a score of -inf take no part. A number or one value per row, from 0 to 1.
+      z_loss: the coefficient of the square of `logsumexp`. This term keeps the scores from
+        drifting. A number or one value per row, not negative.
+      class_weights: how much each class counts; not negative, of the shape (K,) for K classes, or
+        of the sizes of `axis`. For a mean as in PyTorch, divide the sum of the losses by the sum of
         `class_weights[targets]`.
-      ignore_index: the class, be it out of range, whose rows have the loss and the gradient 0.
+      ignore_index: a class whose rows have loss 0 and gradient 0. It may be out of range.
 
     Returns:
-      One value per row, in the dtype of `scores`, or float32 for half precision. A class that
-      `where` excludes gives inf. One out of range gives NaN and the gradient 0, and an error under
-      `jax.experimental.checkify` (which loses sight of it, as of all checks, in the gradient of a
-      `scan`).
+      One value per row, in the dtype of `scores`, or float32 for half precision. A target that
+      `where` excludes gives inf. A target out of range gives NaN and gradient 0, and an error under
+      `jax.experimental.checkify`. (In the gradient of a `scan`, checkify loses all errors.)
 
     Raises:
-      TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
+      TypeError: if `scores` is not real, or `targets` are not integers or real numbers.
       ValueError: if shapes do not fit, `temperature` or `z_loss` is a negative number,
-        `label_smoothing` one outside of [0, 1], or `ignore_index` comes with distributions.
+        `label_smoothing` is a number outside of [0, 1], or `ignore_index` is used with
+        distributions.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

@@ -1,5 +1,7 @@
 """The loss of any mapping that says what it maximizes."""
 
+from __future__ import annotations
+
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -26,30 +28,32 @@ from jaxsoftmax.losses._targets import (
 def fenchel_young_loss(
     mapping: Callable[..., Array], entropy: Callable[..., Array]
 ) -> Callable[..., Array]:
-    r"""Makes the loss of a mapping from what the mapping maximizes.
+    r"""Makes the loss of a mapping, given the entropy that the mapping maximizes.
 
     .. math:: L(x, y) = \langle p - y, x \rangle + H(p) - H(y), \quad
               p = \mathrm{mapping}(x) = \arg\max_p \langle p, x \rangle + H(p)
 
-    The gradient in `x` is `p - y`, whatever the mapping: it is evaluated once, and not gone through
-    backwards (second derivatives do that). Numbers that `entropy` closes over, such as a learned
-    `alpha`, get their gradients: at fixed `p`, since `p` is the maximum.
+    The gradient in `x` is `p - y` for every mapping. So the mapping is evaluated once, and it is
+    differentiated only for second derivatives. Arrays that `entropy` closes over, such as a learned
+    `alpha`, get gradients. These are taken at fixed `p`, which is right because `p` is the maximum.
 
     Args:
-      mapping: `mapping(scores, axis=axis, where=where)` gives probabilities of the shape of
-        `scores`; `where` is passed only if there is one, and what it excludes is -inf.
-      entropy: `entropy(p, axis=axis)` gives the concave `H`, one value per row. For a mapping that
-        divides by a temperature it is multiplied by that.
+      mapping: `mapping(scores, axis=axis, where=where)` returns probabilities of the shape of
+        `scores`. It gets `where` only if the loss does; the scores that `where` excludes are -inf.
+      entropy: `entropy(p, axis=axis)` returns the concave `H`, one value per row. If the mapping
+        divides the scores by a temperature, multiply the entropy by that temperature.
 
     Returns:
-      The function `loss(scores, targets, axis=-1, where=None)`. It gives one value per row, in the
-      dtype of `scores` (float32 for half precision), never negative for targets that the mapping
-      can give; classes and distributions as targets are treated as by `cross_entropy`. It is
-      compiled once for each call of `fenchel_young_loss`: make it once.
+      A function `loss(scores, targets, axis=-1, where=None)`. It returns one value per row, in the
+      dtype of `scores`, or float32 for half precision. The value is never negative for targets that
+      the mapping can return. Targets are classes or distributions, as in `cross_entropy`. Each call
+      of `fenchel_young_loss` makes a function that is compiled anew, so call it once.
 
     Raises:
-      TypeError: if an argument is no function; by the loss, if `scores` or `targets` are not real.
-      ValueError: by the loss, if shapes do not fit, those from `mapping` and `entropy` included.
+      TypeError: if an argument is not a function. The loss raises it if `scores` or `targets` are
+        not real.
+      ValueError: the loss raises it if shapes do not fit, including those that `mapping` and
+        `entropy` return.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

@@ -1,5 +1,7 @@
 """The divergence of two softmaxes."""
 
+from __future__ import annotations
+
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
@@ -18,28 +20,29 @@ def kl_divergence(
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, "*rows"]:
-    r"""The Kullback-Leibler divergence of two softmaxes, both given by their scores.
+    r"""The Kullback-Leibler divergence between two softmaxes, which are given by their scores.
 
     .. math:: L(x, z) = \sum_i q_i (\log q_i - \log p_i), \quad p = \mathrm{softmax}(x / t),
               \quad q = \mathrm{softmax}(z / t)
 
-    What a student pays for probabilities `p` where the teacher has `q`. The gradient in `x/t` is
-    `p - q`; in the teacher's scores it is not 0, unless `jax.lax.stop_gradient` makes it so. Where
-    the two are nearly equal the terms do not cancel, as those of the formula would: each is taken
-    as `q (d + exp(-d) - 1)` with `d = log q - log p`, which has the same sum.
+    In distillation, `p` is the student and `q` is the teacher. The gradient in `x/t` is `p - q`.
+    The teacher's scores get a gradient, too: use `jax.lax.stop_gradient` if you do not want it. The
+    loss is accurate even if `p` and `q` are nearly equal, where the terms of the formula would
+    cancel. Each term is computed as `q (d + exp(-d) - 1)` with `d = log q - log p`; these have the
+    same sum.
 
     Args:
       scores: the scores of `p`, of any shape and real dtype.
       target_scores: the scores of `q`, of the shape of `scores`. Log-probabilities are scores.
       axis: the axes of a distribution: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`.
-      temperature: divides all scores; a number or one value per row, not negative. The loss is not
-        multiplied by its square, as it often is in distillation.
+      where: which classes take part; a boolean mask that broadcasts to `scores`.
+      temperature: divides both kinds of scores; a number or one value per row, not negative. In
+        distillation, the loss is often multiplied by the square of the temperature. Here it is not.
 
     Returns:
-      One value per row, never negative, in the dtype of `scores`, or float32 for half precision. It
-      is inf where `p` is 0 and `q` is not.
+      One value per row, in the dtype of `scores`, or float32 for half precision. It is never
+      negative. It is inf if, for some class, `p` is 0 and `q` is not.
 
     Raises:
       TypeError: if `scores` or `target_scores` are not real.

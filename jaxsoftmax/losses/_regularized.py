@@ -1,5 +1,7 @@
 """Fenchel-Young losses of the entmax family: the regularizer, its mapping and one rule."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -37,32 +39,34 @@ def sparsemax_loss(
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, "*rows"]:
-    r"""The Fenchel-Young loss of `sparsemax`: 0 as soon as the margin is 1.
+    r"""The Fenchel-Young loss of `sparsemax`. It is 0 as soon as the margin is 1.
 
     .. math:: L(x, y) = \frac12 \|y - x/t\|^2 - \frac12 \|p - x/t\|^2,
               \quad p = \mathrm{sparsemax}(x / t)
 
-    The gradient in `x/t` is `p - y`.
+    The margin is by how much the score of the target exceeds all others. The gradient in `x/t` is
+    `p - y`.
 
     Args:
       scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`; or a distribution over the
-        classes, numbers of the shape of `scores`, one-hot integers too. Sizes of 1 broadcast.
-      axis: the axis of the classes; several, or None for all, count them in the order given, the
-        last fastest.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
-        for K classes, or a mask for each row. Rows that are not to count are left out later, by
-        `jnp.mean(loss, where=rows)`.
+      targets: either integer classes, of the shape of `scores` without `axis`, or distributions
+        over the classes, of the shape of `scores`. One-hot integers are distributions. Sizes of 1
+        broadcast.
+      axis: the axis of the classes. It may be several axes, or None for all: the classes are then
+        counted along the axes in the order given, fastest along the last.
+      where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
+        (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
+        `jnp.mean(loss, where=rows)` afterwards.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, in the dtype of `scores` (float32 for half precision), never negative if
-      the targets sum to 1; of others it is the formula, and the gradient `p - y`. A class that
-      `where` excludes gives inf; one out of range gives NaN and the gradient 0, and an error under
-      `jax.experimental.checkify`.
+      One value per row, in the dtype of `scores`, or float32 for half precision. It is never
+      negative if the targets sum to 1. For other targets, it is the value of the formula, and the
+      gradient is `p - y`. A target that `where` excludes gives inf. A target out of range gives NaN
+      and gradient 0, and an error under `jax.experimental.checkify`.
 
     Raises:
-      TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
+      TypeError: if `scores` is not real, or `targets` are not integers or real numbers.
       ValueError: if shapes do not fit, or `temperature` is a negative number.
 
     Example:
@@ -87,37 +91,39 @@ def entmax_loss(
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, "*rows"]:
-    r"""The Fenchel-Young loss of `entmax`: 0 as soon as the margin is `1 / (alpha - 1)`.
+    r"""The Fenchel-Young loss of `entmax`. It is 0 as soon as the margin is `1 / (alpha - 1)`.
 
     .. math:: L(x, y) = \langle p - y, x/t \rangle
               + \frac{\sum_i y_i^\alpha - \sum_i p_i^\alpha}{\alpha (\alpha - 1)},
               \quad p = \mathrm{entmax}(x / t)
 
-    The gradient in `x/t` is `p - y`. At `alpha` 1 it is the Kullback-Leibler divergence of `p` from
-    the target, which for a class is `cross_entropy`; at 2 it is `sparsemax_loss`.
+    The gradient in `x/t` is `p - y`. At `alpha` 1, it is the Kullback-Leibler divergence of `p`
+    from the target: if the target is a class, that is `cross_entropy`. At 2, it is
+    `sparsemax_loss`.
 
     Args:
       scores: scores of any shape and real dtype.
-      targets: integer classes, of the shape of `scores` without `axis`; or a distribution over the
-        classes, numbers of the shape of `scores`, one-hot integers too. Sizes of 1 broadcast.
+      targets: either integer classes, of the shape of `scores` without `axis`, or distributions
+        over the classes, of the shape of `scores`. One-hot integers are distributions. Sizes of 1
+        broadcast.
       alpha: the shape, at least 1; a number or one value per row, differentiable.
-      axis: the axis of the classes; several, or None for all, count them in the order given, the
-        last fastest.
-      where: the classes that take part; a boolean mask that broadcasts to `scores`: of shape (K,)
-        for K classes, or a mask for each row. Rows that are not to count are left out later, by
-        `jnp.mean(loss, where=rows)`.
+      axis: the axis of the classes. It may be several axes, or None for all: the classes are then
+        counted along the axes in the order given, fastest along the last.
+      where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
+        (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
+        `jnp.mean(loss, where=rows)` afterwards.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
-      One value per row, in the dtype of `scores` (float32 for half precision), never negative if
-      the targets sum to 1; of others it is the formula, and the gradient `p - y`. A class that
-      `where` excludes gives inf; one out of range gives NaN and the gradient 0, and an error under
-      `jax.experimental.checkify`.
+      One value per row, in the dtype of `scores`, or float32 for half precision. It is never
+      negative if the targets sum to 1. For other targets, it is the value of the formula, and the
+      gradient is `p - y`. A target that `where` excludes gives inf. A target out of range gives NaN
+      and gradient 0, and an error under `jax.experimental.checkify`.
 
     Raises:
-      TypeError: if `scores` is not real, or `targets` neither integers nor real numbers.
-      ValueError: if shapes do not fit, `alpha` is a number below 1 or infinite, or
-        `temperature` a negative one.
+      TypeError: if `scores` is not real, or `targets` are not integers or real numbers.
+      ValueError: if shapes do not fit, `alpha` is a number below 1 or infinite, or `temperature` is
+        a negative number.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm

@@ -1,5 +1,7 @@
 """Softmax, its logarithm, and the logarithm of its denominator."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import math
@@ -30,7 +32,7 @@ def softmax(
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
-    r"""The exponentials of the scores, normalized: positive, dense probabilities.
+    r"""The exponentials of the scores, divided by their sum: every probability is positive.
 
     .. math:: p_i = \frac{e^{x_i / t}}{\sum_j e^{x_j / t}}
 
@@ -41,16 +43,16 @@ def softmax(
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
-      sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
-      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
-        of range take no part.
-      num_segments: how many segments there are; needed where `segment_ids` is traced.
+      sink: one more score in each row, added after the division by the temperature. Its share is
+        dropped. A number or one value per row. With a sink of 0 it is softmax-one.
+      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
+        Ids out of range take no part.
+      num_segments: how many segments there are; needed if `segment_ids` is traced.
 
     Returns:
-      Probabilities of the shape and dtype of `x`. They are accurate also where they are tiny.
+      Probabilities of the shape and dtype of `x`. Tiny ones are accurate, too.
 
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
@@ -89,7 +91,7 @@ def log_softmax(
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*shape"]:
-    r"""The logarithm of `softmax`, exact also where one score dominates.
+    r"""The logarithm of `softmax`. It is accurate even if one score dominates.
 
     .. math:: \log p_i = x_i / t - \log \sum_j e^{x_j / t}
 
@@ -99,13 +101,13 @@ def log_softmax(
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`. The rest gets -inf.
+      where: which entries take part; a boolean mask that broadcasts to `x`. The others get -inf.
       temperature: divides the scores; a number or one value per row, not negative.
-      sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
-      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
-        of range take no part.
-      num_segments: how many segments there are; needed where `segment_ids` is traced.
+      sink: one more score in each row, added after the division by the temperature. Its share is
+        dropped. A number or one value per row.
+      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
+        Ids out of range take no part.
+      num_segments: how many segments there are; needed if `segment_ids` is traced.
 
     Returns:
       Log-probabilities of the shape and dtype of `x`.
@@ -116,7 +118,8 @@ def log_softmax(
         `temperature` is a negative number.
 
     Example:
-      The probability of the first class is 1 - 2.9e-20, and its logarithm says so.
+      The probability of the first class is 1 - 2.9e-20, which float32 rounds to 1. Its logarithm
+      is not rounded to 0.
 
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
       >>> log_p = jsm.log_softmax(jnp.array([45.0, 0.0]))
@@ -142,28 +145,28 @@ def logsumexp(
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
 ) -> Float[Array, "*rows"]:
-    r"""The logarithm of the sum of exponentials, the smooth maximum behind `softmax`.
+    r"""The logarithm of the sum of the exponentials: a smooth maximum.
 
     .. math:: \log \sum_i e^{x_i / t}
 
-    The gradient in `x/t` is `softmax(x, temperature=t)`. Nothing is multiplied back: the smooth
-    maximum at temperature `t` is `t * logsumexp(x, temperature=t)`.
+    The gradient in `x/t` is `softmax(x, temperature=t)`. The result is not multiplied by the
+    temperature: the smooth maximum at temperature `t` is `t * logsumexp(x, temperature=t)`.
 
     Args:
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`.
+      where: which entries take part; a boolean mask that broadcasts to `x`.
       temperature: divides the scores; a number or one value per row, not negative.
-      sink: one virtual score, joined to each row after the division by the temperature, whose
-        share is dropped; a number or one value per row. 0 makes `softmax` softmax-one.
-      segment_ids: integers, the length of `axis`: scores of the same number are one row. Ids out
-        of range take no part.
-      num_segments: how many segments there are; needed where `segment_ids` is traced.
+      sink: one more score in each row, added after the division by the temperature. It counts
+        in the sum. A number or one value per row.
+      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
+        Ids out of range take no part.
+      num_segments: how many segments there are; needed if `segment_ids` is traced.
 
     Returns:
-      One value per row, in the dtype of `x`; -inf for a row in which nothing takes part. With
-      segments, `axis` has the length `num_segments`.
+      One value per row, in the dtype of `x`. It is -inf for a row in which no entry takes part.
+      With segments, `axis` has the length `num_segments`.
 
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.

@@ -1,5 +1,7 @@
 """Softpick: softmax less what a score of 0 would get."""
 
+from __future__ import annotations
+
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,27 +22,27 @@ def softpick(
     *,
     temperature: ArrayLike = 1.0,
 ) -> Float[Array, "*shape"]:
-    r"""Softmax that can pick nothing: only positive scores get a share, and all of them may be 0.
+    r"""A softmax that may give 0 to every entry: only positive scores get a share.
 
     .. math:: p_i = \frac{\max(e^{x_i / t} - 1, 0)}{\sum_j |e^{x_j / t} - 1|}
 
-    Negative scores get nothing, yet take from the others: a row sums to at most 1. A row of zeros
-    gets 0. Jacobian in `x/t`: :math:`\mathrm{diag}(\max(s, 0)) - p s^\top`, with
-    :math:`s_i = \mathrm{sign}(x_i) e^{x_i / t} / \sum_j |e^{x_j / t} - 1|`; at a score of 0, where
-    there is a kink, the slope is taken as 0.
+    A negative score gets 0, but it makes the shares of the others smaller: a row sums to at most 1.
+    A row of zeros gets 0. Jacobian in `x/t`: :math:`\mathrm{diag}(\max(s, 0)) - p s^\top`, with
+    :math:`s_i = \mathrm{sign}(x_i) e^{x_i / t} / \sum_j |e^{x_j / t} - 1|`. The function has a kink
+    at a score of 0; the slope there is taken as 0.
 
     Args:
       x: scores of any shape and real dtype.
       axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
         all array axes.
-      where: what takes part; a boolean mask that broadcasts to `x`. What it excludes is not in the
-        denominator either, and so it is with scores of -inf.
-      temperature: divides the scores; a number or one value per row, not negative. 0 makes it
-        `hardmax`, also where no score is positive, which is not the limit: small ones give nothing
-        there.
+      where: which entries take part; a boolean mask that broadcasts to `x`. The others are not in
+        the denominator either, and nor are scores of -inf.
+      temperature: divides the scores; a number or one value per row, not negative. At 0 it is
+        `hardmax`. If no score is positive, that is not the limit: at small temperatures, such a
+        row gets 0.
 
     Returns:
-      Non-negative numbers of the shape and dtype of `x`, at most 1 in sum.
+      Non-negative numbers of the shape and dtype of `x`. Each row sums to at most 1.
 
     Raises:
       TypeError: if `x` is not real or `where` not boolean.
