@@ -1,6 +1,7 @@
 """The command line: options, what is said on screen, and how it ends."""
 
 import argparse
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="python -m jaxsoftmax",
         description=(
-            "Trains one small network per mapping to read handwritten digits, compares the "
-            "probabilities they give, and writes a page about it."
+            "Trains one small network per mapping to read handwritten digits, says which mapping "
+            "and which scaling give the best probabilities, and writes a page about it."
         ),
         allow_abbrev=False,
     )
@@ -38,12 +39,12 @@ def _parser() -> argparse.ArgumentParser:
         "--mapping",
         action="append",
         choices=[model.name for model in MODELS],
-        help="train this one only; may be given more than once (default: all)",
+        help="train only this one; you may give several (default: all)",
     )
     parser.add_argument(
         "--epochs",
         type=_whole_number(1, _MOST_EPOCHS),
-        default=40,
+        default=200,
         metavar="N",
         help="passes over the training digits (default: %(default)s)",
     )
@@ -52,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         type=_whole_number(0, _LARGEST_SEED),
         default=0,
         metavar="N",
-        help="decides everything random: same seed, same numbers (default: %(default)s)",
+        help="seed of all random numbers: same seed, same results (default: %(default)s)",
     )
     parser.add_argument(
         "--out",
@@ -106,13 +107,13 @@ def _demonstrate(models: list[Model], options: argparse.Namespace) -> None:
     say = (lambda text: None) if options.quiet else print
     with interrupts.held() as let_through:
         # Here, not above: only these modules need the extra, and a wrong option is told faster.
-        from jaxsoftmax._demo import comparison, digits, page, table
+        from jaxsoftmax._demo import comparison, digits, page, table, verdict, wording
 
         let_through()
         data = digits.load(options.seed)
         say(
-            f"{data.train.size} handwritten digits to train on, {data.validation.size} to "
-            f"validate, {data.test.size} to test."
+            f"{data.train.size} handwritten digits to train on, {data.validation.size} to fit the "
+            f"scalings on, {data.test.size:,} to test."
         )
         results = comparison.compare(
             models,
@@ -122,12 +123,14 @@ def _demonstrate(models: list[Model], options: argparse.Namespace) -> None:
             quiet=options.quiet,
             checkpoint=let_through,
         )
-        html = page.page(results, data, epochs=options.epochs, seed=options.seed)
+        ranking = verdict.rank(results)
+        html = page.page(results, ranking, data, epochs=options.epochs, seed=options.seed)
     try:
         path = folder.write_page(options.out, html)
     except OSError as error:
         raise _unwritable(options.out, error) from error
-    say(f"\n{table.table(results)}\n\nThe page is at {path}")
+    said = textwrap.fill(" ".join(wording.verdict(ranking)), 80)
+    say(f"\n{table.table(results)}\n\n{said}\n\nThe page is at {path}")
 
 
 def _unwritable(out: Path, error: OSError) -> UsageError:

@@ -10,8 +10,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
 NUM_CLASSES = 10
-VALIDATION_SHARE = 0.25
-TEST_SHARE = 0.25
+# So few to train on that networks make mistakes and are too sure of themselves.
+TRAIN_SIZE = 150
+VALIDATION_SIZE = 600
 _BRIGHTEST = 16.0
 
 
@@ -33,7 +34,7 @@ class Split(NamedTuple):
 
 
 class Digits(NamedTuple):
-    """The three splits: one to learn from, one to fit the temperature on, one to judge by."""
+    """The three splits: one to train on, one to fit the scalings on, one to judge by."""
 
     train: Split
     validation: Split
@@ -42,8 +43,6 @@ class Digits(NamedTuple):
 
 def load(seed: int) -> Digits:
     """Loads the digits and splits them, every split with the same share of each class.
-
-    Calibration is measured on mistakes, and there are few: so validation and test are large.
 
     Args:
       seed: Decides which digit goes where.
@@ -54,13 +53,13 @@ def load(seed: int) -> Digits:
     images, labels = load_digits(return_X_y=True)
     rows = np.arange(len(labels))
 
-    def divide(rows: np.ndarray, share: float) -> Sequence[Any]:
-        return train_test_split(rows, test_size=share, random_state=seed, stratify=labels[rows])
+    def divide(rows: np.ndarray, size: int) -> Sequence[Any]:
+        return train_test_split(rows, train_size=size, random_state=seed, stratify=labels[rows])
 
     def split(rows: np.ndarray) -> Split:
         pixels = images[rows].reshape(-1, 8, 8) / _BRIGHTEST
         return Split(jnp.asarray(pixels, jnp.float32), jnp.asarray(labels[rows], jnp.int32))
 
-    rest, test = divide(rows, TEST_SHARE)
-    train, validation = divide(rest, VALIDATION_SHARE / (1 - TEST_SHARE))
+    train, rest = divide(rows, TRAIN_SIZE)
+    validation, test = divide(rest, VALIDATION_SIZE)
     return Digits(split(train), split(validation), split(test))

@@ -19,16 +19,15 @@ from matplotlib.ticker import (
 )
 
 from jaxsoftmax import plots
+from jaxsoftmax._demo import theme
 from jaxsoftmax._demo.evaluation import Result
+from jaxsoftmax._demo.theme import INK, LINE, MUTE, SOFT
 from jaxsoftmax._demo.training import Epoch
 from jaxsoftmax.calibration import ReliabilityCurve
 
 # A notice about building its font cache would break the silence of --quiet.
 logging.getLogger("matplotlib").setLevel(logging.ERROR)
 
-_INK = "#1d2430"
-_FAINT = "#6b7380"
-_GRID = "#e6e8ec"
 _CURVES_SIZE = (4.0, 2.7)
 _RELIABILITY_SIZE = (3.4, 3.7)
 _PANEL_SIZE = (3.6, 2.8)
@@ -36,19 +35,19 @@ _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial
 _STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
-    "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _FAINT,
+    "axes.edgecolor": SOFT,
+    "axes.labelcolor": SOFT,
     "axes.linewidth": 0.6,
     "axes.grid": True,
     "axes.axisbelow": True,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "grid.color": _GRID,
+    "grid.color": LINE,
     "grid.linewidth": 0.8,
     "legend.frameon": False,
-    "text.color": _INK,
-    "xtick.color": _FAINT,
-    "ytick.color": _FAINT,
+    "text.color": INK,
+    "xtick.color": SOFT,
+    "ytick.color": SOFT,
     "xtick.major.size": 0,
     "ytick.major.size": 0,
     "ytick.minor.size": 0,
@@ -64,7 +63,7 @@ def accuracy_curves(results: list[Result]) -> bytes:
     def draw(axes: Axes) -> None:
         _draw_curves(axes, results, lambda epoch: epoch.accuracy)
         worst_end = min(result.trained.epochs[-1].accuracy for result in results)
-        axes.set_ylim(0.85 if worst_end > 0.9 else 0.0, 1.0)
+        axes.set_ylim(0.7 if worst_end > 0.8 else 0.0, 1.0)
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="lower right", handlelength=2.6)
 
@@ -76,8 +75,8 @@ def loss_curves(results: list[Result]) -> bytes:
 
     def draw(axes: Axes) -> None:
         axes.set_yscale("log")
-        _draw_curves(axes, results, lambda epoch: max(epoch.loss, 1e-9))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        _draw_curves(axes, results, lambda epoch: epoch.loss or np.nan)
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.yaxis.set_minor_formatter(NullFormatter())
         axes.legend(loc="upper right", handlelength=2.6)
@@ -86,7 +85,7 @@ def loss_curves(results: list[Result]) -> bytes:
 
 
 def reliability_diagram(curve: ReliabilityCurve, colour: str) -> bytes:
-    """Draws how often answers are right against how sure the model said it was.
+    """Draws how often the answers are right for each confidence.
 
     Args:
       curve: The reliability curve.
@@ -112,23 +111,25 @@ def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> byt
       temperatures: From low to high; 0 is fine.
 
     Returns:
-      An SVG picture: a line per class, which ends where the probability is exactly 0. The two
-      most probable classes of all have colour and ink, and a mark is at the fitted temperature.
+      An SVG picture: a line per class, which ends where the probability is exactly 0. The most
+      probable class has the model's colour, the second has it in dashes, and the others are grey. A
+      mark is at the fitted temperature.
     """
     probs = panel_probabilities(result, row, temperatures)
     leaders = np.argsort(-probs[0] - probs.mean(0), kind="stable")[:2]
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
         axes = figure.subplots()
-        looks = dict(zip(leaders, (result.model.colour, _INK), strict=True))
+        looks = dict(zip(leaders, ("solid", (0, (3, 1.5))), strict=True))
         for digit, line in enumerate(np.where(probs > 0, probs, np.nan).T):
             if digit not in looks:
-                axes.plot(temperatures, line, color="#b5bbc4", linewidth=1)
-        for digit, colour in looks.items():
+                axes.plot(temperatures, line, color=MUTE, linewidth=1)
+        for digit, dashes in looks.items():
             line = np.where(probs[:, digit] > 0, probs[:, digit], np.nan)
-            axes.plot(temperatures, line, color=colour, linewidth=2, label=f"{digit}")
+            colour = result.model.colour
+            axes.plot(temperatures, line, color=colour, ls=dashes, lw=2, label=f"a {digit}")
         if temperatures[0] <= result.temperature <= temperatures[-1]:
-            axes.axvline(result.temperature, color=_FAINT, linewidth=1, linestyle=(0, (2, 2)))
+            axes.axvline(result.temperature, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
         axes.set(xlim=(temperatures[0], temperatures[-1]), ylim=(-0.02, 1.02))
         axes.set(xlabel="temperature", ylabel="probability")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -177,4 +178,6 @@ def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], flo
 def _svg(figure: Figure) -> bytes:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    return buffer.getvalue().replace("'DejaVu Sans'", _FONTS).encode()
+    svg = buffer.getvalue().replace("'DejaVu Sans'", _FONTS)
+    # The diagonal of a reliability diagram has the grey of `jaxsoftmax.plots`.
+    return theme.themed(svg.replace("#6b7380", SOFT)).encode()

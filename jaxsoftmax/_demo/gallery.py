@@ -8,6 +8,7 @@ from jaxsoftmax._demo import figures
 from jaxsoftmax._demo.digits import NUM_CLASSES, Split
 from jaxsoftmax._demo.embedding import data_uri
 from jaxsoftmax._demo.evaluation import Result
+from jaxsoftmax._demo.theme import variable
 
 SIZE = 12
 
@@ -87,7 +88,7 @@ def _reading(result: Result, probs: np.ndarray, label: int) -> str:
     mark, verdict = ("✓", "right") if guess == label else ("✗", "wrong")
     spoken = ", ".join(f"{index}: {_percent(prob)}" for index, prob in enumerate(probs) if prob > 0)
     return (
-        f'<div class="reading" style="--colour:{result.model.colour}">'
+        f'<div class="reading" style="--colour:{variable(result.model.name)}">'
         f'<p><span class="name">{name}</span>'
         f'<span class="{verdict}">{guess} at {_percent(probs[guess])} {mark}</span></p>'
         f'<div class="bars" role="img" aria-label="{name}: {spoken}">'

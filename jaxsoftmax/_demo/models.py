@@ -10,13 +10,14 @@ import jaxsoftmax as jsm
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A way to turn scores into probabilities, and how it looks on the page.
+    """A mapping and its loss, and how the page shows them.
 
     Attributes:
       name: What the command line and the page call it.
       mapping: `mapping(scores, temperature=...)` gives probabilities.
-      loss: `loss(scores, labels)` gives one value per row; training and temperature use it.
-      colour: Its colour everywhere on the page, of a palette made for colour-blind readers too.
+      loss: `loss(scores, labels)` gives one value per row; training uses it.
+      colour: Its colour on light paper, of a palette that colour-blind readers can tell apart.
+      dark_colour: The same, lighter, on dark paper.
       dashes: Its line style, so that colour is not the only sign.
       blurb: What sets it apart, in one plain sentence.
     """
@@ -25,6 +26,7 @@ class Model:
     mapping: Callable[..., Array]
     loss: Callable[..., Array]
     colour: str
+    dark_colour: str
     dashes: str
     blurb: str
 
@@ -35,23 +37,26 @@ MODELS = (
         mapping=jsm.softmax,
         loss=jsm.cross_entropy,
         colour="#0072b2",
+        dark_colour="#5bb3ea",
         dashes="solid",
-        blurb="Every class keeps a share, however small. Trained with cross-entropy.",
+        blurb="Every class gets a probability above zero. Trained with cross-entropy.",
     ),
     Model(
         name="entmax15",
         mapping=jsm.entmax15,
         loss=jsm.entmax_loss,
         colour="#d55e00",
+        dark_colour="#ff8f3f",
         dashes="dashed",
-        blurb="Clearly unlikely classes get exactly zero. Trained with its own loss.",
+        blurb="Very unlikely classes get exactly zero. Trained with the loss that belongs to it.",
     ),
     Model(
         name="sparsemax",
         mapping=jsm.sparsemax,
         loss=jsm.sparsemax_loss,
         colour="#009e73",
+        dark_colour="#3fcb9c",
         dashes="dashdot",
-        blurb="Unlikely classes get exactly zero, and soonest of all. Trained with its own loss.",
+        blurb="More classes get exactly zero. Trained with the loss that belongs to it.",
     ),
 )

@@ -1,20 +1,25 @@
-"""The page: one self-contained HTML file that tells the whole story."""
+"""The page: one HTML file that needs nothing else."""
 
 from html import escape
 from importlib import resources
 
 import numpy as np
 
-from jaxsoftmax._demo import figures, gallery
+from jaxsoftmax._demo import figures, gallery, theme, usage
 from jaxsoftmax._demo.digits import Digits, Split
 from jaxsoftmax._demo.embedding import data_uri, svg_image
 from jaxsoftmax._demo.evaluation import NUM_BINS, Judgement, Result
 from jaxsoftmax._demo.models import MODELS
+from jaxsoftmax._demo.theme import variable
+from jaxsoftmax._demo.verdict import LEVEL, Candidate
 from jaxsoftmax._demo.wording import (
     INFINITY,
+    in_words,
     infinity_notes,
-    temperature_verdict,
-    vector_verdict,
+    interval,
+    label,
+    scaling_effect,
+    verdict,
 )
 
 _COLUMNS = (
@@ -27,14 +32,18 @@ _COLUMNS = (
     "Brier score",
     "Classes above zero",
 )
+_SCALINGS = {"none": "no scaling", "temperature": "temperature", "vector": "vector scaling"}
 _TEMPERATURES = 10 * np.linspace(0, 1, 201, dtype=np.float32) ** 2  # more where more happens
 
 
-def page(results: list[Result], digits: Digits, *, epochs: int, seed: int) -> str:
+def page(
+    results: list[Result], ranking: list[Candidate], digits: Digits, *, epochs: int, seed: int
+) -> str:
     """Builds the page.
 
     Args:
       results: The models, in the order in which they appear.
+      ranking: The same with each scaling, the best first.
       digits: The splits.
       epochs: How long each model was trained.
       seed: The seed of this run.
@@ -50,14 +59,15 @@ def page(results: list[Result], digits: Digits, *, epochs: int, seed: int) -> st
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>How sure is it? · jaxsoftmax</title>
 <style>
-{style}</style>
+{theme.style()}{style}</style>
 </head>
 <body>
 {_opening(results, digits, epochs)}
 <main>
-{_numbers(results, digits.test.size)}
+{_verdict(ranking, digits.test.size)}
+{_numbers(results)}
 {_learning(results, digits)}
-{_calibration(results, digits)}
+{_calibration(results)}
 {_temperature(results, digits.test)}
 {_hard_digits(results, digits)}
 </main>
@@ -68,10 +78,9 @@ def page(results: list[Result], digits: Digits, *, epochs: int, seed: int) -> st
 
 
 def _opening(results: list[Result], digits: Digits, epochs: int) -> str:
-    total = digits.train.size + digits.validation.size + digits.test.size
     models = "".join(
-        f'<li style="--colour:{result.model.colour}"><strong>{escape(result.model.name)}</strong> '
-        f"{escape(result.model.blurb)}</li>"
+        f'<li style="--colour:{variable(result.model.name)}">'
+        f"<strong>{escape(result.model.name)}</strong> {escape(result.model.blurb)}</li>"
         for result in results
     )
     return f"""<header>
@@ -79,16 +88,18 @@ def _opening(results: list[Result], digits: Digits, epochs: int) -> str:
 <div>
 <p class="eyebrow">jaxsoftmax</p>
 <h1>How sure is it?</h1>
-<p class="lead">A small network looks at a handwritten digit and gives each of the ten classes a
-score. Its last step turns the scores into probabilities, and there is more than one way to take
-that step. Here the same network learns once for each way: how often is it right, and can its
-confidence be believed?</p>
-<p class="facts">{total:,} scanned digits: {digits.train.size} to learn from,
-{digits.validation.size} to fit the scalings on, {digits.test.size} to judge by. Each model
-went through its training digits {_times(epochs)}.</p>
+<p class="lead">A small network looks at a handwritten digit and gives a score to each of the ten
+classes. A mapping turns the scores into probabilities. Here the same network is trained once with
+each mapping. Which mapping gives the best probabilities, and does it help to scale the scores
+first?</p>
+<p class="facts">Each network was trained on {digits.train.size} digits, {_times(epochs)} on each.
+With so few, it makes mistakes, and it may be too sure of itself. The scalings were fitted on
+{digits.validation.size} other digits. Everything else on this page was measured on the
+{digits.test.size:,} digits that are left.</p>
 </div>
-<figure>{gallery.example(results, digits.test)}<figcaption>One hard test digit, and the probability
-that each model gives to the ten classes. A grey dot is exactly zero.</figcaption></figure>
+<figure>{gallery.example(results, digits.test)}<figcaption>One of the hardest test digits, and the
+probability that each model gives to the ten classes. A grey dot is exactly
+zero.</figcaption></figure>
 </div>
 <ul class="models">{models}</ul>
 </header>"""
@@ -98,36 +109,78 @@ def _times(count: int) -> str:
     return "once" if count == 1 else f"{count:,} times"
 
 
-def _numbers(results: list[Result], test_size: int) -> str:
+def _verdict(ranking: list[Candidate], test_size: int) -> str:
+    first, second = verdict(ranking)
+    span = max(candidate.excess.high for candidate in ranking) or 1
+    lowest = min(candidate.excess.low for candidate in ranking)
+    rows = "".join(_ranked(candidate, lowest, span) for candidate in ranking)
+    return f"""<section>
+<h2>The verdict</h2>
+<p class="answer">{escape(first)}</p>
+<p>{escape(second)}</p>
+<div class="halves">
+<div>
+<h3>How much worse than the best</h3>
+<ol class="ranking">{rows}</ol>
+<p class="facts">The number is the Brier score: the squared distance between the ten probabilities
+and the truth. Lower is better, and no other probabilities than the true ones have a lower one on
+average. The dot is the difference from the best, and the bar is its {LEVEL:.0%} bootstrap interval.
+A candidate whose bar reaches the
+vertical line may be as good as the best. The interval tells how much may
+be due to these {test_size:,} test digits. It does not tell what another training would change: for
+that, try another <code>--seed</code>.</p>
+</div>
+<div>
+<h3>Use this in your code</h3>
+<pre><code>{escape(usage.code(ranking[0]))}</code></pre>
+</div>
+</div>
+</section>"""
+
+
+def _ranked(candidate: Candidate, lowest: float, highest: float) -> str:
+    low, middle, high = (
+        100 * (value - lowest) / (highest - lowest)
+        for value in (candidate.excess.low, candidate.excess.mean, candidate.excess.high)
+    )
+    model = candidate.result.model
+    zero = 100 * -lowest / (highest - lowest)
+    return (
+        f'<li style="--colour:{variable(model.name)};--low:{low:.1f}%;--middle:{middle:.1f}%;'
+        f'--high:{high:.1f}%;--zero:{zero:.1f}%">'
+        f'<span class="name">{escape(model.name)}</span> '
+        f"<span>{_SCALINGS[candidate.scaling]}</span> <b>{candidate.brier.mean:.4f}</b> "
+        f'<span class="track" role="img" aria-label="{candidate.excess.mean:.4f} more than the '
+        f'best, interval {interval(candidate.excess)}"><i></i></span></li>\n'
+    )
+
+
+def _numbers(results: list[Result]) -> str:
     head = "".join(f'<th scope="col">{column}</th>' for column in _COLUMNS)
     body = "".join(
-        _row(result, scaling, judgement)
+        _row(result, label(result, scaling), judgement)
         for result in results
         for scaling, judgement in result.judgements.items()
     )
     return f"""<section>
 <h2>The numbers</h2>
-<p>All of them are measured on the {test_size} test digits, which neither training nor any
-scaling has seen. Each model is judged by its scores as they are, by its scores over a fitted
-temperature T, and after vector scaling.</p>
+<p>Each model is measured without scaling, with its scores divided by a fitted temperature T, and
+with vector scaling.</p>
 <table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>
 {_notes(results)}
 <dl>
-<div><dt>Negative log-likelihood</dt><dd>The average surprise at the true class; lower is better. It
-is infinite as soon as one true class gets probability exactly 0. A sparse mapping can do that: it
-is the price of saying a plain no.</dd></div>
-<div><dt>Expected calibration error</dt><dd>How far confidence and accuracy lie apart on average, in
-{NUM_BINS} bins of equal width; 0 is perfect.</dd></div>
-<div><dt>Smooth calibration error</dt><dd>The same distance without bins: smoothed with a kernel as
-wide as the error itself, so that no digit can fall on the wrong side of an edge.</dd></div>
-<div><dt>Brier score</dt><dd>The squared distance of the ten probabilities from what the digit is;
-lower is better. It stays finite whatever is said no to.</dd></div>
-<div><dt>Temperature</dt><dd>One number that divides all scores before the mapping, fitted with the
-model's own loss. The most probable class stays the same, so accuracy does too.</dd></div>
-<div><dt>Vector scaling</dt><dd>A scale and a bias for each class, twenty numbers, fitted in the
-same way but for a penalty that keeps them close to the temperature. It can change which class is
-most probable.</dd></div>
-<div><dt>Classes above zero</dt><dd>How many of the ten classes keep any probability, on
+<div><dt>Temperature</dt><dd>One number that divides all scores. The most probable class stays the
+same, so the accuracy does, too.</dd></div>
+<div><dt>Vector scaling</dt><dd>A scale and a bias for each class, twenty numbers. A penalty keeps
+them close to the temperature. It may change which class is the most probable.</dd></div>
+<div><dt>Negative log-likelihood</dt><dd>Minus the mean logarithm of the probability of the true
+class. Lower is better. It is infinite as soon as one true class gets probability 0, as a sparse
+mapping may give.</dd></div>
+<div><dt>Expected calibration error</dt><dd>The mean distance between confidence and accuracy, in
+{NUM_BINS} bins of equal width. 0 is perfect.</dd></div>
+<div><dt>Smooth calibration error</dt><dd>The same distance without bins. A kernel smooths it, which
+is as wide as the error itself.</dd></div>
+<div><dt>Classes above zero</dt><dd>How many of the ten classes have a probability above zero, on
 average.</dd></div>
 </dl>
 </section>"""
@@ -153,7 +206,7 @@ def _row(result: Result, scaling: str, judgement: Judgement) -> str:
         for column, value in zip(_COLUMNS[1:], values, strict=True)
     )
     return (
-        f'<tr style="--colour:{result.model.colour}">'
+        f'<tr style="--colour:{variable(result.model.name)}">'
         f'<th scope="row">{escape(result.model.name)}</th>{cells}</tr>'
     )
 
@@ -162,13 +215,9 @@ def _likelihood(judgement: Judgement) -> str:
     return "∞" if judgement.likelihood.zeros else f"{judgement.likelihood.mean:.3f}"
 
 
-def _change(before: str, after: str) -> str:
-    return f'{before} <span class="arrow">→</span> {after}'
-
-
 def _learning(results: list[Result], digits: Digits) -> str:
-    names = _and([result.model.name for result in results])
-    accuracy_end = _and(
+    names = in_words([result.model.name for result in results])
+    accuracy_end = in_words(
         [f"{result.model.name} {result.trained.epochs[-1].accuracy:.1%}" for result in results]
     )
     accuracy = svg_image(
@@ -177,32 +226,33 @@ def _learning(results: list[Result], digits: Digits) -> str:
     )
     loss = svg_image(figures.loss_curves(results), f"Training loss by epoch, of {escape(names)}.")
     return f"""<section>
-<h2>Learning</h2>
-<p>All models start from the same weights and see the same batches, so whatever differs comes from
+<h2>Training</h2>
+<p>All models start from the same weights and see the same batches. So every difference comes from
 the mapping and its loss.</p>
 <div class="pair">
 <figure><h3>Validation accuracy</h3>{accuracy}<figcaption>The share of the {digits.validation.size}
-validation digits read correctly after each epoch. No model was chosen by it: the weights after the
-last epoch are the ones that count.</figcaption></figure>
-<figure><h3>Training loss</h3>{loss}<figcaption>Each model's own loss, on a logarithmic scale. The
-losses have different units, so compare the shapes, not the heights. Those of the sparse mappings
-reach exactly zero for a digit once its score leads by enough; cross-entropy only comes
-near.</figcaption></figure>
+validation digits that are read correctly after each epoch. The weights after the last epoch are
+used.</figcaption></figure>
+<figure><h3>Training loss</h3>{loss}<figcaption>The loss of each model, on a logarithmic scale. Each
+has its own loss, so compare the shapes of the lines and not their heights. A sparse loss is
+exactly zero once the score of the true class leads by enough, and its line ends where it is zero.
+Cross-entropy never reaches zero.</figcaption></figure>
 </div>
 </section>"""
 
 
-def _calibration(results: list[Result], digits: Digits) -> str:
+def _calibration(results: list[Result]) -> str:
     rows = "".join(map(_calibration_row, results))
     return f"""<section>
 <h2>Can its confidence be believed?</h2>
-<p>Take all digits that a model reads with a confidence of about 80%. If the confidence can be
-believed, about 80% of those readings are right. Each dot is one bin of digits with similar
-confidence, larger the more digits it holds; on the dashed diagonal confidence and accuracy agree.
-Above it a model is too modest, below it too sure.</p>
-<p>The pale bar around a dot is the range (95%) in which the true share may lie, given how few
-digits the bin holds: where it crosses the diagonal, the gap may be chance. The columns underneath
-count the {digits.test.size} test digits bin by bin; their heights grow with the square root.</p>
+<p>Take all digits that a model reads with a confidence of about 80%. If its confidence can be
+believed, it is right about 80% of them. Each dot stands for the digits of similar confidence.
+On the dashed diagonal, confidence and accuracy are equal. Below it, the model is too sure. Above
+it, the model is not sure enough. A temperature above 1 makes it less sure, and one below 1 makes it
+more sure.</p>
+<p>The pale bar around a dot is the 95% interval of the accuracy. If it crosses the diagonal, the
+distance may be chance. The columns below say how many test digits there are; their heights grow
+with the square root.</p>
 {rows}
 </section>"""
 
@@ -212,19 +262,13 @@ def _calibration_row(result: Result) -> str:
     diagrams = "".join(
         f"<figure><h4>{when}</h4>{_diagram(result, judgement, when)}</figure>"
         for when, judgement in (
-            ("Unscaled", result.before),
+            ("No scaling", result.before),
             (f"Temperature, T = {result.temperature:.3f}", result.after),
             ("Vector scaling", result.vector),
         )
     )
-    change = _change(
-        f"{result.before.calibration_error:.2%}", f"{result.after.calibration_error:.2%}"
-    )
-    return f"""<div class="calibration" style="--colour:{result.model.colour}">
-<div><div><h3 class="name">{name}</h3>
-<p class="merit">{change}</p>
-<p class="label">expected calibration error, by the temperature</p></div>
-<p>{temperature_verdict(result)} {vector_verdict(result)}</p></div>
+    return f"""<div class="calibration" style="--colour:{variable(result.model.name)}">
+<div><h3 class="name">{name}</h3><p>{scaling_effect(result)}</p></div>
 {diagrams}
 </div>"""
 
@@ -242,24 +286,24 @@ def _temperature(results: list[Result], test: Split) -> str:
     label = int(test.labels[row])
     picture = data_uri(figures.digit(np.asarray(test.images[row])), "image/png")
     panels = "".join(
-        f'<figure style="--colour:{result.model.colour}">'
+        f'<figure style="--colour:{variable(result.model.name)}">'
         f'<h4 class="name">{escape(result.model.name)}</h4>{_panel(result, row)}</figure>'
         for result in results
     )
     return f"""<section>
-<h2>Turning the knob</h2>
+<h2>What the temperature does</h2>
 <div class="subject"><img src="{picture}" width="96" height="96" alt="A handwritten {label}">
-<p>The models are most at odds with themselves about this digit, a {label}. Its scores stay as they
-are, and the temperature goes from 0 to 10. At 0 every mapping gives all to the largest score; the
-hotter, the more evenly they share. A line ends where its class gets exactly zero: a sparse mapping
-says no for longer. The dotted line is at the fitted temperature.</p></div>
+<p>This is a {label}. Of all test digits, it is the one whose two most probable classes are closest.
+Its scores stay the same, and the temperature goes from 0 to 10. At 0, every mapping gives
+everything to the largest score. The higher the temperature, the more evenly the classes share. A
+line ends where its class gets exactly zero. The dotted line is at the fitted temperature.</p></div>
 <div class="trio">{panels}</div>
 </section>"""
 
 
 def _panel(result: Result, row: int) -> str:
     probs = figures.panel_probabilities(result, row, _TEMPERATURES)
-    shares = _and(
+    shares = in_words(
         [f"{digit} {share:.0%}" for digit, share in enumerate(probs[-1]) if share >= 0.005]
     )
     return svg_image(
@@ -272,10 +316,9 @@ def _panel(result: Result, row: int) -> str:
 def _hard_digits(results: list[Result], digits: Digits) -> str:
     return f"""<section>
 <h2>The hardest digits</h2>
-<p>These are the {gallery.SIZE} test digits whose true class got the least probability, averaged
-over the models. Each row of bars is one model, after its temperature; the columns are the classes 0
-to 9, and the true one is boxed. A sliver is a small probability. A grey dot is none at all: exactly
-zero.</p>
+<p>These are the {gallery.SIZE} test digits whose true class gets the least probability, averaged
+over the models. Each row of bars is one model with its temperature. The columns are the classes 0
+to 9, and the true class is boxed. A grey dot is exactly zero.</p>
 <div class="gallery">{gallery.gallery(results, digits.test)}</div>
 </section>"""
 
@@ -285,11 +328,7 @@ def _closing(results: list[Result], epochs: int, seed: int) -> str:
     options = "" if chosen == list(MODELS) else "".join(f" --mapping {m.name}" for m in chosen)
     command = f"python -m jaxsoftmax --epochs {epochs} --seed {seed}{escape(options)}"
     return f"""<footer>
-<p>Made by <code>{command}</code>. The same seed gives the same numbers.</p>
-<p>Digits: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (1998), as shipped
-with scikit-learn.</p>
+<p>Made by <code>{command}</code>. The same seed gives the same results.</p>
+<p>Digits: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits (1998), part of
+scikit-learn.</p>
 </footer>"""
-
-
-def _and(words: list[str]) -> str:
-    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} and {words[-1]}"

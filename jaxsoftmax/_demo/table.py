@@ -1,7 +1,7 @@
 """The table on screen: plain text, at most 80 columns wide."""
 
 from jaxsoftmax._demo.evaluation import Judgement, Result
-from jaxsoftmax._demo.wording import INFINITY, infinity_notes
+from jaxsoftmax._demo.wording import INFINITY, infinity_notes, label
 
 _HEADINGS = (
     ("", "mapping"),
@@ -17,7 +17,7 @@ _LEFT = 2  # columns of words
 
 
 def table(results: list[Result]) -> str:
-    """Lays the results out in aligned columns.
+    """Writes the results in aligned columns.
 
     Args:
       results: One row each per scaling.
@@ -28,7 +28,7 @@ def table(results: list[Result]) -> str:
     rows = [
         *map(list, zip(*_HEADINGS, strict=True)),
         *(
-            _cells(result.model.name, scaling, judgement)
+            _cells(result.model.name, label(result, scaling), judgement)
             for result in results
             for scaling, judgement in result.judgements.items()
         ),
