@@ -488,9 +488,10 @@ def test_pictures_have_no_colour_that_the_page_cannot_darken():
         figures.accuracy_curves([result]),
     ):
         head, _, body = picture.decode().partition("</style>")
-        assert f"--entmax15:{MODELS[1].dark_colour}" in head
+        assert "--orange:#d55e00" in head
+        assert "prefers-color-scheme:dark" in head
         assert re.findall(r"#[0-9a-f]{6}\b", body) == []
-        assert "var(--entmax15)" in body
+        assert "var(--orange)" in body
 
 
 # What is shown

@@ -89,7 +89,7 @@ def reliability_diagram(curve: ReliabilityCurve, colour: str) -> bytes:
 
     Args:
       curve: The reliability curve.
-      colour: The model's.
+      colour: The name of the model's colour.
 
     Returns:
       An SVG picture: above, a dot per bin with its 95% interval; below, how many digits the bin
@@ -97,7 +97,9 @@ def reliability_diagram(curve: ReliabilityCurve, colour: str) -> bytes:
     """
     with matplotlib.rc_context(_STYLE):
         figure = Figure(figsize=_RELIABILITY_SIZE, layout="constrained")
-        axes = plots.reliability_diagram(curve, figure.subplots(), color=colour, unit="digits")
+        axes = plots.reliability_diagram(
+            curve, figure.subplots(), color=theme.light(colour), unit="digits"
+        )
         axes.set_ylabel("share of right answers")
         return _svg(figure)
 
@@ -126,7 +128,7 @@ def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> byt
                 axes.plot(temperatures, line, color=MUTE, linewidth=1)
         for digit, dashes in looks.items():
             line = np.where(probs[:, digit] > 0, probs[:, digit], np.nan)
-            colour = result.model.colour
+            colour = theme.light(result.model.colour)
             axes.plot(temperatures, line, color=colour, ls=dashes, lw=2, label=f"a {digit}")
         if temperatures[0] <= result.temperature <= temperatures[-1]:
             axes.axvline(result.temperature, color=SOFT, linewidth=1, linestyle=(0, (2, 2)))
@@ -167,7 +169,7 @@ def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], flo
         axes.plot(
             range(1, len(epochs) + 1),
             [value(epoch) for epoch in epochs],
-            color=result.model.colour,
+            color=theme.light(result.model.colour),
             linestyle=result.model.dashes,
             linewidth=1.6,
             marker="o" if len(epochs) == 1 else "",
@@ -178,6 +180,4 @@ def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], flo
 def _svg(figure: Figure) -> bytes:
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue().replace("'DejaVu Sans'", _FONTS)
-    # The diagonal of a reliability diagram has the grey of `jaxsoftmax.plots`.
-    return theme.themed(svg.replace("#6b7380", SOFT)).encode()
+    return theme.themed(buffer.getvalue().replace("'DejaVu Sans'", _FONTS)).encode()

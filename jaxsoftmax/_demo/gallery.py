@@ -88,7 +88,7 @@ def _reading(result: Result, probs: np.ndarray, label: int) -> str:
     mark, verdict = ("✓", "right") if guess == label else ("✗", "wrong")
     spoken = ", ".join(f"{index}: {_percent(prob)}" for index, prob in enumerate(probs) if prob > 0)
     return (
-        f'<div class="reading" style="--colour:{variable(result.model.name)}">'
+        f'<div class="reading" style="--colour:{variable(result.model.colour)}">'
         f'<p><span class="name">{name}</span>'
         f'<span class="{verdict}">{guess} at {_percent(probs[guess])} {mark}</span></p>'
         f'<div class="bars" role="img" aria-label="{name}: {spoken}">'

@@ -16,8 +16,7 @@ class Model:
       name: What the command line and the page call it.
       mapping: `mapping(scores, temperature=...)` gives probabilities.
       loss: `loss(scores, labels)` gives one value per row; training uses it.
-      colour: Its colour on light paper, of a palette that colour-blind readers can tell apart.
-      dark_colour: The same, lighter, on dark paper.
+      colour: The name of its colour everywhere on the page.
       dashes: Its line style, so that colour is not the only sign.
       blurb: What sets it apart, in one plain sentence.
     """
@@ -26,7 +25,6 @@ class Model:
     mapping: Callable[..., Array]
     loss: Callable[..., Array]
     colour: str
-    dark_colour: str
     dashes: str
     blurb: str
 
@@ -36,8 +34,7 @@ MODELS = (
         name="softmax",
         mapping=jsm.softmax,
         loss=jsm.cross_entropy,
-        colour="#0072b2",
-        dark_colour="#5bb3ea",
+        colour="blue",
         dashes="solid",
         blurb="Every class gets a probability above zero. Trained with cross-entropy.",
     ),
@@ -45,8 +42,7 @@ MODELS = (
         name="entmax15",
         mapping=jsm.entmax15,
         loss=jsm.entmax_loss,
-        colour="#d55e00",
-        dark_colour="#ff8f3f",
+        colour="orange",
         dashes="dashed",
         blurb="Very unlikely classes get exactly zero. Trained with the loss that belongs to it.",
     ),
@@ -54,8 +50,7 @@ MODELS = (
         name="sparsemax",
         mapping=jsm.sparsemax,
         loss=jsm.sparsemax_loss,
-        colour="#009e73",
-        dark_colour="#3fcb9c",
+        colour="green",
         dashes="dashdot",
         blurb="More classes get exactly zero. Trained with the loss that belongs to it.",
     ),

@@ -79,7 +79,7 @@ def page(
 
 def _opening(results: list[Result], digits: Digits, epochs: int) -> str:
     models = "".join(
-        f'<li style="--colour:{variable(result.model.name)}">'
+        f'<li style="--colour:{variable(result.model.colour)}">'
         f"<strong>{escape(result.model.name)}</strong> {escape(result.model.blurb)}</li>"
         for result in results
     )
@@ -146,7 +146,7 @@ def _ranked(candidate: Candidate, lowest: float, highest: float) -> str:
     model = candidate.result.model
     zero = 100 * -lowest / (highest - lowest)
     return (
-        f'<li style="--colour:{variable(model.name)};--low:{low:.1f}%;--middle:{middle:.1f}%;'
+        f'<li style="--colour:{variable(model.colour)};--low:{low:.1f}%;--middle:{middle:.1f}%;'
         f'--high:{high:.1f}%;--zero:{zero:.1f}%">'
         f'<span class="name">{escape(model.name)}</span> '
         f"<span>{_SCALINGS[candidate.scaling]}</span> <b>{candidate.brier.mean:.4f}</b> "
@@ -206,7 +206,7 @@ def _row(result: Result, scaling: str, judgement: Judgement) -> str:
         for column, value in zip(_COLUMNS[1:], values, strict=True)
     )
     return (
-        f'<tr style="--colour:{variable(result.model.name)}">'
+        f'<tr style="--colour:{variable(result.model.colour)}">'
         f'<th scope="row">{escape(result.model.name)}</th>{cells}</tr>'
     )
 
@@ -267,7 +267,7 @@ def _calibration_row(result: Result) -> str:
             ("Vector scaling", result.vector),
         )
     )
-    return f"""<div class="calibration" style="--colour:{variable(result.model.name)}">
+    return f"""<div class="calibration" style="--colour:{variable(result.model.colour)}">
 <div><h3 class="name">{name}</h3><p>{scaling_effect(result)}</p></div>
 {diagrams}
 </div>"""
@@ -286,7 +286,7 @@ def _temperature(results: list[Result], test: Split) -> str:
     label = int(test.labels[row])
     picture = data_uri(figures.digit(np.asarray(test.images[row])), "image/png")
     panels = "".join(
-        f'<figure style="--colour:{variable(result.model.name)}">'
+        f'<figure style="--colour:{variable(result.model.colour)}">'
         f'<h4 class="name">{escape(result.model.name)}</h4>{_panel(result, row)}</figure>'
         for result in results
     )

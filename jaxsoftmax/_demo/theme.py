@@ -1,8 +1,7 @@
-"""Colours on light and on dark paper: the page and its pictures follow the reader's system."""
+"""Colours on light and on dark paper: pages and pictures follow the reader's system."""
 
-from jaxsoftmax._demo.models import MODELS
-
-# Each name with its colour on light and on dark paper. A picture is drawn in the light colours.
+# Each name with its colour on light and on dark paper. Pictures are drawn in the light colours, and
+# colour-blind readers can tell the last three apart.
 _COLOURS = {
     "ink": ("#1d2430", "#e9ebef"),
     "soft": ("#56606e", "#a9b2be"),
@@ -10,9 +9,23 @@ _COLOURS = {
     "mute": ("#a3abb6", "#6c7684"),
     "paper": ("#fbfaf7", "#14181f"),
     "card": ("#ffffff", "#1c222b"),
-    **{model.name: (model.colour, model.dark_colour) for model in MODELS},
+    "blue": ("#0072b2", "#5bb3ea"),
+    "orange": ("#d55e00", "#ff8f3f"),
+    "green": ("#009e73", "#3fcb9c"),
 }
+# The grey of `jaxsoftmax.plots`.
+_ALIASES = {"#6b7380": "#56606e"}
 INK, SOFT, LINE, MUTE = (_COLOURS[name][0] for name in ("ink", "soft", "line", "mute"))
+
+
+def light(name: str) -> str:
+    """Says which colour to draw in."""
+    return _COLOURS[name][0]
+
+
+def variable(name: str) -> str:
+    """Says in CSS which colour a name has."""
+    return f"var(--{name})"
 
 
 def style() -> str:
@@ -24,15 +37,12 @@ def style() -> str:
     return f":root{{{light}}}\n@media (prefers-color-scheme:dark){{:root{{{dark}}}}}\n"
 
 
-def variable(name: str) -> str:
-    """Says in CSS which colour a name has."""
-    return f"var(--{name})"
-
-
 def themed(svg: str) -> str:
     """Makes an SVG picture follow the reader's system."""
-    for name, (light, _) in _COLOURS.items():
-        svg = svg.replace(light, variable(name))
+    for alias, colour in _ALIASES.items():
+        svg = svg.replace(alias, colour)
+    for name, (colour, _) in _COLOURS.items():
+        svg = svg.replace(colour, variable(name))
     head, start, rest = svg.partition("<svg")
     tag, end, body = rest.partition(">")
     return f"{head}{start}{tag}{end}<style>{style()}</style>{body}"
