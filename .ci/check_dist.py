@@ -11,7 +11,7 @@ IN_SDIST = {
     *("README.md", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "PKG-INFO"),
     *("CITATION.cff", "SECURITY.md", "docs/recipes/README.md", ".ci/for_index.py"),
     *("conftest.py", "mkdocs.yml", "tests/conftest.py", "tests/test_docs.py"),
-    *("docs/mappings.md", "docs/_site/hooks.py", "docs/images/mappings.png"),
+    *("docs/mappings.md", "docs/_site/hooks.py", "docs/images/mappings.svg"),
     *("benchmarks/results/mappings.md", "notebooks/01_softmax.ipynb"),
 }
 LARGEST = 5_000_000

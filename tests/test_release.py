@@ -25,7 +25,7 @@ def test_links_of_the_readme_become_absolute_and_lead_to_files(for_index):
     targets = re.findall(r"\]\(([^)]*)\)", re.sub("(?s)```.*?```", "", prepared))
     assert len(targets) > 10
     assert [target for target in targets if "://" not in target] == []
-    assert f"]({URL}/raw/v0.1.0/docs/images/mappings.png)" in prepared
+    assert f"]({URL}/raw/v0.1.0/docs/images/mappings.svg)" in prepared
     for target in targets:
         path = re.sub(f"^{URL}/(raw|blob)/v0.1.0/", "", target)
         assert "://" in path or (ROOT / path.partition("#")[0]).exists(), target

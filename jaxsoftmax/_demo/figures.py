@@ -32,7 +32,7 @@ _CURVES_SIZE = (4.0, 2.7)
 _RELIABILITY_SIZE = (3.4, 3.7)
 _PANEL_SIZE = (3.6, 2.8)
 _FONTS = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Liberation Sans', Arial, sans-serif"
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9,
     "axes.edgecolor": SOFT,
@@ -95,13 +95,13 @@ def reliability_diagram(curve: ReliabilityCurve, colour: str) -> bytes:
       An SVG picture: above, a dot per bin with its 95% interval; below, how many digits the bin
       holds.
     """
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_RELIABILITY_SIZE, layout="constrained")
         axes = plots.reliability_diagram(
             curve, figure.subplots(), color=theme.light(colour), unit="digits"
         )
         axes.set_ylabel("share of right answers")
-        return _svg(figure)
+        return svg(figure)
 
 
 def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> bytes:
@@ -119,7 +119,7 @@ def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> byt
     """
     probs = panel_probabilities(result, row, temperatures)
     leaders = np.argsort(-probs[0] - probs.mean(0), kind="stable")[:2]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_PANEL_SIZE, layout="constrained")
         axes = figure.subplots()
         looks = dict(zip(leaders, ("solid", (0, (3, 1.5))), strict=True))
@@ -136,7 +136,7 @@ def temperature_panel(result: Result, row: int, temperatures: np.ndarray) -> byt
         axes.set(xlabel="temperature", ylabel="probability")
         axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes.legend(loc="upper right", handlelength=1.6)
-        return _svg(figure)
+        return svg(figure)
 
 
 def panel_probabilities(result: Result, row: int, temperatures: np.ndarray) -> np.ndarray:
@@ -153,14 +153,14 @@ def digit(pixels: np.ndarray) -> bytes:
 
 
 def _curves(draw: Callable[[Axes], None]) -> bytes:
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=_CURVES_SIZE, layout="constrained")
         axes = figure.subplots()
         draw(axes)
         axes.grid(visible=False, axis="x")
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True, steps=[1, 2, 5, 10]))
         axes.set_xlabel("epoch")
-        return _svg(figure)
+        return svg(figure)
 
 
 def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], float]) -> None:
@@ -177,7 +177,8 @@ def _draw_curves(axes: Axes, results: list[Result], value: Callable[[Epoch], flo
         )
 
 
-def _svg(figure: Figure) -> bytes:
+def svg(figure: Figure) -> bytes:
+    """Makes a picture that follows the reader's system, of a figure drawn in `STYLE`."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     return theme.themed(buffer.getvalue().replace("'DejaVu Sans'", _FONTS)).encode()

@@ -13,6 +13,7 @@ _COLOURS = {
     "orange": ("#d55e00", "#ff8f3f"),
     "green": ("#009e73", "#3fcb9c"),
 }
+_NOT_IN_PICTURES = ("paper", "card")
 # The grey of `jaxsoftmax.plots`.
 _ALIASES = {"#6b7380": "#56606e"}
 INK, SOFT, LINE, MUTE = (_COLOURS[name][0] for name in ("ink", "soft", "line", "mute"))
@@ -42,7 +43,8 @@ def themed(svg: str) -> str:
     for alias, colour in _ALIASES.items():
         svg = svg.replace(alias, colour)
     for name, (colour, _) in _COLOURS.items():
-        svg = svg.replace(colour, variable(name))
+        if name not in _NOT_IN_PICTURES:
+            svg = svg.replace(colour, variable(name))
     head, start, rest = svg.partition("<svg")
     tag, end, body = rest.partition(">")
     return f"{head}{start}{tag}{end}<style>{style()}</style>{body}"
