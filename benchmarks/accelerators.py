@@ -214,37 +214,43 @@ def panel(title: str, row: str, quantity: str, x_label: str, *kinds: str) -> Rat
 TIME, MEMORY = "estimated time, relative", "temporary memory, relative"
 
 NOTES = """
-- Attention: XLA writes the scores of a block to memory and reads them once, as for `jax.nn`.
-  Ours saves that in the reverse pass, and on an H100 makes scores again rather than read them.
-- Linear layer: each chunk of rows adds to the gradient of all weights, which is read and written as
-  often as there are chunks; optax holds all scores instead, here in the dtype of the inputs.
-- Mappings: the exact gradient, with one sum more, has its price where XLA needs a kernel for it: in
-  long rows on an H100, and on a TPU. Kernels on an H100 are otherwise those of `jax.nn`.
-- In bfloat16, `jax.nn` and optax compute with 8 bits. Ours computes in float32, and rounds once.
-- Sparse mappings, beside softmax: each pass of the solver goes through the scores.
-- Compiling: there is more of it, an exact gradient, a solver, or bands of causal attention.
+- Attention: XLA writes the scores of a block to memory and reads them once, as it does for
+  `jax.nn`. Ours avoids that in the reverse pass: on an H100, it computes the scores again.
+- Linear layer: each chunk of rows adds to the gradient of all weights. So that gradient is read and
+  written once per chunk. Instead, optax holds all scores, here in the dtype of the inputs.
+- Mappings: an exact gradient needs one more sum. It costs time where XLA makes a kernel of its own
+  for it: in long rows on an H100, and on a TPU. The other kernels on an H100 are those of `jax.nn`.
+- In bfloat16, `jax.nn` and optax compute with 8 bits. Ours computes in float32 and rounds once.
+- Sparse mappings, compared with softmax: each pass of the solver reads the scores.
+- Compiling: there is more to compile, such as an exact gradient, a solver, or the bands of causal
+  attention.
 """
 
 TOPIC = Topic(
     "accelerators",
-    "Accelerators, compiled for from afar",
+    "Programs compiled for accelerators",
     """
-What JAX compiles for an H100 and for a TPU v5e, neither of which was there: nothing on this page
-ran. The program that would run is read: its kernels and how often they start, the bytes that they
-move between the main memory and themselves, the products of matrices by the wider type of their
-factors (`f32` is TF32 on a GPU, at half the rate of `bf16`), how often the host has to wait for a
-number, and the temporary memory that the compiler lays out.
+This page shows what JAX compiles for an H100 and for a TPU v5e. Neither was there, so nothing on
+this page ran. We read the program that would run, and report:
 
-The estimated time of a kernel is the greatest of three: its bytes at the bandwidth of the memory,
-its matrix products at the peak of the device, and, for a TPU, the cycles that the compiler expects;
-times the passes of the loops around it. A loop that runs until it is done counts as 7 passes, those
-of a solver on random scores; that of entmax(1.3) as 4. Copies of a TPU run beside its kernels.
+- its kernels, and how often they start;
+- the bytes that they read from the main memory and write to it;
+- the work of its matrix products, by the wider type of their factors (`f32` is TF32 on a GPU, at
+  half the rate of `bf16`);
+- how often the host has to wait for a number;
+- the temporary memory that the compiler plans.
 
-**What an estimate is worth**: it ranks, and does not predict. There is no autotuning without a
-device, launches and waits of the host cost nothing, arithmetic that is no matrix product costs
-nothing on a GPU, and what is found in the L2 cache is counted as read from memory. A ratio beyond
-1.3 means something; one nearer to 1 does not. Kernels, bytes and temporary memory are what was
-compiled, and no estimates. Time to compile is that on this machine's processor.
+The estimated time of a kernel is the largest of three times: that of its bytes at the bandwidth of
+the memory, that of its matrix products at the peak of the device, and, on a TPU, that of the cycles
+that the compiler expects. It is multiplied by the passes of the loops around the kernel. A loop of
+unknown length counts as 7 passes, which is what a solver takes on random scores, and that of
+entmax(1.3) counts as 4. On a TPU, copies run at the same time as kernels.
+
+**How far to trust an estimate**: it ranks programs, but it does not predict their time. Nothing is
+autotuned without a device. An estimate leaves out launches, waits of the host and, on a GPU, all
+arithmetic but matrix products. It counts what is in the L2 cache as read from memory. A ratio above
+1.3 means something, and a smaller one does not. Kernels, bytes and temporary memory are not
+estimates: they are what was compiled. The time to compile is measured on this machine's processor.
 """,
     steps,
     (

@@ -140,20 +140,21 @@ def steps(quick: bool) -> list[Errors]:
 
 
 NOTES = """
-- In float32, softmax adds rows of 256 and more by parts, to lose fewer digits. Where the length has
-  no divisor from 8 to 64 that would take half as long again, and so it would in 4096 rows and more,
-  which XLA takes in one pass: there it is left out.
-- Where nearly all probabilities are 0 or near 1, both are right to 3 ulp and either may be ahead.
+- In float32, softmax adds up rows of 256 entries and more in parts, which loses fewer digits. It
+  does not do so in two cases where it would take half as long again: if the length has no divisor
+  from 8 to 64, and if there are 4096 rows or more, which XLA handles in one pass.
+- If nearly all probabilities are 0 or near 1, both are right to 3 ulp, and either may be better.
 """
 
 TOPIC = Topic(
     "accuracy",
     "Accuracy",
     """
-The worst error over rows of normally distributed scores, and over rows of two classes of which one
-is ahead, in units in the last place (ulp) of float32; what is smaller than the smallest normal
-number, which XLA takes for 0, is no error. The exact answer is computed in float64, whose own error
-is below a millionth of such a unit. (The tests compare with 50 digits of `mpmath`.)
+This page shows the largest errors in units in the last place (ulp) of float32. The rows are
+normally distributed scores, or the scores of two classes, of which one is ahead. XLA replaces
+numbers below the smallest normal one by 0; this does not count as an error. The exact answer is
+computed in float64, whose own error is below a millionth of an ulp of float32. (The tests compare
+with 50 digits of `mpmath`.)
 """,
     steps,
     tuple(

@@ -241,12 +241,14 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- PyTorch's attention is written by hand for this kind of processor, and keeps a tile of scores in
+- PyTorch's attention is written by hand for this kind of processor. It keeps a tile of scores in
   the cache from one product to the next. Ours is code for XLA, which writes a block of scores to
-  memory between two products, but takes any normalizer, and has derivatives of every order.
-- Compiling takes longer for causal attention: every band of queries is a loop of its own.
-- A sequence of a few hundred is a single block, and holds all its scores and what is turned round
-  of queries, keys and values; nothing is saved there. Of a long one, these are all that grows.
+  memory between two products. In return, it takes any normalizer and has derivatives of every
+  order.
+- Causal attention takes longer to compile, because each band of queries is a loop of its own.
+- A sequence of a few hundred tokens is a single block. All its scores are held, together with the
+  transposed queries, keys and values, so no memory is saved. In a long sequence, only the
+  transposed arrays grow with its length.
 """
 
 TOPIC = Topic(
@@ -254,10 +256,10 @@ TOPIC = Topic(
     "Attention",
     f"""
 `dot_product_attention` on float32 queries, keys and values of shape (1, T, {HEADS}, {FEATURES}),
-beside that of `jax.nn`, tokamax's chunked one for XLA, and PyTorch's
-`scaled_dot_product_attention`. The limit is what the matrix products take at the speed of a large
-one, those that are needed at least: 2 forward, 6 with the gradient or the tangent, half of the work
-when causal.
+compared with that of `jax.nn`, with tokamax's chunked attention for XLA, and with PyTorch's
+`scaled_dot_product_attention`. The limit is the time of the matrix products that every method
+needs, at the speed of one large product: 2 products in the forward pass, 6 with the gradient or the
+tangent, and half of that work for causal attention.
 """,
     steps,
     (

@@ -239,23 +239,24 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- Calibration errors spend nine tenths of their time on the most probable class of each row: XLA for
-  CPU finds the position of a maximum one number at a time, NumPy several at once. (Ours work under
-  `jit` and `vmap`, and on any device.)
-- `sample` and `gumbel_softmax` draw noise of twice the bits that `jax.random.categorical` takes:
-  with fewer, what is rarer than one in millions is drawn too often.
-- Fits compile for seconds, L-BFGS and its line search being loops in loops, once per shape: for a
-  single small set of examples scikit-learn is done sooner.
+- Calibration errors spend nine tenths of their time on finding the most probable class of each row.
+  For this, XLA on a CPU looks at one number at a time, and NumPy looks at several at once. (Ours
+  work under `jit` and `vmap`, and on any device.)
+- `sample` and `gumbel_softmax` draw noise with twice as many bits as `jax.random.categorical`. With
+  fewer, entries with a probability below one in a million are drawn too often.
+- A fit takes seconds to compile, once per shape: L-BFGS and its line search are loops within loops.
+  For a single small set of examples, scikit-learn is faster.
 """
 
 TOPIC = Topic(
     "calibration",
     "Calibration and sampling",
     """
-Temperatures that are known are fitted to float32 logits, beside scikit-learn and a minimization by
-SciPy in NumPy; each fit says how far its temperature is from that which the labels were drawn at,
-and its loss above the least. Measures are beside those of netcal, relplot and scikit-learn, and
-sampling beside `jax.random.categorical`.
+The labels are drawn at a known temperature, and each fit has to find it from float32 logits. The
+fits are compared with scikit-learn, and with a minimization by SciPy in NumPy. The tables say how
+far each temperature is from the known one, and by how much its loss is above the smallest. The
+measures are compared with netcal, relplot and scikit-learn, and sampling with
+`jax.random.categorical`.
 """,
     steps,
     (

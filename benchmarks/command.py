@@ -128,8 +128,8 @@ def _page(topic: Topic, results: Sequence[Result], environment: Environment) -> 
 
 ![{topic.title}]({topic.name}.png)
 
-Written by `python -m benchmarks --only {topic.name}`; how to read it is in
-[the introduction](../README.md).
+Written by `python -m benchmarks --only {topic.name}`.
+[The introduction](../README.md) says how to read it.
 
 {tables.rows(environment.rows.items())}
 

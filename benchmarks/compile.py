@@ -151,26 +151,25 @@ def steps(quick: bool) -> list[Comparison | Apart]:
 
 
 NOTES = """
-- One call: on CPUs its time goes into starting kernels. XLA starts up to 8 in the thread that
-  calls, more are handed to others; a solver starts some in each of its passes. A kernel with much
-  to do is shared among threads, which takes 20 µs: so it is with `log_softmax` of this size, while
-  that of 8 × 64 takes 1.2 times as long as that of `jax.nn`.
-- Tracing: every function checks its arguments, so that what is wrong is said in one sentence, and
-  has rules for derivatives in both modes; `jax.nn.softmax` does neither. It is paid once per
-  shape.
-- Compiling: programs for CPUs and for other devices are traced, of which one is compiled; it may
-  have a loop that solves for the threshold.
+- One call: on CPUs, most of the time goes into starting kernels. XLA starts up to 8 kernels in the
+  thread that calls, and hands more of them to other threads. A solver starts some in each of its
+  passes. A large kernel is shared among threads, which takes 20 µs. This happens to `log_softmax`
+  of this size; at 8 × 64, it takes 1.2 times as long as that of `jax.nn`.
+- Tracing: every function checks its arguments, so that an error is one clear sentence, and has
+  rules for derivatives in both modes. `jax.nn.softmax` does neither. You pay for it once per shape.
+- Compiling: programs for CPUs and for other devices are traced, and one of them is compiled. It may
+  contain a loop that solves for the threshold.
 """
 
 TOPIC = Topic(
     "compile",
-    "Before the first number, and at every call",
+    "Time to compile, to call and to import",
     """
-What a call of a compiled mapping costs when there is little to compute, in turn with its peers
-alone: until it returns, which is its dispatch, and until the result is there; how long it takes to
-trace and lower one, and to compile it, with JAX's caches cleared before; and how long a new Python
-takes to import the package. The first of each group, which `relative` refers to, is
-`jax.nn.softmax`.
+This page measures three things. The first is a call of a compiled mapping with little to compute:
+the time until it returns (its dispatch), and the time until the result is there. The second is the
+time to trace and lower a mapping, and to compile it, with JAX's caches cleared before. The third is
+the time that a new Python takes to import the package. The column `relative` compares with the
+first function of each group, `jax.nn.softmax`.
 """,
     steps,
     (

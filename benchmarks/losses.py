@@ -195,24 +195,25 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- The forward pass and the gradient compute what optax does, but in chunks: where all scores are
-  few, there is no memory to be saved, and chunks only cost.
-- The tangent and the Hessian-vector product compute the scores of each chunk once more, for to keep
-  them would take the memory that is saved.
-- `cross_entropy` of scores is right to 2 ulp also where one class dominates, where optax returns 0;
-  it pays for it as `log_softmax` does ([mappings](mappings.md)).
-- Compiling takes longer: there is a loop over chunks, with what is left of the rows beside it.
+- The forward pass and the gradient compute the same as optax, but in chunks. If there are few
+  scores, chunks save no memory and cost time.
+- The tangent and the Hessian-vector product compute the scores of each chunk once more. Keeping
+  them would take the memory that chunks save.
+- `cross_entropy` of scores is right to 2 ulp even if one class dominates, where optax returns 0. It
+  costs as much as it does in `log_softmax` ([mappings](mappings.md)).
+- Compiling takes longer: there is a loop over chunks, and code for the rows that are left over.
 """
 
 TOPIC = Topic(
     "losses",
     "Losses",
     """
-`linear_cross_entropy` computes the loss of a linear layer with many outputs without ever holding
-all scores; beside it, the same loss by optax on all of them, in float32. Below that, losses of
-scores that are there, with their gradients, beside optax and deep-spin's entmax on PyTorch. The
-limit is what the matrix products of the layer take at the speed of a large one: 1 forward, 3 with
-the gradient or the tangent; of scores that are there, a copy: scores read, gradient written.
+`linear_cross_entropy` computes the loss of a linear layer with many outputs, without holding all
+scores. It is compared with the same loss by optax on all scores, in float32. After that come losses
+of given scores, with their gradients, compared with optax and with deep-spin's entmax on PyTorch.
+The limit for the layer is the time of its matrix products, at the speed of one large product: 1
+product in the forward pass, and 3 with the gradient or the tangent. The limit for given scores is a
+copy, which reads the scores and writes the gradient.
 """,
     steps,
     (

@@ -158,27 +158,27 @@ def steps(quick: bool) -> list[Comparison]:
 
 
 NOTES = """
-- `log_softmax` and `logsumexp` on CPUs: ours are right to about 4 ulp also where one class
-  dominates, where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the
-  exponentials below the maximum are summed apart, with what rounding takes from their differences.
-- `softmax`: differences to the maximum are exact, and infinite scores share a row.
-- In bfloat16, `jax.nn` computes with 8 bits, and is off by up to 56 ulp. Ours computes in float32
-  and rounds once.
-- Temporary memory is a copy of the scores in float32, or folded such that XLA for CPU can sum
+- `log_softmax` and `logsumexp` on CPUs: ours are right to about 4 ulp even if one class dominates,
+  where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the exponentials
+  below the maximum are summed separately, and rounding errors of their differences are corrected.
+- `softmax`: the differences to the maximum are exact, and infinite scores share a row.
+- In bfloat16, `jax.nn` computes with 8 bits, and its error is up to 56 ulp. Ours computes in
+  float32 and rounds once.
+- The temporary memory is a copy of the scores: in float32, or folded so that XLA on a CPU can sum
   several at a time.
 - Compiling takes longer because there is more to compile: a loop that solves for the threshold, or
-  an exact sum. It is paid once per shape.
+  an exact sum. You pay for it once per shape.
 """
 
 TOPIC = Topic(
     "mappings",
     "Mappings",
     """
-Each mapping along the last axis of float32 scores, beside that of `jax.nn`, sparsemax by sort
-(`optax.projections.projection_simplex`, under `vmap`) and deep-spin's entmax on PyTorch (exact
-where it has an exact algorithm). The first of each group, which `relative` refers to, is
-`jax.nn.softmax`. The limit is a copy: reading the scores and writing as many numbers, for a vjp two
-of both.
+Each mapping runs along the last axis of float32 scores. The mappings are compared with `jax.nn`,
+with a sparsemax that sorts (`optax.projections.projection_simplex`, under `vmap`), and with
+deep-spin's entmax on PyTorch, by its exact algorithm where it has one. The column `relative`
+compares with the first function of each group, `jax.nn.softmax`. The limit is a copy: it reads the
+scores and writes as many numbers. For a vjp, the limit is two copies.
 """,
     steps,
     (

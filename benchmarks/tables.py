@@ -57,7 +57,7 @@ def losses(results: Sequence[Result]) -> str:
     if not worst:
         return "Nowhere in this run."
     return "\n".join(
-        f"- {ours} against {name}, {quantity.removeprefix('ours_')}: up to {_ratio(ratio)}× "
+        f"- {ours} compared with {name}, {quantity.removeprefix('ours_')}: up to {_ratio(ratio)}× "
         f"({', '.join(filter(None, (result.operation, result.size)))})"
         for (ours, name, quantity), (ratio, result) in worst.items()
     )

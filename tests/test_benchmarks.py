@@ -106,7 +106,7 @@ def test_what_loses_is_bold_and_listed(ratio, cell, loses):
     quantities = {"ours_time": Spread(0.9, ratio, 1.3)}
     results = [Result("run", "far", 1, "theirs", "ours", quantities=quantities)]
     assert f"| {cell} |" in tables.table(results)
-    assert ("ours against theirs, time" in tables.losses(results)) == loses
+    assert ("ours compared with theirs, time" in tables.losses(results)) == loses
     assert ("Nowhere" in tables.losses(results)) != loses
 
 
