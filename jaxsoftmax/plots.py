@@ -35,17 +35,18 @@ def reliability_diagram(
     label: str | None = None,
     unit: str = "count",
 ) -> Axes:
-    """How often predictions come true against how confident they were, with counts and intervals.
+    """Draws how often predictions come true for each confidence, with counts and intervals.
 
-    A dot per bin, larger the more predictions it holds; on the dashed diagonal confidence and
-    accuracy agree, above it predictions are too modest, below it too sure. The pale bar behind a
-    dot is the interval of the accuracy. The columns underneath count the predictions in each bin;
-    their heights grow with the square root, so that small bins are seen beside large ones.
+    Each dot is a bin; it is larger if the bin holds more predictions. On the dashed diagonal,
+    confidence and accuracy are equal. Above it, predictions are not confident enough. Below it,
+    they are too confident. The pale bar behind a dot is the interval of the accuracy. The columns
+    underneath count the predictions in each bin. Their heights grow with the square root, so that
+    small bins can be seen next to large ones.
 
     Args:
       curve: what `reliability_curve` returns.
-      ax: axes to draw on; default new ones. The counts take the lowest fifth of their place.
-      color: of dots and columns.
+      ax: the axes to draw on. Default: new axes. The counts take the lowest fifth of the space.
+      color: the color of dots and columns.
       label: what a legend calls the dots.
       unit: what the columns are called.
 
@@ -53,9 +54,9 @@ def reliability_diagram(
       The axes, with the counts in `ax.child_axes[-1]`.
 
     Raises:
-      TypeError: if `curve` is no `ReliabilityCurve`.
+      TypeError: if `curve` is not a `ReliabilityCurve`.
       ValueError: if it has more than one axis, as from `vmap`.
-      ImportError: if there is no matplotlib.
+      ImportError: if matplotlib is not installed.
 
     Example:
       >>> import jax, jax.numpy as jnp, jaxsoftmax as jsm
@@ -119,19 +120,19 @@ def simplex_plot(
     labels: Sequence[str] = ("class 1", "class 2", "class 3"),
     colors: Sequence[str] = _COLORS[:3],
 ) -> Axes:
-    """What a mapping makes of three scores, over a triangle.
+    """Draws the probabilities of three classes over a triangle of scores.
 
-    At a corner one score is `scale` and the two others are 0; in between, they are mixed. The
-    colors of the classes are mixed by their probabilities, pure where a class has all of it. The
-    white lines are where a class begins to have none, if the mapping is sparse; the dark ones where
-    the most probable class has 0.5, 0.7 and 0.9.
+    At a corner, one score is `scale` and the two others are 0. In between, the scores are mixed.
+    The colors of the classes are mixed by their probabilities: a color is pure where its class has
+    probability 1. If the mapping is sparse, a class has probability 0 beyond a white line. On the
+    dark lines, the most probable class has probability 0.5, 0.7 and 0.9.
 
     Args:
-      mapping: a function of scores (n, 3) that returns probabilities of that shape; further
-        options by `functools.partial`.
-      ax: axes to draw on; default new ones.
+      mapping: a function of scores (n, 3) that returns probabilities of that shape. Use
+        `functools.partial` to set options.
+      ax: the axes to draw on. Default: new axes.
       scale: how far the scores of a corner are apart.
-      resolution: how many points there are from side to side.
+      resolution: how many points a side has.
       labels: the names of the classes.
       colors: their colors.
 
@@ -141,7 +142,7 @@ def simplex_plot(
     Raises:
       ValueError: if `mapping` returns another shape, or there are not three labels and colors, or
         `resolution` is below 2.
-      ImportError: if there is no matplotlib.
+      ImportError: if matplotlib is not installed.
 
     Example:
       >>> import jaxsoftmax as jsm
@@ -208,24 +209,24 @@ def support_plot(
     *,
     temperatures: Real[ArrayLike, " steps"] | None = None,
 ) -> Axes:
-    """How many classes have a probability above 0, as the temperature grows.
+    """Draws how many classes have a probability above 0 at each temperature.
 
-    A line per mapping is the mean over the rows of scores; the band around it holds the middle half
-    of them.
+    The line of a mapping is the mean over the rows of scores. The band around it holds the middle
+    half of the rows.
 
     Args:
-      mappings: one, several, or a dictionary of them by name; functions of `(scores, temperature=
-        ...)`.
+      mappings: one mapping, several, or a dictionary of mappings by name. Each is called as
+        `mapping(scores, temperature=...)`.
       scores: rows of scores.
-      ax: axes to draw on; default new ones.
-      temperatures: positive ones, ascending; default 61 from 0.01 to 10, evenly by ratio.
+      ax: the axes to draw on. Default: new axes.
+      temperatures: positive and ascending. Default: 61 from 0.01 to 10, with equal ratios.
 
     Returns:
       The axes, with one line per mapping.
 
     Raises:
-      ValueError: if `scores` has not two axes, or a temperature is not positive.
-      ImportError: if there is no matplotlib.
+      ValueError: if `scores` does not have two axes, or a temperature is not positive.
+      ImportError: if matplotlib is not installed.
 
     Example:
       >>> import jax, jaxsoftmax as jsm
