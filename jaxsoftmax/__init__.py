@@ -19,7 +19,9 @@ Mappings: from scores to probabilities
     budget_sparsemax      entries from 0 to 1 that sum to a budget: choose several
     softpick              scores below 0 get nothing, and a row may sum to less than 1
     stick_breaking        each entry takes a share of what the entries before it left
-    sinkhorn              soft assignment: rows and columns have fixed sums
+    sinkhorn              soft assignment: rows and columns have given sums
+    log_sinkhorn          its logarithm, also where a probability is too small for a float
+    sinkhorn_residual     how far the sums of its rows and columns are from those
     hardmax               everything to the largest score; ties share
 
 A mapping of your own
@@ -76,10 +78,12 @@ from jaxsoftmax.mappings import budget_sparsemax as budget_sparsemax
 from jaxsoftmax.mappings import entmax as entmax
 from jaxsoftmax.mappings import entmax15 as entmax15
 from jaxsoftmax.mappings import hardmax as hardmax
+from jaxsoftmax.mappings import log_sinkhorn as log_sinkhorn
 from jaxsoftmax.mappings import log_softmax as log_softmax
 from jaxsoftmax.mappings import logsumexp as logsumexp
 from jaxsoftmax.mappings import normmax as normmax
 from jaxsoftmax.mappings import sinkhorn as sinkhorn
+from jaxsoftmax.mappings import sinkhorn_residual as sinkhorn_residual
 from jaxsoftmax.mappings import softmax as softmax
 from jaxsoftmax.mappings import softpick as softpick
 from jaxsoftmax.mappings import sparsemax as sparsemax
@@ -112,6 +116,7 @@ __all__ = [
     "hardmax",
     "kl_divergence",
     "linear_cross_entropy",
+    "log_sinkhorn",
     "log_softmax",
     "logsumexp",
     "min_p_mask",
@@ -120,6 +125,7 @@ __all__ = [
     "sample",
     "shannon_entropy",
     "sinkhorn",
+    "sinkhorn_residual",
     "softmax",
     "softpick",
     "sparsemax",

@@ -46,6 +46,11 @@ CALLS = {
     "stick_breaking": (jsm.stick_breaking, (X,)),
     "hardmax": (jsm.hardmax, (X,)),
     "sinkhorn": (jsm.sinkhorn, (X,)),
+    "log_sinkhorn": (
+        lambda x, a, tol: jsm.log_sinkhorn(x, row_sums=a, tol=tol),
+        (X, X[:, 0] ** 2, np.float32(0.1)),
+    ),
+    "sinkhorn_residual": (jsm.sinkhorn_residual, (P,)),
     "shannon_entropy": (jsm.shannon_entropy, (P,)),
     "tsallis_entropy": (jsm.tsallis_entropy, (P, np.float32(1.5))),
     "support_size": (jsm.support_size, (P,)),

@@ -77,6 +77,17 @@ SENTENCES = [
     (ValueError, "axes must be two axes, got (0,).", lambda: jsm.sinkhorn(X, axes=(0,))),
     (
         ValueError,
+        "row_sums and column_sums must have the same total, got 2.0 and 3.0.",
+        lambda: jsm.sinkhorn(X, row_sums=1, column_sums=1),
+    ),
+    (
+        ValueError,
+        "column_sums must broadcast to one value per column, shape (3,), got shape (2,).",
+        lambda: jsm.sinkhorn(X, column_sums=np.ones(2)),
+    ),
+    (ValueError, "tol must not be negative or NaN, got -1.", lambda: jsm.sinkhorn(X, tol=-1)),
+    (
+        ValueError,
         "num_iterations must be at least 1, got 0.",
         lambda: jsm.sinkhorn(X, num_iterations=0),
     ),

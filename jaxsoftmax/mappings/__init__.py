@@ -14,7 +14,9 @@ from jaxsoftmax.mappings._entmax import entmax15 as entmax15
 from jaxsoftmax.mappings._entmax import sparsemax as sparsemax
 from jaxsoftmax.mappings._hardmax import hardmax as hardmax
 from jaxsoftmax.mappings._normmax import normmax as normmax
+from jaxsoftmax.mappings._sinkhorn import log_sinkhorn as log_sinkhorn
 from jaxsoftmax.mappings._sinkhorn import sinkhorn as sinkhorn
+from jaxsoftmax.mappings._sinkhorn import sinkhorn_residual as sinkhorn_residual
 from jaxsoftmax.mappings._softmax import log_softmax as log_softmax
 from jaxsoftmax.mappings._softmax import logsumexp as logsumexp
 from jaxsoftmax.mappings._softmax import softmax as softmax
