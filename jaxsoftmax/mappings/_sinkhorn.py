@@ -51,7 +51,7 @@ def _tells(fun: Callable[P, R]) -> Callable[P, R]:
     @functools.wraps(fun)
     def answer(*args: Any, **kwargs: Any) -> Any:
         tol = kwargs.get("tol")
-        if isinstance(tol, numbers.Real) and not tol >= 0:
+        if isinstance(tol, numbers.Real) and not float(tol) >= 0:
             raise ValueError(f"tol must not be negative or NaN, got {tol}.")
         result = cast(Callable, fun)(*args, **kwargs)
         given = {name: kwargs.get(name) for name in ("row_sums", "column_sums")}
@@ -70,8 +70,9 @@ def _refuse_wrong_sums(
     *,
     row_sums: ArrayLike | None = None,
     column_sums: ArrayLike | None = None,
-    **_: Any,
+    **others: Any,
 ) -> None:
+    del others
     for name, sums in (("row_sums", row_sums), ("column_sums", column_sums)):
         values = jnp.ravel(jnp.asarray(0 if sums is None else sums))
         wrong = values[~_is_sum(values)]
