@@ -3,6 +3,8 @@
 An exported function is a file: what it holds is called again and gives the same numbers.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,3 +108,62 @@ def test_shapes_of_choices_may_be_symbols(name, rng):
     for size in ((3, 40), (2, 7)) + (((4, 2),) if "mask" in name else ()):
         x = np.float32(rng.normal(size=size))
         np.testing.assert_allclose(exported.call(x), fun(x), rtol=1e-6)
+
+
+def _linear(reduction, hidden, weight):
+    labels = jnp.arange(hidden.shape[0]) % weight.shape[1]
+    return jsm.linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+
+
+def _decode(query, key, value):
+    offset = key.shape[1] - query.shape[1]
+    return jsm.dot_product_attention(query, key, value, is_causal=True, query_offset=offset)
+
+
+_attention = functools.partial(jsm.dot_product_attention, block_size=16)
+WITH_SYMBOLS = {
+    # Of a batch, where blocks are cut as they are from one of its entries.
+    "batch": (
+        functools.partial(_attention, is_causal=True, normalizer=jsm.entmax15),
+        ("b, 40, 4, 8", "b, 40, 2, 8", "b, 40, 2, 8"),
+        ({"b": 3}, {"b": 1}),
+    ),
+    "batch of another's mapping": (
+        functools.partial(_attention, normalizer=lambda s, axis, where: jax.nn.softmax(s, axis)),
+        ("b, 40, 2, 8",) * 3,
+        ({"b": 3},),
+    ),
+    "keys": (_decode, ("b, 1, 4, 8", "b, s, 2, 8", "b, s, 2, 8"), ({"b": 2, "s": 30},)),
+    "lengths": (
+        functools.partial(_attention, local_window_size=(5, 2)),
+        ("b, t, 4, 8", "b, s, 2, 8", "b, s, 2, 8"),
+        ({"b": 2, "t": 40, "s": 50}, {"b": 1, "t": 5, "s": 1}),
+    ),
+    "rows of a layer": (
+        functools.partial(_linear, "mean"),
+        ("n, 8", "8, 300"),
+        ({"n": 3}, {"n": 600}),
+    ),
+    "rows and classes": (functools.partial(_linear, "none"), ("n, 8", "8, v"), ({"n": 3, "v": 9},)),
+}
+
+
+@pytest.mark.parametrize("name", WITH_SYMBOLS)
+def test_sizes_may_be_symbols(name, rng):
+    """Of attention and of a last layer, with their gradients."""
+    fun, shapes, all_sizes = WITH_SYMBOLS[name]
+
+    def with_gradients(*args):
+        value, pull_back = jax.vjp(fun, *args)
+        return value, pull_back(jnp.cos(value))
+
+    symbols = [export.symbolic_shape(shape, scope=_SCOPE) for shape in shapes]
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in symbols]
+    exported = export.export(jax.jit(with_gradients), platforms=PLATFORMS)(*args)
+    for sizes in all_sizes:
+        given = [[sizes.get(str(n), n) for n in shape] for shape in symbols]
+        x = [np.float32(rng.normal(size=shape)) for shape in given]
+        same(exported.call(*x), with_gradients(*x))
+
+
+_SCOPE = export.SymbolicScope()

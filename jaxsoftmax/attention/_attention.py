@@ -14,7 +14,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._configured import Configured, configured
 from jaxsoftmax._public import known_number, refuse_what_is_no_array
-from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._reductions import is_known, vary_like
 from jaxsoftmax._scores import (
     as_int,
     check_mask,
@@ -482,7 +482,7 @@ def _in_blocks(
 
 def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:
     """How attention is cut where it is one device's own."""
-    known = all(isinstance(first, int) for first in rules.first[2:])
+    known = all(map(is_known, (*rules.first[2:], sizes.queries, sizes.keys)))
     reach = Reach(rules.before, rules.after).of_rows_from(rules.offset) if known else Reach()
     groups, together = Groups(), sizes.batch * sizes.heads
     forward, backward = tiling.forward, tiling.backward
@@ -500,6 +500,8 @@ def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tili
     def bands_of(scores: int) -> tuple[Band, ...]:
         queries = _rows_of_band(sizes, reach, tiling)
         rows = block_size or tiling.block_rows(queries, together * sizes.keys, scores)
+        if not is_known(sizes.queries):
+            return (Band(0, sizes.queries, 1, sizes.keys, 0, None, sizes.keys),)
         return bands(sizes.queries, sizes.keys, min(rows, sizes.queries), reach, tiling.bands)
 
     return Cuts(groups, bands_of(forward), bands_of(backward), tiling.again(query.dtype))

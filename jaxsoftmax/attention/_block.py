@@ -18,7 +18,7 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax import _threshold
 from jaxsoftmax._configured import Configured
 from jaxsoftmax._form import Form
-from jaxsoftmax._reductions import Entries, Rows, vary_like
+from jaxsoftmax._reductions import Entries, Rows, is_known, vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax._threshold import IDENTITY, form_of
 from jaxsoftmax.attention import _dropout, _products
@@ -441,7 +441,8 @@ def _less(query: Array, key: Array, row_values: Array) -> Array:
 def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array, Array]:
     """The values, weighted and summed, and the sums of the weights, (B, N, rows, 1)."""
     first, *sink = weights
-    if made.dropout is None and first.shape[2] > value.shape[2]:
+    are_many = not is_known(first.shape[2]) or first.shape[2] > value.shape[2]
+    if made.dropout is None and are_many:
         # Of values that are 1 the product makes sums, with no other kernel that reads the weights;
         # where these are few, that would not be worth a copy of the values.
         mixed = _mix(first, _products.with_ones(value))

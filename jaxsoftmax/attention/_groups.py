@@ -80,7 +80,7 @@ class Groups:
     def _cut_axes(self, operand: Operand, x: Array) -> list[int]:
         if not operand.grouped:
             return []
-        return [axis for axis, n in enumerate(self._counts) if n > 1 and x.shape[axis] != 1]
+        return [axis for axis, n in enumerate(self._counts) if n != 1 and x.shape[axis] != 1]
 
     def _joined(self, x: Array) -> Array:
         _, batch, heads, *rest = x.shape

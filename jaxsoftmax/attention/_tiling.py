@@ -6,6 +6,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxsoftmax._reductions import is_known
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -30,14 +32,18 @@ class Tiling:
     products_again: bool = False
 
     def block_rows(self, queries: int, row_size: int, scores: int) -> int:
-        """How many rows a block should have.
+        """How many rows a block should have; all of them, where their number is a symbol.
 
         Args:
           queries: how many query rows there are.
           row_size: how many scores there are to a row, over the batch and the heads.
           scores: how many scores a block should have.
         """
+        if not is_known(queries):
+            return queries
         fewest, most = self.rows
+        if not is_known(row_size):
+            row_size = scores
         most = min(max(scores // max(row_size, 1), fewest), most)
         if queries <= most:
             return queries
@@ -54,6 +60,8 @@ class Tiling:
     def group_sizes(self, batch: int, key_heads: int, row_size: int, rows: int) -> tuple[int, int]:
         """How many entries of the batch, and how many heads of the keys, to take together.
 
+        One, where it is not known how many there are, or how large each is.
+
         Args:
           batch: how many entries there are.
           key_heads: how many heads.
@@ -62,13 +70,17 @@ class Tiling:
         """
         if self.group is None:
             return batch, key_heads
-        most = max(self.group // (row_size * min(rows, self.rows[1])), 1)
-        if most < key_heads:
+        most = 1
+        if is_known(row_size) and is_known(rows):
+            most = max(self.group // (row_size * min(rows, self.rows[1])), 1)
+        if not is_known(key_heads) or most < key_heads:
             return 1, _divisor(key_heads, most)
         return _divisor(batch, most // key_heads), key_heads
 
 
 def _divisor(n: int, most: int) -> int:
+    if not is_known(n):
+        return 1
     return next(m for m in range(min(n, most), 0, -1) if n % m == 0)
 
 

@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, PRNGKeyArray, Real
 
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import INTEGER, STATIC
+from jaxsoftmax._reductions import is_known
 from jaxsoftmax._scores import check_key
 from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
@@ -193,7 +194,7 @@ def sum_in_bins(x: Array, bins: Array, num_bins: int) -> Array:
     groups = -(-x.size // _GROUP)
     ids = jnp.arange(x.size, dtype=jnp.int32) // _GROUP * num_bins + bins
     sums = jax.ops.segment_sum(x, ids, groups * num_bins).reshape(groups, num_bins)
-    while len(sums) > 1:
+    while is_known(groups) and len(sums) > 1:
         half = len(sums) // 2
         sums = jnp.concatenate([sums[:half] + sums[half : 2 * half], sums[2 * half :]])
     return jnp.sum(sums, 0)

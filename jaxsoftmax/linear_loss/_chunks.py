@@ -6,6 +6,7 @@ import math
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxsoftmax._reductions import is_known
 from jaxsoftmax._sharding import parts_in_all, parts_of
 
 
@@ -26,6 +27,8 @@ class Chunks:
     @staticmethod
     def of(shape: tuple[int, ...], size: int) -> "Chunks":
         rows = math.prod(shape)
+        if not is_known(rows):
+            return Chunks(shape, -(-rows // size), size)
         count = max(1, math.ceil(rows / size))
         return Chunks(shape, count, max(1, math.ceil(rows / count)))
 
@@ -33,7 +36,7 @@ class Chunks:
         """Rows to chunks of rows, (count, size, ...); what is filled up is 0."""
         rows = x.reshape(math.prod(self.shape), *x.shape[len(self.shape) :])
         missing = self.count * self.size - rows.shape[0]
-        if missing:
+        if not is_known(missing) or missing:
             rows = jnp.pad(rows, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
         return rows.reshape(self.count, self.size, *rows.shape[1:])
 
@@ -78,7 +81,8 @@ class SharedChunks:
 
 def chunks_of_rows(hidden: Array, size: int | None, num_classes: int) -> Chunks | SharedChunks:
     """The chunks, of so many rows on each device, or as many as suit so many classes."""
-    size = chunk_size_for(num_classes) if size is None else size
+    if size is None:
+        size = chunk_size_for(num_classes) if is_known(math.prod(hidden.shape)) else _FEWEST
     devices = parts_in_all(hidden)
     if devices == 1 or hidden.ndim == 1 or hidden.size == 0:
         return Chunks.of(hidden.shape[:-1], size)
@@ -87,8 +91,9 @@ def chunks_of_rows(hidden: Array, size: int | None, num_classes: int) -> Chunks 
 
 def chunk_size_for(num_classes: int) -> int:
     """How many rows a chunk should have."""
-    # 256 rows keep the matrix products busy; where there are few classes, more rows still fit.
-    return max(256, _SCORES // max(num_classes, 1))
+    if not is_known(num_classes):
+        return _FEWEST
+    return max(_FEWEST, _SCORES // max(num_classes, 1))
 
 
 def in_one(count: int, size: int, num_classes: int) -> int:
@@ -99,10 +104,14 @@ def in_one(count: int, size: int, num_classes: int) -> int:
       size: rows per chunk.
       num_classes: how many scores a row has.
     """
+    if not (is_known(count) and is_known(num_classes)):
+        return 1
     most = max(_SCORES_OF_ACCELERATOR // max(size * num_classes, 1), 1)
     return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
 
 
+# So many rows keep the matrix products busy; where there are few classes, more still fit.
+_FEWEST = 256
 # How many scores a chunk has that is large enough for any CPU.
 _SCORES = 2**23
 # Each chunk rewrites the gradient of all weights. As compiled for 8,192 rows and 32,768 classes of

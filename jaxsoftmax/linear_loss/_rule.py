@@ -14,7 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
-from jaxsoftmax._reductions import on_local_cpu_or_else, vary_like
+from jaxsoftmax._reductions import is_known, on_local_cpu_or_else, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
 from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for, in_one
 
@@ -100,7 +100,8 @@ def _gradients(
 
 def _add_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
     """`total + hidden.T @ ct_scores`."""
-    if hidden.ndim > 2:  # of rows that XLA shares among devices
+    # Of rows that XLA shares among devices, or of classes whose number is a symbol.
+    if hidden.ndim > 2 or not is_known(total.size):
         return _add_whole_product(total, hidden, ct_scores)
     return on_local_cpu_or_else(
         _add_product_in_blocks, _add_whole_product, total, hidden, ct_scores
