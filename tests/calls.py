@@ -10,6 +10,7 @@ import pytest
 
 import jaxsoftmax as jsm
 from jaxsoftmax import calibration
+from tests.cases import entmax43
 
 # Long enough that sums go by lanes and attention has several blocks.
 ROWS, LENGTH = 4, 130
@@ -58,6 +59,7 @@ CALLS = {
     "sparsemax_loss": (jsm.sparsemax_loss, (X, LABELS)),
     "entmax_loss": (jsm.entmax_loss, (X, P)),
     "kl_divergence": (jsm.kl_divergence, (X, X[::-1])),
+    "threshold_mapping": (entmax43, (X,)),
     "fenchel_young_loss": (
         jsm.fenchel_young_loss(jsm.sparsemax, functools.partial(jsm.tsallis_entropy, alpha=2.0)),
         (X, LABELS),
@@ -109,7 +111,7 @@ def public_functions():
     """The names of all public functions but those that draw."""
     for prefix, module in (("", jsm), ("calibration.", calibration)):
         for name, value in vars(module).items():
-            is_result = isinstance(value, type) and issubclass(value, tuple)
+            is_result = isinstance(value, type) and issubclass(value, (tuple, jsm.Form))
             is_module = isinstance(value, types.ModuleType)
             if not name.startswith("_") and not is_result and not is_module:
                 yield prefix + name
