@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._jax import is_local, varying
+from jaxsoftmax._jax import varying
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
@@ -71,27 +72,29 @@ class Rows:
         function: Terms,
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
-        on_cpu: Terms | None = None,
+        exact_terms: Terms | None = None,
     ) -> tuple[Array, ...]:
         """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
-
-        Two sums or more: one alone XLA for CPU takes less exactly than `sum`.
 
         Args:
           function: `(*entries, *row_values) -> terms`, entry by entry, as for `map`.
           entries: the entries that it takes.
           row_values: the row values that it takes.
-          on_cpu: what to sum there instead, if XLA needs help to do it well.
+          exact_terms: the same terms with their rounding errors, which not all platforms compute
+            without another pass.
         """
         if self.segment_ids is not None:
             parts = zip(*self.map(function, entries, row_values), strict=True)
             return tuple(map(self.sum, parts))
         first, *sinks = zip(*entries, strict=True)
-        sums = on_local_cpu_or_else(
-            functools.partial(self._sums_on_cpu, on_cpu or function),
+        sums = chosen(
+            "joint_sums",
             functools.partial(self._joint_sums, function),
             first,
             tuple(row_values),
+            axes=self.axes,
+            terms=function,
+            exact_terms=exact_terms,
         )
         if self.names:
             sums = lax.psum(tuple(sums), self.names)
@@ -129,16 +132,12 @@ class Rows:
             top, others = _join_exps((top, others), (z, jnp.zeros_like(z)))
         return top, others
 
-    def has_many(self, entries: Entries) -> bool:
-        """Whether it pays to look at some of the largest entries first."""
-        return self._length_in_memory(entries[0]) >= _MANY
-
-    def some_of_the_largest(self, entries: Entries) -> Entries:
-        """The largest entry of each of some parts of a row that has many."""
-        first, *sink = entries
-        length = first.shape[-1]
-        whole = first[..., : length - length % _PARTS]
-        return jnp.max(whole.reshape(*first.shape[:-1], -1, _PARTS), -2), *sink
+    def length_in_memory(self, x: Array) -> int:
+        """How many entries of a row are side by side, if all of them are; 0 if not, or unknown."""
+        is_whole = self.axes == (x.ndim - 1,) and self.segment_ids is None
+        if not is_whole or not is_known(x.shape[-1]) or self.are_shared(x):
+            return 0
+        return x.shape[-1]
 
     def summed_cotangent(self, ct: Array) -> Array:
         """The cotangent of row values, which are the same on all devices; for reverse rules.
@@ -185,13 +184,6 @@ class Rows:
         size = 1 if self.segment_ids is None else self.num_segments
         return tuple(size if i in self.axes else n for i, n in enumerate(scores.shape))
 
-    def _length_in_memory(self, x: Array) -> int:
-        """How many entries of a row are side by side, if all of them are; 0 if not, or unknown."""
-        is_whole = self.axes == (x.ndim - 1,) and self.segment_ids is None
-        if not is_whole or not is_known(x.shape[-1]) or self.are_shared(x):
-            return 0
-        return x.shape[-1]
-
     def _spread(self, values: Array, like: Array) -> Array:
         """Row values in a shape that broadcasts against entries such as `like`."""
         if self.segment_ids is None or values.shape[self.axes[0]] == 1:
@@ -219,33 +211,6 @@ class Rows:
     ) -> tuple[Array, ...]:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
 
-    def _sums_on_cpu(
-        self, function: Terms, entries: Sequence[Array], row_values: Sequence[Array]
-    ) -> tuple[Array, ...]:
-        # XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and
-        # lanes, it is reduced over the depth, and LLVM vectorizes across the lanes. What is left is
-        # a minor axis again.
-        minor = entries[0].ndim - 1
-        length = entries[0].shape[minor] if minor in self.axes else 1
-        lanes, depth = _folding(length)
-        if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
-            return _reduce(function(*entries, *row_values), self.axes)
-        whole = length - length % (depth * lanes)
-        # The entries are cut, not the terms: terms of two uses would be held in memory.
-        folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
-        spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
-        partial = _reduce(function(*folded, *spread), (minor + 1,))
-        partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
-        sums = self._sums_on_cpu(_as_they_are, partial, ())
-        if whole == length:
-            return sums
-        rest = [x[..., whole:] for x in entries]
-        return tuple(_add(sums, self._sums_on_cpu(function, rest, row_values)))
-
-
-def _as_they_are(*terms: Array) -> Sequence[Array]:
-    return terms
-
 
 def is_known(size: Any) -> bool:
     """Whether a size is a number, and not a symbol of `jax.export`."""
@@ -254,34 +219,11 @@ def is_known(size: Any) -> bool:
 
 # How long a row is taken for whose length is a symbol.
 _MOST = 2**31 - 1
-# As measured: fewer are gone through before it pays to choose among them.
-_MANY, _PARTS = 1024, 64
-
-
-def on_local_cpu_or_else(on_cpu: Callable[..., T], otherwise: Callable[..., T], *args: Any) -> T:
-    """Calls the first function in programs for one CPU device, or one device's share, on CPUs.
-
-    Where XLA itself shares arrays among devices, what is cut or folded would have to be gathered.
-    """
-
-    def here(*args: Any) -> T:
-        return lax.cond(is_local(), on_cpu, otherwise, *args)
-
-    return lax.platform_dependent(*args, cpu=here, default=otherwise)
 
 
 def rounded(scores: Entries) -> Entries:
-    """The scores as they would be in memory, on CPUs.
-
-    XLA for CPU computes a product anew wherever it is used, and does not round it where it is added
-    to something: no score might be equal to the largest of them. It does where a minimum is taken.
-    """
-
-    def on_cpu(scores: Entries) -> Entries:
-        most = jnp.finfo(scores[0].dtype).max
-        return tuple(jnp.where(z == jnp.inf, z, jnp.minimum(z, most)) for z in scores)
-
-    return on_local_cpu_or_else(on_cpu, lambda scores: scores, scores)
+    """The scores as they would be in memory, where a compiler computes them anew at each use."""
+    return chosen("rounded", lambda scores: scores, scores)
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
@@ -316,20 +258,3 @@ def _join_exps(first: Sequence[Array], second: Sequence[Array]) -> tuple[Array, 
     weight = _exp_gap(x, y)
     others = jnp.where(x >= y, of_x + (1 + of_y) * weight, of_y + (1 + of_x) * weight)
     return jnp.maximum(x, y), others
-
-
-def _folding(length: int) -> tuple[int, int]:
-    """Lanes and depth, as measured on rows of 10 to 100,000.
-
-    LLVM vectorizes no depth that it does not unroll, which it does up to 8.
-    """
-    if not is_known(length) or length < 16:
-        return 1, 1
-    lanes = 32 if length >= 256 else 16 if length >= 32 else 4
-    return lanes, min(length // lanes, 8)
-
-
-def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
-    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    sums = lax.reduce(tuple(terms), zeros, _add, axes)
-    return tuple(jnp.expand_dims(x, axes) for x in sums)

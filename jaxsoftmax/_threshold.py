@@ -21,11 +21,11 @@ from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._form import Form
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import looked_at
 from jaxsoftmax._reductions import (
     Entries,
     Rows,
-    on_local_cpu_or_else,
     sum_to,
     vary_like,
 )
@@ -149,15 +149,7 @@ def dominating(rows: Rows, p: Entries) -> Entries:
     """1 where a probability is above 1/2, 0 elsewhere."""
     p = lax.stop_gradient(p)
 
-    def on_gpu(p: Entries) -> Entries:
-        # A rule that begins with a difference from a maximum is one kernel there.
-        top = rows.max(p)
-        return rows.map(lambda p, t: jnp.where(p - t == 0, jnp.round(p), 0), [p], [top])
-
-    def elsewhere(p: Entries) -> Entries:
-        return rows.map(jnp.round, [p])
-
-    return lax.platform_dependent(p, cuda=on_gpu, rocm=on_gpu, default=elsewhere)
+    return chosen("dominating", lambda p: rows.map(jnp.round, [p]), p, rows=rows)
 
 
 def pull_back(
@@ -265,26 +257,22 @@ def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
 def search(
     rows: Rows, scores: Entries, step: Callable[[Entries, Any], tuple[Any, Array]], start: Any
 ) -> Any:
-    """Repeats `state, moved = step(scores, state)`, for rows of many with few of them first.
-
-    The threshold of some entries never exceeds that of all, and so it is as good a start from
-    below; that of the largest is near.
+    """Repeats `state, moved = step(scores, state)` while any row moves.
 
     Args:
       rows: the rows of `scores`.
       scores: the scores.
       step: a step on some scores.
-      start: the first state. Its row value, or what comes first in it, may be that of some entries;
-        what else it holds, such as bounds, may not.
+      start: the first state. A room may begin with another first row value, that of some entries;
+        what else the state holds, such as bounds, stays.
     """
-
-    def by_few(scores: Entries, start: Any) -> Any:
-        few = functools.partial(step, rows.some_of_the_largest(scores))
-        return jax.tree.leaves(iterate(few, start))[0]
-
-    if rows.has_many(scores):
+    if rows.length_in_memory(scores[0]) >= MANY:
         first, *others = jax.tree.leaves(start)
-        first = on_local_cpu_or_else(by_few, lambda *_: first, scores, start)
+
+        def search_first(scores: Entries, start: Any) -> Array:
+            return jax.tree.leaves(iterate(functools.partial(step, scores), start))[0]
+
+        first = chosen("first_tau", lambda *_: first, scores, start, search=search_first)
         start = jax.tree.unflatten(jax.tree.structure(start), [first, *others])
     return iterate(functools.partial(step, scores), start)
 
@@ -304,6 +292,8 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
     return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
 
 
+# In shorter rows no room begins elsewhere: it would not pay.
+MANY = 1024
 # More than bisection needs to pin down a float64.
 _MAX_PASSES = 80
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from jaxsoftmax._platforms import constants
 from jaxsoftmax._reductions import is_known
 
 
@@ -89,13 +90,5 @@ def _divisor(n: int, most: int) -> int:
 # make scores again takes 46 us a block, to read them 80. Under a causal mask 8 bands would save a
 # twentieth of the time, and take twice as long to compile. Other platforms take this one, too.
 TILING = Tiling(2**26, 2**26, 2**26, (64, 4096), 4, products_again=True)
-# Those of other platforms, by the names that `jax.lax.platform_dependent` knows.
-TILINGS = {
-    # As measured: a block's scores should stay near the core that works on them, yet a block of few
-    # rows spends its time on going through all keys. Where heads may be taken one after the other,
-    # blocks can have both: few scores and many rows.
-    "cpu": Tiling(2**21, 2**20, 2**20, (64, 512), 8),
-    # As compiled for v5e: 64 MB of scores stay in VMEM. Under a causal mask 4 bands would save a
-    # third of the time, and take three times as long to compile.
-    "tpu": Tiling(2**24, 2**24, 2**24, (64, 1024), 2),
-}
+# Those of platforms that have their own.
+TILINGS = {platform: Tiling(**sizes) for platform, sizes in constants("ATTENTION").items()}

@@ -14,7 +14,8 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
-from jaxsoftmax._reductions import is_known, on_local_cpu_or_else, vary_like
+from jaxsoftmax._platforms import chosen
+from jaxsoftmax._reductions import is_known, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
 from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for, in_one
 
@@ -103,39 +104,12 @@ def _add_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
     # Of rows that XLA shares among devices, or of classes whose number is a symbol.
     if hidden.ndim > 2 or not is_known(total.size):
         return _add_whole_product(total, hidden, ct_scores)
-    return on_local_cpu_or_else(
-        _add_product_in_blocks, _add_whole_product, total, hidden, ct_scores
-    )
+    return chosen("add_product", _add_whole_product, total, hidden, ct_scores)
 
 
 def _add_whole_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
     of_rows = range(hidden.ndim - 1)
     return total + _dot(hidden, ct_scores, (of_rows, of_rows))
-
-
-def _add_product_in_blocks(total: Array, hidden: Array, ct_scores: Array) -> Array:
-    # XLA for CPU cannot add to what is there: the product would be one more array of the size of
-    # the weights. Blocks of it stay in the cache.
-    count = max(1, total.size // _BLOCK)
-    width = total.shape[1] // count
-
-    def step(total: Array, i: Array) -> tuple[Array, None]:
-        block = _add_whole_product(
-            lax.dynamic_slice_in_dim(total, i * width, width, 1),
-            hidden,
-            lax.dynamic_slice_in_dim(ct_scores, i * width, width, 1),
-        )
-        return lax.dynamic_update_slice_in_dim(total, block, i * width, 1), None
-
-    total, _ = lax.scan(step, total, jnp.arange(count))
-    done = count * width
-    if done == total.shape[1]:
-        return total
-    last = _add_whole_product(total[:, done:], hidden, ct_scores[:, done:])
-    return total.at[:, done:].set(last)
-
-
-_BLOCK = 2**20
 
 
 def _by_platform(
@@ -179,7 +153,7 @@ def _by_platform(
         return apart(values), gradients._replace(hidden=apart(gradients.hidden))
 
     one_by_one = functools.partial(function, losses)
-    return lax.platform_dependent(operands, rows, *of_rows, cpu=one_by_one, default=together)
+    return chosen("chunks", together, operands, rows, *of_rows, one_by_one=one_by_one)
 
 
 def _of_group(losses: Losses, group: int, size: int) -> Losses:

@@ -8,12 +8,12 @@ import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._elementary import log1p, two_sum
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
@@ -372,7 +372,7 @@ def total_at_once(rows: Rows, scores: Entries) -> Total:
     in_two = functools.partial(total_of, rows)
     if not rows.can_be_joined(scores[0]):
         return in_two(scores)
-    return lax.platform_dependent(scores, cpu=in_two, default=at_once)
+    return chosen("log_total", at_once, scores, in_two=in_two)
 
 
 def lost_by_gap(score: Array, top: Array) -> Array:

@@ -1,0 +1,157 @@
+"""What XLA for CPU does better in another way."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+# The parts of a row, of each of which one entry is looked at first.
+_PARTS = 64
+
+# As measured: a block's scores should stay near the core that works on them, yet a block of few
+# rows spends its time on going through all keys. Where heads may be taken one after the other,
+# blocks can have both: few scores and many rows.
+ATTENTION = {
+    "forward": 2**21,
+    "backward": 2**20,
+    "group": 2**20,
+    "rows": (64, 512),
+    "bands": 8,
+}
+
+LOCAL = ("joint_sums", "rounded", "first_tau", "add_product")
+
+
+def joint_sums(
+    general: Callable[..., Any],
+    entries: Sequence[Array],
+    row_values: Sequence[Array],
+    *,
+    axes: tuple[int, ...],
+    terms: Callable[..., Sequence[Array]],
+    exact_terms: Callable[..., Sequence[Array]] | None,
+) -> tuple[Array, ...]:
+    """The sums of rows, over all of the `axes`.
+
+    XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and lanes, it
+    is reduced over the depth, and LLVM vectorizes across the lanes. What is left is a minor axis
+    again.
+    """
+    terms = exact_terms or terms
+    minor = entries[0].ndim - 1
+    length = entries[0].shape[minor] if minor in axes else 1
+    lanes, depth = _folding(length)
+    if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
+        return _reduce(terms(*entries, *row_values), axes)
+    whole = length - length % (depth * lanes)
+    # The entries are cut, not the terms: terms of two uses would be held in memory.
+    folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
+    spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
+    partial = _reduce(terms(*folded, *spread), (minor + 1,))
+    partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
+    again = {"axes": axes, "exact_terms": None}
+    sums = joint_sums(general, partial, (), terms=_as_they_are, **again)
+    if whole == length:
+        return sums
+    rest = [x[..., whole:] for x in entries]
+    return _add(sums, joint_sums(general, rest, row_values, terms=terms, **again))
+
+
+def _folding(length: Any) -> tuple[int, int]:
+    """Lanes and depth, as measured on rows of 10 to 100,000.
+
+    LLVM vectorizes no depth that it does not unroll, which it does up to 8.
+    """
+    if not isinstance(length, int) or length < 16:
+        return 1, 1
+    lanes = 32 if length >= 256 else 16 if length >= 32 else 4
+    return lanes, min(length // lanes, 8)
+
+
+def _as_they_are(*terms: Array) -> Sequence[Array]:
+    return terms
+
+
+def _add(x: Sequence[Array], y: Sequence[Array]) -> tuple[Array, ...]:
+    return tuple(map(jnp.add, x, y))
+
+
+def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
+    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
+    sums = lax.reduce(tuple(terms), zeros, _add, axes)
+    return tuple(jnp.expand_dims(x, axes) for x in sums)
+
+
+def rounded(general: Callable[..., Any], scores: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The scores as they would be in memory.
+
+    XLA for CPU computes a product anew wherever it is used, and does not round it where it is added
+    to something: no score might be equal to the largest of them. It does where a minimum is taken.
+    """
+    del general
+    most = jnp.finfo(scores[0].dtype).max
+    return tuple(jnp.where(z == jnp.inf, z, jnp.minimum(z, most)) for z in scores)
+
+
+def first_tau(
+    general: Callable[..., Any],
+    scores: tuple[Array, ...],
+    start: Any,
+    *,
+    search: Callable[[tuple[Array, ...], Any], Array],
+) -> Array:
+    """Where a search begins: at the threshold of the largest entry of each of some parts of a row.
+
+    The threshold of some entries never exceeds that of all, and so it is as good a start from
+    below; that of the largest is near.
+    """
+    del general
+    first, *sink = scores
+    length = first.shape[-1]
+    whole = first[..., : length - length % _PARTS]
+    largest = jnp.max(whole.reshape(*first.shape[:-1], -1, _PARTS), -2)
+    return search((largest, *sink), start)
+
+
+def log_total(general: Callable[..., Any], scores: Any, *, in_two: Callable[..., Any]) -> Any:
+    """Maximum and sum one after the other: both at once are no loop that LLVM vectorizes."""
+    del general
+    return in_two(scores)
+
+
+def chunks(general: Callable[..., Any], *args: Any, one_by_one: Callable[..., Any]) -> Any:
+    """Small chunks of a last layer's rows are large enough for any CPU."""
+    del general
+    return one_by_one(*args)
+
+
+def add_product(
+    general: Callable[..., Array], total: Array, hidden: Array, ct_scores: Array
+) -> Array:
+    """`general`, in blocks of columns that stay in the cache.
+
+    XLA for CPU cannot add to what is there: the product would be one more array of the size of the
+    weights.
+    """
+    count = max(1, total.size // _BLOCK)
+    width = total.shape[1] // count
+
+    def step(total: Array, i: Array) -> tuple[Array, None]:
+        block = general(
+            lax.dynamic_slice_in_dim(total, i * width, width, 1),
+            hidden,
+            lax.dynamic_slice_in_dim(ct_scores, i * width, width, 1),
+        )
+        return lax.dynamic_update_slice_in_dim(total, block, i * width, 1), None
+
+    total, _ = lax.scan(step, total, jnp.arange(count))
+    done = count * width
+    if done == total.shape[1]:
+        return total
+    return total.at[:, done:].set(general(total[:, done:], hidden, ct_scores[:, done:]))
+
+
+_BLOCK = 2**20
