@@ -126,9 +126,10 @@ def _verdict(ranking: list[Candidate], test_size: int) -> str:
 and the truth. Lower is better, and no other probabilities than the true ones have a lower one on
 average. The dot is the difference from the best, and the bar is its {LEVEL:.0%} bootstrap interval.
 A candidate whose bar reaches the
-vertical line may be as good as the best. The interval tells how much may
-be due to these {test_size:,} test digits. It does not tell what another training would change: for
-that, try another <code>--seed</code>.</p>
+vertical line may be as good as the best. The interval tells how much may be due to these
+{test_size:,} test digits. The best is also chosen on them, so its score is a little too good. What
+another training would change, the interval does not tell: for that, try another
+<code>--seed</code>.</p>
 </div>
 <div>
 <h3>Use this in your code</h3>
