@@ -27,6 +27,7 @@ labels = rng.integers(50, size=600)
 functions = {
     **{f.__name__: (f, (x,)) for f in (jsm.softmax, jsm.log_softmax, jsm.logsumexp, jsm.sparsemax)},
     "entmax15": (jsm.entmax15, (x,)),
+    "stick_breaking": (jsm.stick_breaking, (x,)),
     "entmax": (jsm.entmax, (x, 1.3)),
     "budget_sparsemax": (jsm.budget_sparsemax, (x, 2.5)),
     "cross_entropy": (lambda x: jsm.cross_entropy(x, np.arange(8)), (x,)),
@@ -69,7 +70,7 @@ def test_a_room_can_be_deleted(room, tmp_path):
     (rooms / "__init__.py").write_text(left)
     without = results(tmp_path, tmp_path / "without.npz")
     with_room = results(PACKAGE.parent, tmp_path / "with.npz")
-    assert len(without) == 24
+    assert len(without) == 27
     for name in without:
         np.testing.assert_allclose(without[name], with_room[name], rtol=2e-5, atol=2e-6)
 

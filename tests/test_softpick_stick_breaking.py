@@ -91,3 +91,21 @@ def test_stick_over_the_devices_of_a_mesh(reverse, rng):
         value_and_gradient(over_devices), value_and_gradient(broken), strict=True
     ):
         np.testing.assert_allclose(actual, wanted, rtol=1e-13, atol=1e-15)
+
+
+@pytest.mark.asks_for_x64
+@pytest.mark.parametrize("reverse", [True, False])
+@pytest.mark.parametrize("length", [0, 1, 31, 33, 1056, 3000])
+def test_stick_of_any_length(length, reverse, rng):
+    """Blocks of sums, and blocks of those, leave out nothing."""
+    x = 3 * rng.normal(size=(2, length)) - 3
+    along = np.cos(np.arange(2.0 * length)).reshape(2, length)
+    f = functools.partial(jsm.stick_breaking, reverse=reverse)
+    order = slice(None, None, -1 if reverse else 1)
+    in_order, s = x[:, order], 1 / (1 + np.exp(-x[:, order]))
+    expected = np.array([break_from_the_end(row[::-1])[::-1] for row in in_order])
+    p, pushed = jax.jvp(f, (x,), (along,))
+    np.testing.assert_allclose(p[:, order], expected.reshape(2, length), rtol=1e-12, atol=1e-300)
+    taken = np.cumsum(s * along[:, order], 1) - s * along[:, order]
+    expected = expected.reshape(2, length) * ((1 - s) * along[:, order] - taken)
+    np.testing.assert_allclose(pushed[:, order], expected, rtol=1e-9, atol=1e-13)

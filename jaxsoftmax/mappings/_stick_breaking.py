@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -11,8 +12,9 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import STATIC, public
-from jaxsoftmax._reductions import Entries, Rows
+from jaxsoftmax._reductions import Entries, Rows, is_known
 from jaxsoftmax._scores import (
     Axis,
     Options,
@@ -100,10 +102,18 @@ def _breaks_or_hardmax(
 
 
 def _pieces_of_any(reverse: bool, rows: Rows, scores: Array) -> Array:
-    left = _sum_before(rows, jax.nn.log_sigmoid(-scores), reverse)
-    p = jnp.exp(jax.nn.log_sigmoid(scores) + left)
+    left = jnp.exp(_sum_before(rows, _log_rest(scores), reverse))
+    p = jax.nn.sigmoid(scores) * left
     total = rows.sum((p,))
     return jnp.where(jnp.isnan(total), total, p)
+
+
+def _log_rest(scores: Array) -> Array:
+    """The logarithm of the share that a piece leaves, bounded where that is too small for a float.
+
+    Sums of it are finite, so that their products with 0 are 0.
+    """
+    return jnp.maximum(jnp.minimum(-scores, 0) - jnp.log1p(jnp.exp(-jnp.abs(scores))), -1e4)
 
 
 _pieces = custom_vjp(_pieces_of_any, nondiff_argnums=(0,))
@@ -156,7 +166,14 @@ def _sum_before_in_parts(x: Array, axis: int, parts: int, reverse: bool) -> Arra
 
 
 def _sum_before_here(x: Array, axis: int, reverse: bool) -> Array:
-    # Shifted rather than subtracted, for -inf and for accuracy.
+    one_by_one = functools.partial(_sum_by_scan, axis, reverse)
+    if axis != x.ndim - 1 or not is_known(x.shape[axis]):
+        return one_by_one(x)
+    return chosen("sum_before", one_by_one, x, reverse=reverse)
+
+
+def _sum_by_scan(axis: int, reverse: bool, x: Array) -> Array:
+    # Shifted rather than subtracted, for accuracy.
     shift = (-1, 1, 0) if reverse else (1, -1, 0)
     padding = [shift if i == axis else (0, 0, 0) for i in range(x.ndim)]
     shifted = lax.pad(x, jnp.zeros((), x.dtype), padding)
