@@ -236,7 +236,29 @@ def test_jacobian_is_symmetric_with_zero_row_sums(case, x, where, direction):
     close(gradient[sound], 0, atol=1e-10)
 
 
+@every(MAPPINGS, lambda case: case.gives == "probabilities" and case.simplex and case.shifts)
+@given(x=finite, where=masks, entry=st.integers(0, 5))
+def test_rows_of_the_jacobian_sum_to_0_relative_to_their_size(case, x, where, entry):
+    """Also where one entry dominates, and all derivatives are tiny."""
+    one = np.zeros(SHAPE)
+    one[:, entry] = 1
+    _, column, row = with_derivatives(case)(x, where, one, one)
+    # Slopes of the others are powers of probabilities below 1: next to 1, more digits go.
+    rounding = 1e-12 if case.name == "softmax" else 1e-9
+    for of_entry in (row, column):
+        assert np.all(np.abs(of_entry.sum(-1)) <= rounding * np.abs(of_entry).sum(-1))
+
+
 # Losses.
+
+
+@every(LOSSES)
+@given(x=finite, labels=arrays(np.int64, SHAPE[:1], elements=st.integers(0, 5)))
+def test_classes_and_one_hot_targets_agree(case, x, labels):
+    """In value and gradient, to a few ulp of what the gradients are: they may be tiny."""
+    of_classes = loss_and_gradient(case)(x, labels)
+    of_targets = loss_and_gradient(case)(x, np.eye(6)[labels])
+    jax.tree.map(functools.partial(close, rtol=1e-12, atol=1e-300), of_classes, of_targets)
 
 
 @functools.cache

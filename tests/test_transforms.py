@@ -257,6 +257,35 @@ def test_nothing_is_nan_on_the_way_with_options(fun):
         jax.vjp(fun, SCORES)[1](np.cos(SCORES))
 
 
+ODD = np.float32([[np.inf, 0, np.inf, -np.inf], [-np.inf] * 4, [1, np.nan, 3, -np.inf]])
+SEEN = np.array([[True] * 4, [True] * 4, [True, False, True, True]])
+CALLS_OF_ODD_ROWS = {
+    **{case.name: functools.partial(case.fun, where=SEEN) for case in FUNCTIONS},
+    **{
+        loss.__name__: lambda x, loss=loss: loss(x, np.array([0, 1, 2]), where=SEEN)
+        for loss in (jsm.cross_entropy, jsm.sparsemax_loss, jsm.entmax_loss)
+    },
+    "sinkhorn": functools.partial(jsm.sinkhorn, where=SEEN, tol=1e-3),
+    "attention": lambda x: jsm.dot_product_attention(
+        *np.ones((3, 1, 3, 1, 4), np.float32), bias=jnp.where(SEEN, x, 0)[:, :3], mask=SEEN[:, :3]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CALLS_OF_ODD_ROWS)
+def test_no_false_alarm_of_nan(name):
+    """Infinite scores, rows of which nothing takes part, and NaN that does not, are valid."""
+    fun = CALLS_OF_ODD_ROWS[name]
+
+    def with_pullback(x):
+        value, pull_back = jax.vjp(fun, x)
+        return value, pull_back(jnp.ones_like(value))
+
+    with jax.enable_x64(False), jax.debug_nans(True):
+        for call in (fun, with_pullback, jax.jit(with_pullback)):
+            jax.block_until_ready(call(ODD))
+
+
 @every_rule
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_derivatives_in_lower_precision(case, dtype):
