@@ -343,12 +343,14 @@ def test_many_rows_are_solved(mapping, seed, scale, offset, step, absent):
 @functools.cache
 def measures_of(binning):
     """All measures of 24 predictions that lie in bins, and those that need none."""
+    error = calibration.expected_calibration_error
 
     @jax.jit
-    def call(probs, labels):
+    def call(probs, labels, weights):
         binned = [
             calibration.reliability_curve,
-            calibration.expected_calibration_error,
+            error,
+            functools.partial(error, norm=2, debiased=True),
             calibration.maximum_calibration_error,
             calibration.classwise_calibration_error,
             calibration.brier_decomposition,
@@ -358,8 +360,14 @@ def measures_of(binning):
             calibration.brier_score,
             calibration.negative_log_likelihood,
         ]
-        return [f(probs, labels, num_bins=5, binning=binning) for f in binned] + [
-            f(probs, labels) for f in free
+        binned = [functools.partial(f, num_bins=5, binning=binning) for f in binned]
+        return [
+            (
+                f(probs, labels),
+                f(probs, labels, weights=weights),
+                f(probs, labels, where=labels > 0),
+            )
+            for f in (*binned, *free)
         ]
 
     return call
@@ -369,14 +377,15 @@ def measures_of(binning):
 @given(
     counts=arrays(np.int64, (24, 3), elements=st.integers(1, 4)),
     labels=arrays(np.int64, 24, elements=st.integers(0, 2)),
+    weights=arrays(np.float64, 24, elements=st.integers(0, 3).map(float)),
     order=st.permutations(range(24)),
 )
 @pytest.mark.asks_for_nan
-def test_order_of_the_examples_does_not_matter(binning, counts, labels, order):
+def test_order_of_the_examples_does_not_matter(binning, counts, labels, weights, order):
     """Many confidences tie, as those of neighbors and of trees do."""
     probs, order = counts / counts.sum(-1, keepdims=True), np.array(order)
     jax.tree.map(
         close,
-        measures_of(binning)(probs, labels),
-        measures_of(binning)(probs[order], labels[order]),
+        measures_of(binning)(probs, labels, weights),
+        measures_of(binning)(probs[order], labels[order], weights[order]),
     )

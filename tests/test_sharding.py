@@ -297,6 +297,38 @@ def test_ring_with_all_options(rng):
     )
 
 
+@pytest.mark.parametrize("devices", [4, 8])
+@pytest.mark.parametrize(
+    ("options", "offsets"),
+    [
+        ({"is_causal": True}, (0, 5, 16, -3)),
+        ({"is_causal": True}, (np.array([16, 3]),)),
+        ({"local_window_size": (4, 2)}, (7, np.array([-3, 9]))),
+    ],
+    ids=["known", "of each sequence", "window"],
+)
+def test_ring_of_queries_that_begin_anywhere(devices, options, offsets, rng):
+    """Half as many queries as keys; some see none. Values, residuals and all gradients."""
+    query, (key, value) = rng.normal(size=(2, 8, 4, 4)), rng.normal(size=(2, 2, 16, 2, 4))
+    attend = functools.partial(jsm.dot_product_attention, return_residual=True, **options)
+
+    def with_gradients(fun, *args):
+        (out, log_sum), pull_back = jax.vjp(fun, *args)
+        return out, jnp.exp(log_sum), pull_back((jnp.cos(out), jnp.zeros_like(log_sum)))
+
+    for offset in offsets:
+        ring = in_ring(
+            functools.partial(attend, query_offset=offset, kv_axis_name="a", query_axis_name="a"),
+            (devices,),
+        )
+        here = functools.partial(attend, query_offset=offset)
+        jax.tree.map(
+            functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12),
+            jax.jit(functools.partial(with_gradients, ring))(query, key, value),
+            jax.jit(functools.partial(with_gradients, here))(query, key, value),
+        )
+
+
 def test_ring_of_half_precision_that_jax_does_not_check(rng):
     """Also where no query sees a whole part, and where one sees nothing at all."""
     arrays = [jnp.asarray(rng.normal(size=(1, 8, 2, 4)), jnp.bfloat16) for _ in range(3)]
