@@ -193,6 +193,21 @@ def _mean(form: Form, rows: Rows, slope: Entries, ct: Entries) -> Array:
     return mean / jnp.where(total == 0, 1, total)
 
 
+def mean_at_once(
+    form: Form, rows: Rows, p: Entries, params: Sequence[Array], ct: Entries
+) -> Array | None:
+    """The mean that `pull_back` takes, from one pass; not for what is differentiated again."""
+    if form.tau is not None:
+        return None
+
+    def terms(p: Array, ct: Array, *params: Array) -> tuple[Array, Array]:
+        slope = form.slopes(p, *params)
+        return slope * ct, slope
+
+    weighted, total = rows.sums(terms, [p, ct], params)
+    return weighted / jnp.where(total == 0, 1, total)
+
+
 apply.defvjp(_apply_fwd, apply_bwd)
 
 
@@ -294,8 +309,8 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
 
 # In shorter rows no room begins elsewhere: it would not pay.
 MANY = 1024
-# More than bisection needs to pin down a float64.
-_MAX_PASSES = 80
+# More than bisection in every other pass needs to pin down a float64.
+_MAX_PASSES = 160
 
 
 def normalized(rows: Rows, weights: Entries, total: Array | None = None) -> Entries:

@@ -252,6 +252,8 @@ class Block:
         else:
             ct_weights = made.kept(_products.scores(factor, value).reshape(p[0].shape))
             cts = ct_weights, *map(jnp.zeros_like, p[1:])
+        if mean is None:
+            mean = _threshold.mean_at_once(made.form, made.rows, p, made.params, cts)
         ct_entries, *ct_params = _threshold.pull_back(
             made.form, made.rows, p, made.params, cts, mean
         )

@@ -166,8 +166,9 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
 
     The sum is piecewise linear in `tau`, with as its slope the number of entries between 0 and 1,
     so that Newton's method ends as soon as it knows the piece. A bracket is kept, and halved where
-    a step leaves it or is not half of the last. From pass `_PATIENCE` on, it is halved in the
-    ordered numbers of floats, which pins down `tau` in as many passes as a float has bits.
+    a step leaves it or is not half of the last. From pass `_PATIENCE` on, every other pass halves
+    it in the ordered numbers of floats, which pins down `tau` in twice as many passes as a float
+    has bits.
 
     A float is not fine enough for a `tau` far from 0: 1000 scores around 100 would miss their
     total by 1%. Hence it is kept as the sum of two, `tau + rest`, and `scores - tau` is exact
@@ -198,12 +199,14 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         tight = middle <= _next(low, 1)
         early = passes < _PATIENCE
         middle = jnp.where(early & ~tight, low + (high / 2 - low / 2), middle)
+        # Beyond, every other pass is one of Newton's, if it may be.
+        by_turns = early | (passes % 2 == 0)
 
         jump = jnp.where(free > 0, excess / jnp.maximum(free, 1), 0)
         newton, newton_rest = two_sum(tau, rest + jump)
         fits = (free > 0) & (newton >= low) & (newton <= high)
         slow = jnp.abs(jump) > last / 2
-        follow = fits & (tight | (early & ~slow))
+        follow = fits & (tight | (by_turns & ~slow))
         finishing = jnp.where(tight, finishing + 1, 0)
         moved = jnp.abs(excess) > 8 * tolerance(tau) * held
         moved &= finishing <= _LAST_STEPS
@@ -249,24 +252,33 @@ def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> tupl
       raw: the same, less their threshold.
       total: what the solution sums to.
     """
-    ones, free = rows.sums(lambda u: (indicator(u >= 1, u.dtype), _between(u)), [raw])
+
+    def counts(u: Array) -> tuple[Array, Array, Array]:
+        return indicator(u >= 1, u.dtype), _between(u), indicator(u > 0.5, u.dtype)
+
+    ones, free, chosen = rows.sums(counts, [raw])
     free = jnp.maximum(free, 1)
     share = (total - ones) / free
     # The mean of deviations is more exact than the sum of many entries that are nearly equal.
-    off = rows.sum(rows.map(lambda u, s: jnp.where(_between(u) > 0, u - s, 0), [raw], [share]))
-    return off / free, _is_clear_cut(rows, scores, raw, total)
+    (off,) = rows.sums(lambda u, s: (jnp.where(_between(u) > 0, u - s, 0),), [raw], [share])
+    return off / free, (chosen == total) & (_cut(rows, scores, raw) >= 1)
 
 
-def _is_clear_cut(rows: Rows, scores: Entries, raw: Entries, total: Array) -> Array:
-    """Whether 0 and 1 are all that a row needs: the first `total` scores are 1 above the others.
+def _cut(rows: Rows, scores: Entries, raw: Entries) -> Array:
+    """By how much the scores that get more than 1/2 are above all others.
 
+    If it is 1 or more, and there are as many as the budget, 0 and 1 are all that the row needs.
     Then many a `tau` will do, and rounding must not leave a speck on the entries at its ends.
     """
-    chosen = rows.map(lambda u: u > 0.5, [raw])
-    count = rows.sum(rows.map(lambda c, z: indicator(c, z.dtype), [chosen, scores]))
-    least = -rows.max(rows.map(lambda c, z: jnp.where(c, -z, -jnp.inf), [chosen, scores]))
-    next_ = rows.max(rows.map(lambda c, z: jnp.where(c, -jnp.inf, z), [chosen, scores]))
-    return (count == total) & (least - next_ >= 1)
+
+    def chosen(u: Array, z: Array) -> Array:
+        return jnp.where(u > 0.5, -z, -jnp.inf)
+
+    def others(u: Array, z: Array) -> Array:
+        return jnp.where(u > 0.5, -jnp.inf, z)
+
+    least = -rows.max(rows.map(chosen, [raw, scores]))
+    return least - rows.max(rows.map(others, [raw, scores]))
 
 
 # Most rows need fewer passes, and what is left of the bound is enough for a float64.
