@@ -185,14 +185,14 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         free = indicator((u >= 0) & (u <= 1), u.dtype)
         return partly, free, indicator(u >= 1, u.dtype)
 
-    def balance(tau: Array, rest: Array) -> tuple[Array, Array, Array]:
+    def balance(scores: Entries, tau: Array, rest: Array) -> tuple[Array, Array, Array]:
         # Ones apart from the others: their number is exact, and so is what they leave.
         held, number, ones = rows.sums(parts, [scores], [tau, rest])
         return held - (total - ones), held, number
 
-    def step(state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
+    def step(scores: Entries, state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
         tau, rest, low, high, last, passes, finishing = state
-        excess, held, free = balance(tau, rest)
+        excess, held, free = balance(scores, tau, rest)
         low = jnp.where(excess >= 0, jnp.where(rest < 0, _next(tau, -1), tau), low)
         high = jnp.where(excess <= 0, jnp.where(rest > 0, _next(tau, 1), tau), high)
         middle = _from_ordered(_middle(_to_ordered(low), _to_ordered(high)))
@@ -238,7 +238,7 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         jnp.zeros((), jnp.int32),
         nothing,
     )
-    tau, rest, *_ = _threshold.iterate(step, start)
+    tau, rest, *_ = _threshold.search(rows, scores, step, start)
 
     return tau, rest, *_shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
 
@@ -260,7 +260,7 @@ def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> tupl
     free = jnp.maximum(free, 1)
     share = (total - ones) / free
     # The mean of deviations is more exact than the sum of many entries that are nearly equal.
-    (off,) = rows.sums(lambda u, s: (jnp.where(_between(u) > 0, u - s, 0),), [raw], [share])
+    off = rows.sum(rows.map(lambda u, s: jnp.where(_between(u) > 0, u - s, 0), [raw], [share]))
     return off / free, (chosen == total) & (_cut(rows, scores, raw) >= 1)
 
 
