@@ -28,11 +28,11 @@ from jaxsoftmax._sharding import parts_in_all, parts_of
 from jaxsoftmax.attention import _arguments, _shared
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._bands import Band, Reach, bands, interleaved
-from jaxsoftmax.attention._block import OF_NORMALIZER, First, Prepared, Rules, prepare
 from jaxsoftmax.attention._blocks import Cuts, Prepare, attend_in_blocks
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
 from jaxsoftmax.attention._options import AxisName, MaskMod, Normalizer, Options, ScoreMod
+from jaxsoftmax.attention._prepared import OF_NORMALIZER, First, Prepared, Rules, prepare
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling

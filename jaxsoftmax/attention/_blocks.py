@@ -19,9 +19,10 @@ from jaxsoftmax._differentiation import custom_vjp, linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
-from jaxsoftmax.attention._block import Block, First, Prepared, is_smooth
+from jaxsoftmax.attention._block import Block, is_smooth
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import UNKNOWN, Operand, join, stack, unstack
+from jaxsoftmax.attention._prepared import First, Prepared
 
 Prepare = Callable[..., Prepared]
 

@@ -21,8 +21,9 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import Options, prepare, wide, wide_zeros
 from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._bands import Reach
-from jaxsoftmax.attention._block import Rules, is_smooth
+from jaxsoftmax.attention._block import is_smooth
 from jaxsoftmax.attention._operands import KEY_AXIS, ROW_AXIS
+from jaxsoftmax.attention._prepared import Rules
 from jaxsoftmax.mappings import logsumexp
 
 

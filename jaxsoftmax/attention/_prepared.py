@@ -1,0 +1,281 @@
+"""Scores of one block of queries with the keys it sees, and what is to be made of them."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, ArrayLike
+
+from jaxsoftmax._configured import Configured
+from jaxsoftmax._form import Form
+from jaxsoftmax._reductions import Entries, Rows, vary_like
+from jaxsoftmax._scores import soft_cap, wide
+from jaxsoftmax._threshold import IDENTITY, form_of
+from jaxsoftmax.attention import _dropout, _products
+from jaxsoftmax.attention._bands import Band
+
+Parts = Mapping[str, Array]
+# The positions of the first batch, head and query of a block.
+First = tuple[Any, Any, Any]
+
+# What the operands that hold the arrays of a normalizer are called, before the names of those.
+OF_NORMALIZER = "normalizer "
+
+
+@dataclasses.dataclass(frozen=True)
+class Rules:
+    """What happens between the two products. Derivatives flow to all arrays that this holds.
+
+    Attributes:
+      normalizer: makes weights of scores.
+      scale: multiplies the products of queries and keys, None: nothing does.
+      row_value: makes a number of each row of scores, if that is asked for, too.
+      score_mod: changes a score, given its indices.
+      mask_mod: tells whether a score takes part, given its indices.
+      before: how far a query sees before its own position, None: without limit.
+      after: the same, after its own position.
+      soft_cap: bounds the scores, None: without bounds.
+      dropout_rate: the share of the weights that are dropped.
+      dropout_key: a key of `jax.random`, if any are.
+      kv_names: the mesh axes that the keys are spread over.
+      offset: the position of the first query, as far as it is known while tracing.
+      first: the indices of the first batch and head, the positions of the first query and key.
+      guard: whether the normalizer is not to see rows of which nothing takes part.
+    """
+
+    normalizer: Callable[..., Array]
+    scale: ArrayLike | None
+    row_value: Callable[..., Array] | None = None
+    score_mod: Callable[..., Array] | None = None
+    mask_mod: Callable[..., Array] | None = None
+    before: int | None = None
+    after: int | None = None
+    soft_cap: ArrayLike | None = None
+    dropout_rate: float = 0.0
+    dropout_key: Array | None = None
+    kv_names: tuple[str, ...] = ()
+    offset: int = 0
+    first: tuple[ArrayLike, ...] = (0, 0, 0, 0)
+    guard: bool = True
+
+
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("rows", "entries", "params", "row_values", "dropout", "factors"),
+    meta_fields=("form",),
+)
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """What is made of the operands before it is normalized.
+
+    Attributes:
+      form: what makes weights of the entries; weights are those of others.
+      rows: the rows of the entries.
+      entries: the scores, (B, N, rows, S), and those of a sink.
+      params: the parameters of the form.
+      row_values: a number per row, (B, N, rows), if it was asked for.
+      dropout: what weights are multiplied by, if any are dropped.
+      factors: queries, keys and a scale, if the scores are their product and nothing else.
+    """
+
+    form: Form
+    rows: Rows
+    entries: Entries
+    params: tuple[Array, ...]
+    row_values: tuple[Array, ...]
+    dropout: Array | None
+    factors: tuple[Array, Array, Array] | None
+
+    def kept(self, weights: Array) -> Array:
+        """The weights after dropout."""
+        return weights if self.dropout is None else weights * self.dropout.astype(weights.dtype)
+
+
+def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
+    """Scores of queries and keys, masked.
+
+    Args:
+      rules: what makes weights of scores.
+      band: the band that the block belongs to.
+      first: where the block begins.
+      part: what the block sees of each operand that there is.
+    """
+    scores = _scores(rules, part)
+    places = _places(rules, band, first, scores.shape)
+    if rules.score_mod is not None:
+        scores = _modified(_at_positions(rules.score_mod, part, places), scores, places)
+    normalizer, row_value = _with_arrays(rules, part)
+    options: dict[str, Any] = {
+        "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
+        "where": _visible(rules, part, places),
+    }
+    if "sink" in part:
+        options["sink"] = part["sink"]
+    if "log_sum" in part:
+        options["log_sum"] = part["log_sum"]
+    found = form_of(normalizer, scores, options) if isinstance(normalizer, Configured) else None
+    if found is None:
+        weights = _weights(rules, normalizer, scores, options)
+        found = IDENTITY, Rows((weights.ndim - 1,)), (weights,), ()
+    dropout = None
+    if rules.dropout_key is not None:
+        dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
+    row_values = () if row_value is None else (row_value(scores, **options),)
+    return Prepared(*found, row_values, dropout, _factors(rules, part))
+
+
+def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
+    changes = rules.score_mod, rules.mask_mod, rules.before, rules.after, rules.soft_cap
+    others = "bias", "mask", "query_lengths", "key_lengths", "query_segments"
+    if any(x is not None for x in changes) or any(name in part for name in others):
+        return None
+    scale = jnp.asarray(1 if rules.scale is None else rules.scale, wide(part["query"].dtype))
+    return part["query"], part["key"], scale
+
+
+def _with_arrays(
+    rules: Rules, part: Parts
+) -> tuple[Callable[..., Array], Callable[..., Array] | None]:
+    """The normalizer with its arrays, which are operands, and what makes a number of each row."""
+    normalizer, row_value = rules.normalizer, rules.row_value
+    if not isinstance(normalizer, Configured):
+        return normalizer, row_value
+    start = len(OF_NORMALIZER)
+    own = {name[start:]: x for name, x in part.items() if name.startswith(OF_NORMALIZER)}
+    normalizer = normalizer.with_arrays(own)
+    if isinstance(row_value, Configured):
+        row_value = normalizer.of(row_value.function)
+    return normalizer, row_value
+
+
+def _scores(rules: Rules, part: Parts) -> Array:
+    query, key = part["query"], part["key"]
+    batch, heads, rows, _ = query.shape
+    dtype = wide(query.dtype)
+    # The heads that share keys are rows of one product.
+    grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
+    scores = _products.scores(grouped, key).reshape(batch, heads, rows, -1)
+    if rules.scale is not None:
+        scores = scores * rules.scale
+    if "bias" in part:
+        scores = scores + part["bias"].astype(dtype)
+    if rules.soft_cap is not None:
+        capped = soft_cap(scores, rules.soft_cap)
+        # A bias of -inf excludes; it is not to be capped.
+        scores = jnp.where(scores == -jnp.inf, scores, capped) if "bias" in part else capped
+    return scores
+
+
+def _places(
+    rules: Rules, band: Band, first: First, shape: tuple[int, ...]
+) -> tuple[Array, Array, Array, Array]:
+    """The indices of batch, head, query and key, one vector each."""
+    batch, heads, rows, keys = (jnp.arange(n, dtype=jnp.int32) for n in shape)
+    first_batch, first_head, first_row = first
+    here = (
+        batch + first_batch,
+        heads + first_head,
+        band.row(first_row, rows),
+        keys + band.key_start(first_row),
+    )
+    batch, heads, rows, keys = (x + first for x, first in zip(here, rules.first, strict=True))
+    return batch, heads, rows, keys
+
+
+def _modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
+    modified = jnp.asarray(_over_all(score_mod, scores)(scores, *places))
+    if modified.shape != scores.shape:
+        raise ValueError(
+            "score_mod must return one number per score, got an array of shape "
+            f"{modified.shape[4:]}."
+        )
+    return modified.astype(scores.dtype)
+
+
+def _at_positions(
+    function: Callable[..., Array], part: Parts, places: Sequence[Array]
+) -> Callable[..., Array]:
+    """The function, given positions of queries where they are counted from an offset."""
+    if "query_offset" not in part:
+        return function
+    offset, first_batch = part["query_offset"].reshape(-1), places[0][0]
+
+    def moved(*args: Array) -> Array:
+        *scores, batch, head, row, key = args
+        return function(*scores, batch, head, row + offset[batch - first_batch], key)
+
+    return moved
+
+
+def _over_all(function: Callable[..., Array], *scores: Array) -> Callable[..., Array]:
+    """Maps a function of scores and four indices over vectors of indices."""
+    for axis in (3, 2, 1, 0):
+        over = [0 if i == axis else None for i in range(4)]
+        function = jax.vmap(function, in_axes=(*(0 for _ in scores), *over))
+    return function
+
+
+def _visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
+    """Where a key takes part, in a shape that broadcasts to that of the scores."""
+    query = places[2][None, None, :, None]
+    key = places[3][None, None, None, :]
+    position = query + part["query_offset"] if "query_offset" in part else query
+    conditions = []
+    if rules.after is not None:
+        conditions.append(key <= position + rules.after)
+    if rules.before is not None:
+        conditions.append(key >= position - rules.before)
+    if "query_lengths" in part:
+        conditions.append(query - rules.offset < part["query_lengths"])
+    if "key_lengths" in part:
+        conditions.append(key < part["key_lengths"])
+    if "query_segments" in part:
+        conditions.append(part["query_segments"] == part["key_segments"])
+    if "mask" in part:
+        conditions.append(part["mask"])
+    if rules.mask_mod is not None:
+        conditions.append(_mapped_mask(_at_positions(rules.mask_mod, part, places), places))
+    where = jnp.ones((1, 1, 1, 1), bool)
+    for condition in conditions:
+        where = where & condition
+    return where
+
+
+def _mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array]) -> Array:
+    mask = jnp.asarray(_over_all(mask_mod)(*places))
+    if mask.dtype != jnp.bool_ or mask.ndim != 4:
+        raise TypeError(
+            f"mask_mod must return one boolean per score, got dtype {mask.dtype} and shape "
+            f"{mask.shape[4:]}."
+        )
+    return mask
+
+
+def _weights(
+    rules: Rules, normalizer: Callable[..., Array], scores: Array, options: dict[str, Any]
+) -> Array:
+    if not rules.guard:
+        return normalizer(scores, **options)
+    where = options["where"]
+    seen = _any_key(rules, where)
+    options = options | {"where": where | ~seen}
+    weights = normalizer(jnp.where(seen, scores, 0), **options)
+    if jnp.shape(weights) != scores.shape:
+        raise ValueError(
+            f"normalizer must return an array of the shape of the scores {scores.shape}, got "
+            f"shape {jnp.shape(weights)}."
+        )
+    return jnp.where(seen, weights, 0)
+
+
+def _any_key(rules: Rules, where: Array) -> Array:
+    """Whether a query sees anything."""
+    seen = jnp.any(where, -1, keepdims=True)
+    if not rules.kv_names:
+        return seen
+    seen = vary_like(seen, lax.axis_index(rules.kv_names))
+    return lax.pmax(seen.astype(jnp.int32), rules.kv_names) > 0
