@@ -124,7 +124,17 @@ def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     if form.only_scales:
         p = rows.map(form.slopes, [p], params)
         return None, linear_pair(_softmax_jacobian, _softmax_jacobian, (rows, p), ct)
-    return None, *pull_back(form, rows, p, params, ct)
+    if params or form.tau is not None:
+        return None, *pull_back(form, rows, p, params, ct)
+    slow, fast = (functools.partial(_jacobian, form, at_once) for at_once in (False, True))
+    return None, linear_pair(fast, slow, (rows, p), ct, reference=slow)
+
+
+def _jacobian(form: Form, at_once: bool, point: tuple[Rows, Entries], ct: Entries) -> Entries:
+    """`s (ct - sum(s ct) / sum(s))`; symmetric, and so its own transpose."""
+    rows, p = point
+    mean = mean_at_once(form, rows, p, (), ct) if at_once else None
+    return pull_back(form, rows, p, (), ct, mean)[0]
 
 
 def _softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
