@@ -17,6 +17,14 @@ def log1p(x: Array) -> Array:
     return jnp.log(total) + rest * (1 / total)
 
 
+def expm1(x: Array) -> Array:
+    """`exp(x) - 1` without loss where `x` is small (Kahan), for kernels: Mosaic has no expm1."""
+    y = jnp.exp(x)
+    below = jnp.where((y == 1) | (y == 0), 2, y)
+    near = (below - 1) * (x / jnp.log(below))
+    return jnp.where(y == 1, x, jnp.where((y == 0) | (y == jnp.inf), y - 1, near))
+
+
 def sqrt(x: Array) -> Array:
     """The square root, 0 of what is not positive, with derivative 0 there."""
     positive = x > 0

@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import log1p, nan_unless, sqrt
+from jaxsoftmax._elementary import expm1, log1p, nan_unless, sqrt
 from jaxsoftmax._form import Form, State, tolerance
 from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
@@ -263,7 +263,8 @@ class _Entmax(Form):
         total, slope, curve = sums
         peak, low, high, last = state
         log_total = peak + jnp.log(total)
-        excess = _expm1_over(beta, log_total)
+        none = beta < _NO_BETA  # without a rule: never differentiated
+        excess = jnp.where(none, log_total, expm1(beta * log_total) / jnp.where(none, 1, beta))
         excess *= total / (1 + beta * excess)
         # The norm less 1, times its second derivative, over the square of the first.
         bend = (1 - beta) * excess * (curve / (slope * slope) - 1 / total)
@@ -372,7 +373,7 @@ def _phi(y: Array) -> Array:
     for k in range(9, 1, -1):
         series = 1 / math.factorial(k) - y * series
     far = jnp.where(near, 1, y)
-    quotient = (-jnp.expm1(-far) - far) / (far * far)
+    quotient = (-expm1(-far) - far) / (far * far)
     return jnp.where(near, -series, jnp.maximum(quotient, -(jnp.finfo(y.dtype).max ** 0.5)))
 
 
