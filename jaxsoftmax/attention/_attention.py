@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, Literal, Unpack, overload
 
 import jax
@@ -26,18 +27,27 @@ from jaxsoftmax._scores import (
 )
 from jaxsoftmax._sharding import parts_in_all, parts_of
 from jaxsoftmax.attention import _arguments, _shared
-from jaxsoftmax.attention._arguments import LAYOUT, Sizes
+from jaxsoftmax.attention._arguments import KERNELS, LAYOUT, MEASURED, NoKernelError, Sizes
 from jaxsoftmax.attention._bands import Band, Reach, bands, interleaved
 from jaxsoftmax.attention._blocks import Cuts, Prepare, attend_in_blocks
+from jaxsoftmax.attention._cudnn import by_cudnn
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
-from jaxsoftmax.attention._options import AxisName, MaskMod, Normalizer, Options, ScoreMod
+from jaxsoftmax.attention._options import (
+    AxisName,
+    Implementation,
+    MaskMod,
+    Normalizer,
+    Options,
+    ScoreMod,
+)
 from jaxsoftmax.attention._prepared import OF_NORMALIZER, First, Prepared, Rules, prepare
 from jaxsoftmax.attention._ring import in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling
 from jaxsoftmax.mappings import logsumexp, softmax
 
+InBlocks = Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]]
 Mask = Bool[ArrayLike, "*#B #N #T #S"]
 Bias = Real[ArrayLike, "*#B #N #T #S"]
 
@@ -101,6 +111,7 @@ def dot_product_attention(
     return_residual: bool = False,
     query_axis_name: AxisName | None = None,
     query_offset: int | Integer[ArrayLike, " B"] | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*B T N V"] | tuple[Float[Array, "*B T N V"], Float[Array, "*B T N"]]:
     r"""Attention with any normalizer, in memory linear in the sequence, differentiable every way.
 
@@ -172,6 +183,12 @@ def dot_product_attention(
         get. An int for all, which saves what is out of reach but is compiled for; or integers,
         (B,), which may be traced: the length of the cache before it, to decode; S - T, or
         `key_value_seq_lengths - T`, to have the last query see the last key.
+      implementation: what computes it. None and "xla" are the blocks described above, on every
+        platform. "pallas" are kernels on a TPU, and blocks elsewhere; they take softmax and what
+        has a form (sparsemax, entmax15, entmax, a `threshold_mapping`), in bfloat16 and float32.
+        They were compiled for TPUs and checked in an interpreter, but have not run on one. Their
+        gradients are kernels, too; all other derivatives are those of blocks. "cudnn" is softmax in
+        16 bits as `jax.nn` has it, on a GPU with cuDNN, to be differentiated once, in reverse mode.
 
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also
@@ -183,7 +200,8 @@ def dot_product_attention(
       TypeError: if dtypes differ or do not fit, or a function is expected and something else is
         passed.
       ValueError: if shapes do not fit, `sink` goes to a normalizer without that argument,
-        `return_residual` to one that is not softmax, or an option is out of range.
+        `return_residual` to one that is not softmax, an option is out of range, or no kernel of
+        the named implementation supports it.
 
     Example:
       >>> import functools
@@ -239,6 +257,7 @@ def dot_product_attention(
         ),
         block_size=check_size("block_size", block_size),
         offset=as_int(query_offset) or 0,
+        implementation=_arguments.check_implementation(implementation),
         return_residual=bool(return_residual),
     )
     arrays = {
@@ -283,6 +302,7 @@ class _Static:
     places: Places
     block_size: int | None
     offset: int
+    implementation: str | None
     return_residual: bool
 
     def in_ring(self, normalizer: Normalizer) -> bool:
@@ -319,6 +339,8 @@ def _here(
     static: _Static, normalizer: Normalizer, given: dict[str, Any]
 ) -> Array | tuple[Array, Array]:
     """Attention on one device, of what it has of the arrays."""
+    if static.implementation == "cudnn":
+        return _by_cudnn(static, normalizer, given)
     operands, sizes = _operands(static, normalizer, given)
     dtype = wide(operands["query"].dtype)
     rules = _rules(static, normalizer, given, sizes, dtype)
@@ -330,9 +352,11 @@ def _here(
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, operands.get("sink"), dtype)
     elif static.in_ring(normalizer):
+        if static.implementation in KERNELS:
+            _arguments.refuse("pallas", "a kv_axis_name that is query_axis_name")
         outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)
     else:
-        outs = in_blocks(rules, operands, sizes)
+        outs = _by(static.implementation, in_blocks, static.block_size, rules, operands, sizes)
         if static.places.keys:
             outs = (lax.psum(outs[0], static.places.keys), *outs[1:])
     shape = jnp.shape(given["query"])[:-1]
@@ -345,6 +369,47 @@ def _here(
     if rules.row_value is None:
         return out
     return out, jnp.moveaxis(outs[1], 1, 2).reshape(shape)
+
+
+def _by(
+    implementation: str | None,
+    in_blocks: InBlocks,
+    block_size: int | None,
+    rules: Rules,
+    operands: dict[str, Array],
+    sizes: Sizes,
+) -> tuple[Array, ...]:
+    """The outputs, by what is named or else by what was measured to be the best."""
+    is_chosen = implementation is None and MEASURED.get("tpu") == "pallas"
+    if implementation not in KERNELS and not is_chosen:
+        return in_blocks(rules, operands, sizes)
+    # Pallas is imported by those who use it.
+    from jaxsoftmax.attention._kernels import by_kernels
+
+    interpret = KERNELS.get(implementation or "", False)
+    try:
+        return by_kernels(interpret, block_size, in_blocks, rules, operands, sizes)
+    except NoKernelError:
+        if is_chosen:
+            return in_blocks(rules, operands, sizes)
+        raise
+
+
+def _by_cudnn(static: _Static, normalizer: Normalizer, given: dict[str, Any]) -> Array:
+    names = ("score_mod", "mask_mod", "dropout_rate", "return_residual", "block_size")
+    others = {name: getattr(static, name) for name in names}
+    others["kv_axis_name or query_axis_name"] = static.places.keys + static.places.queries
+    others["logits_soft_cap"] = static.soft_cap
+    others["query_offset"] = static.offset
+    arrays = {name: x for name, x in given.items() if name != "scale"}
+    out = by_cudnn(
+        arrays,
+        normalizer,
+        scale=given.get("scale", static.scale),
+        window=(static.before, static.after),
+        others=others,
+    )
+    return out.reshape(*jnp.shape(given["query"])[:-1], -1)
 
 
 # The normalizer is a pytree here, of which only the arrays are traced.

@@ -1,7 +1,7 @@
 """The options of attention, by name: so that types tell what it returns."""
 
 from collections.abc import Callable
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from jaxtyping import Array, ArrayLike, Integer, Real
 
@@ -9,6 +9,7 @@ Normalizer = Callable[..., Array]
 ScoreMod = Callable[[Array, Array, Array, Array, Array], Array]
 MaskMod = Callable[[Array, Array, Array, Array], Array]
 AxisName = str | tuple[str, ...]
+Implementation = Literal["xla", "pallas", "cudnn"]
 
 
 class Options(TypedDict, total=False):
@@ -32,3 +33,4 @@ class Options(TypedDict, total=False):
     block_size: int | None
     query_axis_name: AxisName | None
     query_offset: int | Integer[ArrayLike, " B"] | None
+    implementation: Implementation | None

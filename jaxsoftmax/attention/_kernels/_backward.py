@@ -1,0 +1,237 @@
+"""The gradients of attention, in one pass over the tiles: weights are made once for all of them.
+
+A program has a block of keys and all queries. It adds up what its keys and values get, and adds to
+what queries get, which stays in VMEM from one block of keys to the next.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from jaxsoftmax.attention._kernels import _operands
+from jaxsoftmax.attention._kernels._forms import shares
+from jaxsoftmax.attention._kernels._operands import Arrays, turned
+from jaxsoftmax.attention._kernels._tiles import (
+    F32,
+    LEAST,
+    Call,
+    Place,
+    Refs,
+    product,
+    queries_seeing,
+    scores,
+    slice_of,
+    sum_of,
+)
+
+State = tuple[Array, ...]
+
+
+def backward(
+    call: Call, arrays: Arrays, kept: State, ct: Array, wanted: Sequence[str]
+) -> dict[str, Array]:
+    """The cotangents of queries, keys, values, and of what else is wanted.
+
+    Those of numbers are one for each query, (B, N, T, 1), still to be summed.
+
+    Args:
+      call: what is known.
+      arrays: by name, as `forward` has them.
+      kept: what `forward` keeps.
+      ct: the cotangent of the output, (B, N, T, V).
+      wanted: what cotangents to return.
+    """
+    rows, mean = kept
+    delta = jnp.sum(turned(ct) * mean, 2, keepdims=True)
+    sums = [name for name in wanted if name == "temperature" or name.startswith("param")]
+    found = _run(call, arrays, jnp.concatenate([delta, rows], 2), ct, sums, "bias" in wanted)
+    sizes = call.sizes
+    cts = {
+        "query": turned(found["query"][..., : sizes.queries]),
+        "key": _of_group(call, turned(found["key"][:, :, : sizes.keys])),
+        "value": _of_group(call, turned(found["value"][:, :, : sizes.keys])),
+    }
+    if "bias" in found:
+        cts["bias"] = turned(found["bias"][:, :, : sizes.keys, : sizes.queries])
+    for i, name in enumerate(sums):
+        cts[name] = found["sums"][:, :, i, : sizes.queries, None]
+    cts |= _of_sink(call, arrays, rows, delta, cts, wanted)
+    if "temperature" in cts:  # it divides the scores
+        cts["temperature"] = -cts["temperature"] / arrays["temperature"]
+    return cts
+
+
+def _of_group(call: Call, x: Array) -> Array:
+    """(B, N, ...) summed over the heads that share keys, (B, K, ...)."""
+    batch, heads, *rest = x.shape
+    groups = call.sizes.key_heads
+    return x if heads == groups else jnp.sum(x.reshape(batch, groups, -1, *rest), 2)
+
+
+def _of_sink(
+    call: Call,
+    arrays: Arrays,
+    rows: Array,
+    delta: Array,
+    cts: Mapping[str, Array],
+    wanted: Sequence[str],
+) -> dict[str, Array]:
+    """What a sink changes: its value is 0, and so what it is worth is `-delta`."""
+    if "sink" not in arrays:
+        return {}
+    origin, *tau = (rows[:, :, i, :, None] for i in range(rows.shape[2]))
+    params = tuple(arrays[f"param {i}"] for i in range(call.params))
+    share, slope = shares(call.form, arrays["sink"] - origin, tau, params)
+    worth = -jnp.swapaxes(delta, 2, 3)
+    found = {"sink": slope * worth} if "sink" in wanted else {}
+    if "temperature" in cts:  # the gaps of keys, whose cotangents sum to less that of the sink
+        found["temperature"] = cts["temperature"] - origin * slope * worth
+    for i, partial in enumerate(call.form.moved_by_params(share, *params)):
+        if (name := f"param {i}") in wanted:
+            found[name] = cts[name] + partial * worth
+    return found
+
+
+def _run(
+    call: Call, arrays: Arrays, rows: Array, ct: Array, sums: Sequence[str], bias: bool
+) -> dict[str, Array]:
+    sizes, block = call.sizes, call.block
+    query = _operands.lengthened(call.scaled(arrays["query"]), 2, call.queries)
+    key = _operands.lengthened(turned(arrays["key"]), 2, call.keys)
+    value = _operands.lengthened(turned(arrays["value"]), 2, call.keys)
+    ct = _operands.lengthened(ct.astype(query.dtype), 2, call.queries)
+
+    def whole(x: Array) -> tuple[Any, Array]:
+        return _operands.spec((1, 1, *x.shape[2:]), lambda b, n, j: (b, n, 0, 0)), x
+
+    per_group = sizes.heads // sizes.key_heads
+    turned_key = _operands.spec(
+        (1, 1, sizes.features, block), lambda b, n, j: (b, _operands.head_of(n, per_group), 0, j)
+    )
+    ins = {
+        "query": whole(query),
+        "turned query": whole(turned(query)),
+        "ct": whole(ct),
+        "turned ct": whole(turned(ct)),
+        "rows": whole(_operands.lengthened(rows, 3, call.queries)),
+        "key": (_operands.part_of_group(call, sizes.features), key),
+        "turned key": (turned_key, turned(key)),
+        "value": (_operands.part_of_group(call, sizes.value_features), value),
+        **{
+            name: (_operands.block_of(x, 2, block), x)
+            for name, x in _operands.over_scores(call, arrays).items()
+        },
+        **_operands.numbers(call, arrays),
+    }
+    outs = _outs(call, query.dtype, len(sums), bias)
+    scratch = {
+        "query": _operands.scratch(sizes.features, call.queries),
+        "key": _operands.scratch(block, sizes.features),
+        "value": _operands.scratch(block, sizes.value_features),
+    }
+    kernel = functools.partial(_kernel, call, tuple(sums))
+    return _operands.run(kernel, call, call.blocks_of(sizes.keys), ins, outs, scratch)
+
+
+def _outs(call: Call, dtype: Any, sums: int, bias: bool) -> dict[str, Any]:
+    sizes = call.sizes
+
+    def whole(rows: int, dtype: Any) -> Any:
+        block = _operands.spec((1, 1, rows, call.queries), lambda b, n, j: (b, n, 0, 0))
+        return block, (sizes.batch, sizes.heads, rows, call.queries), dtype
+
+    def part(width: int, dtype: Any) -> Any:
+        block = _operands.spec((1, 1, call.block, width), lambda b, n, j: (b, n, j, 0))
+        return block, (sizes.batch, sizes.heads, call.keys, width), dtype
+
+    # What several heads add up to is not rounded before.
+    of_keys = dtype if sizes.heads == sizes.key_heads else F32
+    outs = {
+        "query": whole(sizes.features, dtype),
+        "key": part(sizes.features, of_keys),
+        "value": part(sizes.value_features, of_keys),
+    }
+    if sums:
+        outs["sums"] = whole(sums, F32)
+    if bias:
+        outs["bias"] = part(call.queries, F32)
+    return outs
+
+
+def _kernel(call: Call, sums: Sequence[str], ins: Refs, outs: Refs, scratch: Refs) -> None:
+    keys = pl.program_id(2)
+    place = Place(call, ins, pl.program_id(0), pl.program_id(1))
+
+    @pl.when(keys == 0)
+    def _() -> None:
+        scratch["query"][...] = jnp.zeros_like(scratch["query"])
+        if sums:
+            outs["sums"][...] = jnp.zeros_like(outs["sums"])
+
+    scratch["key"][...] = jnp.zeros_like(scratch["key"])
+    scratch["value"][...] = jnp.zeros_like(scratch["value"])
+    if "bias" in outs:
+        outs["bias"][...] = jnp.zeros_like(outs["bias"])
+
+    def body(queries: Any, is_cut: bool, carry: int) -> int:
+        _tile(place, sums, outs, scratch, keys, queries, is_cut)
+        return carry
+
+    queries_seeing(place, keys).loop(body, 0)
+    outs["key"][0, 0] = (scratch["key"][...] * call.factor).astype(outs["key"].dtype)
+    outs["value"][0, 0] = scratch["value"][...].astype(outs["value"].dtype)
+
+    @pl.when(keys == pl.num_programs(2) - 1)
+    def _() -> None:
+        by = call.scale if call.is_exact else call.factor
+        outs["query"][0, 0] = (scratch["query"][...] * by).astype(outs["query"].dtype)
+
+
+def _tile(
+    place: Place,
+    sums: Sequence[str],
+    outs: Refs,
+    scratch: Refs,
+    keys: Any,
+    queries: Any,
+    is_cut: bool,
+) -> None:
+    """Adds what one tile is worth."""
+    call, refs, at = place.call, place.refs, slice_of(queries, place.call.block)
+
+    def read(name: str) -> Array:
+        ref = refs[name]
+        return ref[0, 0, :, at] if ref.shape[3] > 1 else ref[0, 0]
+
+    products = product(refs["key"][0, 0], refs["turned query"][0, 0, :, at])
+    made = scores(place, keys, queries, read, is_cut, products)
+    delta, origin, *tau = (refs["rows"][0, 0, i : i + 1, at] for i in range(refs["rows"].shape[2]))
+    gap, params = made.scores - origin, place.params
+    share, slope = shares(call.form, gap, tau, params)
+    ct = refs["ct"][0, 0, at, :]
+    worth = product(refs["value"][0, 0], refs["turned ct"][0, 0, :, at]) - delta
+    scratch["value"][...] += product(share.astype(ct.dtype), ct)
+    ct_scores = slope * worth
+    partials = ()
+    if any(name != "temperature" for name in sums):
+        partials = call.form.moved_by_params(share, *params)
+    for i, name in enumerate(sums):
+        # Of gaps, which are near 0 where anything is: cotangents sum to 0 but for rounding.
+        term = ct_scores * jnp.maximum(gap, LEAST)
+        if name != "temperature":
+            term = partials[int(name.split()[1])] * worth
+        outs["sums"][0, 0, i : i + 1, at] += sum_of(term)
+    if "temperature" in refs:
+        ct_scores = ct_scores * place.number("temperature")
+    if made.capped is not None:
+        ct_scores = ct_scores * (1 - made.capped * made.capped)
+    if "bias" in outs:
+        outs["bias"][0, 0, :, at] = ct_scores
+    query = refs["query"][0, 0, at, :]
+    ct_scores = ct_scores.astype(query.dtype)
+    scratch["key"][...] += product(ct_scores, query)
+    scratch["query"][:, at] += product(refs["turned key"][0, 0], ct_scores)

@@ -1,0 +1,57 @@
+"""Weights and slopes of a form, given the numbers that are kept of each row.
+
+Those are an origin of the scores and, where a threshold is searched for, what entries take of it;
+also a factor, if the sum of the weights is not 1 at the threshold. All are row values.
+"""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from jaxtyping import Array
+
+from jaxsoftmax._form import Form
+from jaxsoftmax._threshold import Solved
+
+
+def has_kernel(form: Form) -> bool:
+    """Whether sums, which a kernel adds up tile by tile, are all that its threshold takes."""
+    return form.only_scales or not (form.tau is not None or isinstance(form, Solved))
+
+
+def sums_to_one(form: Form) -> bool:
+    """Whether weights are probabilities at the threshold, which they are unless it is rescaled."""
+    return type(form).weigh is Form.weigh
+
+
+def squares_errors(form: Form, params: Sequence[Array], like: Array) -> Array:
+    """In which rows a step of Newton's method squares what a sum is off; elsewhere it may not.
+
+    It does where slopes have no jump at the edge of the support, and weights are probabilities.
+    """
+    if not sums_to_one(form):
+        return jnp.zeros_like(like, bool)
+    return form.slopes(jnp.full_like(like, 1e-12), *params) < 1e-3
+
+
+def row_values(form: Form) -> int:
+    """How many numbers are kept of a row."""
+    if form.only_scales:
+        return 1
+    return 2 if sums_to_one(form) else 3
+
+
+def shares(
+    form: Form, gap: Array, kept: Sequence[Array], params: Sequence[Array]
+) -> tuple[Array, Array]:
+    """The probabilities and their slopes, given scores less the origin and what else is kept."""
+    if form.only_scales:
+        p = form.weight(gap)
+        return p, p
+    tau, *by = kept
+    weight, slope, *_ = form.terms(gap, tau, *params)
+    if not by:
+        return weight, slope
+    # Terms may have slopes in other units; the factor is the same for all entries.
+    largest, of_largest, *_ = form.terms(jnp.zeros_like(tau), tau, *params)
+    ratio = form.slopes(largest * by[0], *params) / jnp.where(of_largest == 0, 1, of_largest)
+    return weight * by[0], slope * ratio

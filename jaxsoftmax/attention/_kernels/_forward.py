@@ -1,0 +1,364 @@
+"""The output of attention, and what its reverse rule needs of each row."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from jaxsoftmax._form import Form
+from jaxsoftmax._reductions import indicator
+from jaxsoftmax.attention._kernels import _operands
+from jaxsoftmax.attention._kernels._forms import row_values, squares_errors, sums_to_one
+from jaxsoftmax.attention._kernels._operands import Arrays, turned
+from jaxsoftmax.attention._kernels._tiles import (
+    F32,
+    LEAST,
+    NOTHING,
+    Call,
+    Place,
+    Range,
+    Refs,
+    keys_seen,
+    max_of,
+    product,
+    scores,
+    slice_of,
+    sum_of,
+)
+
+# Keys fall into this many classes, of each of which the two largest scores start the search.
+CLASSES = 128
+STEPS_OF_FEW = 6
+# The same where steps are fast, and how far the sum of a row may be off there before the last step
+# but one: that brings it to the square, and the last, which is free, to that of it.
+FAST_STEPS_OF_FEW = 4
+ENOUGH = 1e-2
+PASSES = 40
+# The origin of a row that sees nothing: no score is near it.
+NOWHERE = -LEAST / 4
+
+State = tuple[Array, ...]
+
+
+def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, State]:
+    """The output, (B, N, T, V), and what is kept of rows: numbers, (B, N, R, T), and a mean.
+
+    Args:
+      call: what is known.
+      arrays: by name; queries (B, N, T, H), keys (B, K, H, S) and values (B, K, V, S).
+      keep: whether anything is kept.
+    """
+    sizes, block = call.sizes, call.block
+    query = _operands.lengthened(turned(call.scaled(arrays["query"])), 3, call.queries)
+    key = _operands.lengthened(turned(arrays["key"]), 2, call.keys)
+    value = _operands.lengthened(arrays["value"], 3, call.keys)
+
+    def rows(count: int) -> tuple[Any, tuple[int, ...], Any]:
+        shape = sizes.batch, sizes.heads, count, call.queries
+        return _of_queries(call, count), shape, F32
+
+    ins = {
+        "query": (_of_queries(call, sizes.features), query),
+        "key": (_operands.of_group(call, key.shape[2:]), key),
+        "value": (_operands.of_group(call, value.shape[2:]), value),
+        **{
+            name: (_operands.block_of(x, 3, block), x)
+            for name, x in _operands.over_scores(call, arrays).items()
+        },
+        **_operands.numbers(call, arrays),
+    }
+    features = sizes.value_features
+    outs = {"out": rows(features)}
+    if keep:
+        outs["rows"] = rows(row_values(call.form))
+        if not call.form.only_scales:
+            outs["mean"] = rows(features)
+    blocks = call.blocks_of(sizes.queries)
+    found = _operands.run(
+        functools.partial(_kernel, call), call, blocks, ins, outs, _scratch(call, features)
+    )
+    found = {name: x[..., : sizes.queries] for name, x in found.items()}
+    out = turned(found["out"])
+    return out, (found["rows"], found.get("mean", found["out"])) if keep else ()
+
+
+def _of_queries(call: Call, rows: int) -> Any:
+    return _operands.spec((1, 1, rows, call.block), lambda b, n, i: (b, n, 0, i))
+
+
+def _scratch(call: Call, features: int) -> dict[str, Any]:
+    found = {"out": _operands.scratch(features, call.block)}
+    if not call.form.only_scales:
+        found["mean"] = _operands.scratch(features, call.block)
+        found["first"] = _operands.scratch(CLASSES, call.block)
+        found["second"] = _operands.scratch(CLASSES, call.block)
+        if call.whole:
+            found["scores"] = _operands.scratch(call.keys, call.block)
+    return found
+
+
+def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
+    place = Place(call, ins, pl.program_id(0), pl.program_id(1))
+    keys = Keys(place, scratch, pl.program_id(2))
+    sink = None
+    if "sink" in ins:
+        sink = jnp.full((1, call.block), place.number("sink"), F32)
+    attend = _online if call.form.only_scales else _searching
+    found = attend(keys, sink)
+    unseeing = found["rows"][0] >= NOWHERE
+    for name in outs:
+        if name == "rows":
+            for i, row in enumerate(found[name]):
+                outs[name][0, 0, i : i + 1] = row
+        else:
+            outs[name][0, 0] = jnp.where(unseeing, 0, found[name])
+
+
+@dataclasses.dataclass
+class Keys:
+    """The keys that a block of queries sees, tile by tile.
+
+    Attributes:
+      place: where the program works.
+      scratch: its memory.
+      block: which block of queries.
+      made: whether the scores lie in memory already.
+    """
+
+    place: Place
+    scratch: Refs
+    block: Any
+    made: bool = False
+
+    def __post_init__(self) -> None:
+        self.range: Range = keys_seen(self.place, self.block)
+        self.query = self.place.refs["query"][0, 0]
+
+    def loop(self, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry = body(tile, scores, carry)`: one pass."""
+        kept = self.scratch.get("scores")
+
+        def step(tile: Any, is_cut: bool, carry: Any) -> Any:
+            at = slice_of(tile, self.place.call.block)
+            if self.made and kept is not None:
+                return body(tile, kept[at, :], carry)
+            x = self._make(tile, is_cut)
+            if kept is not None:
+                kept[at, :] = x
+            return body(tile, x, carry)
+
+        carry = self.range.loop(step, carry)
+        self.made = True
+        return carry
+
+    def _make(self, tile: Any, is_cut: bool) -> Array:
+        refs, at = self.place.refs, slice_of(tile, self.place.call.block)
+
+        def read(name: str) -> Array:
+            ref = refs[name]
+            return ref[0, 0, at, :] if ref.shape[2] > 1 else ref[0, 0]
+
+        products = product(refs["key"][0, 0, at, :], self.query)
+        return scores(self.place, tile, self.block, read, is_cut, products).scores
+
+    def value(self, tile: Any) -> Array:
+        """The values of a tile, (V, keys)."""
+        return self.place.refs["value"][0, 0, :, slice_of(tile, self.place.call.block)]
+
+    def is_padding(self) -> Array | None:
+        """Which queries are none, a row value."""
+        if "query_lengths" not in self.place.refs:
+            return None
+        size = self.place.call.block
+        query = self.block * size + lax.broadcasted_iota(jnp.int32, (1, size), 1)
+        return query >= self.place.queries
+
+    def unseeing(self, top: Array) -> Array:
+        """Which queries get nothing, given the maximum of their scores."""
+        padding = self.is_padding()
+        return top < NOTHING if padding is None else (top < NOTHING) | padding
+
+
+def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
+    """Softmax: what was added up is scaled down as the maximum rises."""
+    acc = keys.scratch["out"]
+    acc[...] = jnp.zeros_like(acc)
+    shape = 1, keys.place.call.block
+    top = jnp.full(shape, LEAST, F32) if sink is None else sink
+    total = jnp.full(shape, 0.0 if sink is None else 1.0, F32)
+
+    def body(tile: Any, x: Array, carry: State) -> State:
+        top, total = carry
+        new = jnp.maximum(top, max_of(x))
+        weights, old = jnp.exp(x - new), jnp.exp(top - new)
+        value = keys.value(tile)
+        acc[...] = acc[...] * old + product(value, weights.astype(value.dtype))
+        return new, total * old + sum_of(weights)
+
+    top, total = keys.loop(body, (top, total))
+    total = jnp.where(total > 0, total, 1)
+    origin = jnp.where(keys.unseeing(top), NOWHERE, top + jnp.log(total))
+    return {"out": acc[...] * (1 / total), "rows": (origin,)}
+
+
+@dataclasses.dataclass(frozen=True)
+class Search:
+    """The search for the thresholds of a block of queries.
+
+    Attributes:
+      form: the mapping.
+      params: the parameters of the form.
+      top: the maxima of the rows, 0 in rows that see nothing.
+      unseeing: which rows those are.
+      sink: one more entry of each row, if there is one.
+    """
+
+    form: Form
+    params: State
+    top: Array
+    unseeing: Array
+    sink: Array | None
+
+    def terms(self, x: Array, state: State) -> State:
+        """What scores add to the sums."""
+        tau = self.form.of_row(state[0], *self.params)
+        return self.form.terms(x - self.top, tau, *self.params)
+
+    def with_sink(self, sums: State, state: State) -> State:
+        """The sums with what the sink adds."""
+        if self.sink is None:
+            return sums
+        return tuple(x + y for x, y in zip(sums, self.terms(self.sink, state), strict=True))
+
+    def of_tiles(self, tiles: Sequence[Array], state: State) -> State:
+        """The sums of tiles that are at hand."""
+        parts = [self.terms(x, state) for x in tiles]
+        sums = tuple(sum_of(functools.reduce(jnp.add, t)) for t in zip(*parts, strict=True))
+        return self.with_sink(sums, state)
+
+    def of_all(self, keys: Keys, state: State) -> State:
+        """The sums of all scores: one pass."""
+
+        def body(_: Any, x: Array, sums: State) -> State:
+            return tuple(s + sum_of(t) for s, t in zip(sums, self.terms(x, state), strict=True))
+
+        return self.with_sink(keys.loop(body, self.zeros(state)), state)
+
+    def zeros(self, state: State) -> State:
+        """What sums begin with."""
+        return tuple(map(jnp.zeros_like, jax.eval_shape(self.terms, self.top, state)))
+
+    def start(self, keys: int) -> State:
+        """The first state, of rows of as many keys and a sink."""
+        return self.form.start(jnp.full_like(self.top, keys + 1), *self.params)
+
+    def step(self, sums: State, state: State) -> tuple[State, Array]:
+        """The next state, and 1 in rows for which another pass is due."""
+        new, moved = self.form.update(sums, state, *self.params)
+        is_off = jnp.abs(sums[0] - 1) > ENOUGH
+        return new, indicator(moved & (is_off | ~self.is_fast()), F32)
+
+    def is_fast(self) -> Array:
+        """In which rows steps are fast."""
+        return squares_errors(self.form, self.params, self.top)
+
+    def steps_of_few(self) -> Array:
+        """How many steps the largest scores are worth."""
+        all_fast = jnp.min(indicator(self.is_fast(), F32)) > 0
+        return jnp.where(all_fast, np.int32(FAST_STEPS_OF_FEW), np.int32(STEPS_OF_FEW))
+
+    def any_seeing(self, due: Array) -> Array:
+        """Whether a row that sees something has more than 0."""
+        return jnp.max(jnp.where(self.unseeing, 0, due)) > 0
+
+
+def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
+    """Any other form: a threshold is found, and then all is added up at once."""
+    few = _largest(keys)
+    top = max_of(few[0][...])
+    top = top if sink is None else jnp.maximum(top, sink)
+    unseeing = keys.unseeing(top)
+    call = keys.place.call
+    seen_top = jnp.where(unseeing, 0, top)
+    search = Search(call.form, keys.place.params, seen_top, unseeing, sink)
+    start = search.start(call.sizes.keys)
+    state, due = lax.fori_loop(
+        np.int32(0),
+        search.steps_of_few(),
+        lambda _, carry: _step_of_few(search, few, carry[0]),
+        (start, jnp.zeros_like(top)),
+    )
+    # Bounds that hold for few do not hold for all.
+    state = state[0], *start[1:]
+    # Only in a class whose second largest takes part may there be another that does.
+    hidden = max_of(search.terms(few[1][...], state)[0])
+    most = jnp.int32(PASSES)
+
+    def one_pass(carry: Any) -> Any:
+        passes, state = carry
+        state, due = search.step(search.of_all(keys, state), state)
+        return jnp.where(search.any_seeing(due), passes + 1, most), state
+
+    passes = jnp.where(search.any_seeing(due + hidden), jnp.int32(0), most)
+    _, state = lax.while_loop(lambda carry: carry[0] < most, one_pass, (passes, state))
+    return _mix(keys, search, state)
+
+
+def _step_of_few(search: Search, few: Sequence[Any], state: State) -> tuple[State, Array]:
+    return search.step(search.of_tiles([x[...] for x in few], state), state)
+
+
+def _largest(keys: Keys) -> tuple[Any, Any]:
+    """The largest scores of each class of keys, and the second largest: one pass."""
+    first, second = keys.scratch["first"], keys.scratch["second"]
+    first[...] = jnp.full_like(first, LEAST)
+    second[...] = jnp.full_like(second, LEAST)
+
+    def body(_: Any, x: Array, carry: int) -> int:
+        one, two = first[...], second[...]
+        for start in range(0, x.shape[0], CLASSES):
+            own = x[start : start + CLASSES]
+            two = jnp.maximum(two, jnp.minimum(one, own))
+            one = jnp.maximum(one, own)
+        first[...], second[...] = one, two
+        return carry
+
+    keys.loop(body, 0)
+    return first, second
+
+
+def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
+    """The output, the mean of values by slopes, and what is kept of rows.
+
+    The sums tell how far the threshold is off, and the mean what the output gains by the step that
+    is left: no pass more is needed for it.
+    """
+    acc, of_slopes = keys.scratch["out"], keys.scratch["mean"]
+    acc[...] = jnp.zeros_like(acc)
+    of_slopes[...] = jnp.zeros_like(of_slopes)
+
+    def body(tile: Any, x: Array, sums: State) -> State:
+        terms, value = search.terms(x, state), keys.value(tile)
+        acc[...] += product(value, terms[0].astype(value.dtype))
+        of_slopes[...] += product(value, terms[1].astype(value.dtype))
+        return tuple(total + sum_of(t) for total, t in zip(sums, terms, strict=True))
+
+    total, slopes, *_ = search.with_sink(keys.loop(body, search.zeros(state)), state)
+    by_slopes = 1 / jnp.where(slopes == 0, 1, slopes)
+    mean = of_slopes[...] * by_slopes
+    tau = search.form.of_row(state[0], *search.params)
+    if sums_to_one(search.form):
+        out, kept = acc[...] - (total - 1) * mean, (tau + (total - 1) * by_slopes,)
+    else:
+        by = 1 / jnp.where(total == 0, 1, total)
+        out, kept = acc[...] * by, (tau, by)
+    origin = jnp.where(search.unseeing, NOWHERE, search.top)
+    rows = origin, *(jnp.where(search.unseeing, 0, x) for x in kept)
+    return {"out": out, "mean": mean, "rows": rows}

@@ -1,0 +1,148 @@
+"""The derivatives of attention by kernels: the first in reverse mode is theirs, others XLA's."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
+from jaxtyping import Array
+
+from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._reductions import sum_to, vary_like
+from jaxsoftmax._scores import with_ndim
+from jaxsoftmax.attention._block import is_smooth
+from jaxsoftmax.attention._kernels._backward import backward
+from jaxsoftmax.attention._kernels._forward import forward
+from jaxsoftmax.attention._kernels._tiles import F32, Call
+from jaxsoftmax.attention._prepared import OF_NORMALIZER
+
+Arrays = Mapping[str, Array]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Attention:
+    """All that is known while tracing.
+
+    Attributes:
+      call: what kernels know.
+      reference: the same by XLA, of the arrays by name.
+      params: gives the parameters of the form, given the arrays of the normalizer by name.
+      temperature: divides the scores: a number; None: 1, or an array of the normalizer.
+    """
+
+    call: Call
+    reference: Callable[[Arrays], Array]
+    params: Callable[[dict[str, Array]], tuple[Array, ...]]
+    temperature: float | None = None
+
+    def arrays(self, given: Arrays) -> dict[str, Array]:
+        """What kernels read, by the names that they have for it; differentiable."""
+        start = len(OF_NORMALIZER)
+        own = {n[start:]: x for n, x in given.items() if n.startswith(OF_NORMALIZER)}
+        arrays = {n: x for n, x in given.items() if not n.startswith(OF_NORMALIZER)}
+        arrays |= {f"param {i}": x.astype(F32) for i, x in enumerate(self.params(own))}
+        temperature = own.get("temperature", self.temperature)
+        if temperature is not None:
+            arrays["temperature"] = with_ndim(jnp.asarray(temperature), 4).astype(F32)
+        return arrays
+
+    def forward(self, given: Arrays, keep: bool) -> tuple[Array, tuple[Array, ...]]:
+        """The output, and what is kept."""
+        return forward(self.call, self.arrays(given), keep)
+
+    def pull_back(self, wanted: Sequence[str], point: tuple[Arrays, Any], ct: Array) -> list[Array]:
+        """The cotangents of what is wanted."""
+        given, kept = point
+
+        def arrays_of(*args: Array) -> dict[str, Array]:
+            found = self.arrays({**given, **dict(zip(wanted, args, strict=True))})
+            return {name: x for name, x in found.items() if is_smooth(x)}
+
+        arrays, pullback = jax.vjp(arrays_of, *(given[name] for name in wanted))
+        names = {n for n in wanted if n in arrays}
+        if any(name.startswith(OF_NORMALIZER) for name in wanted):
+            names |= {n for n in arrays if n == "temperature" or n.startswith("param")}
+        found = backward(self.call, self.arrays(given), kept, ct, sorted(names))
+        return list(pullback({n: _like(found.get(n), x) for n, x in arrays.items()}))
+
+    def pull_reference(
+        self, wanted: Sequence[str], point: tuple[Arrays, Any], ct: Array
+    ) -> list[Array]:
+        """The same by XLA, of which derivatives can be taken."""
+        given, _ = point
+        _, pullback = jax.vjp(self._of(wanted, given), *(given[name] for name in wanted))
+        return list(pullback(ct))
+
+    def push_forward(
+        self, wanted: Sequence[str], point: tuple[Arrays, Any], tangents: Sequence[Array]
+    ) -> Array:
+        """The tangent of the output, given those of what is wanted."""
+        given, _ = point
+        primals = [given[name] for name in wanted]
+        return jax.jvp(self._of(wanted, given), primals, list(tangents))[1]
+
+    def _of(self, wanted: Sequence[str], given: Arrays) -> Callable[..., Array]:
+        return lambda *args: self.reference({**given, **dict(zip(wanted, args, strict=True))})
+
+
+def _like(ct: Array | None, x: Array) -> Array:
+    """A cotangent of `x`, summed to its shape."""
+    return jnp.zeros_like(x) if ct is None else sum_to(ct, x.shape).astype(x.dtype)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def attend(attention: Attention, arrays: dict[str, Array]) -> Array:
+    """Attention of the arrays, (B, N, T, V), in float32."""
+    return attention.forward(arrays, keep=False)[0]
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _attend_and_keep(attention: Attention, arrays: dict[str, Array]) -> tuple[Array, Any]:
+    """The same, and what is kept, which has no derivatives of its own."""
+    return attention.forward(arrays, keep=True)
+
+
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Wanted:
+    """Which arrays get a cotangent; that of a bias is as large as the scores."""
+
+    names: tuple[str, ...]
+
+
+def _attend_fwd(attention: Attention, primals: dict[str, Any]) -> tuple[Any, Any]:
+    arrays = {name: primal.value for name, primal in primals.items()}
+    wanted = (n for n, x in arrays.items() if primals[n].perturbed and is_smooth(x))
+    out, kept = _attend_and_keep(attention, arrays)
+    return out, (_Wanted(tuple(wanted)), arrays, kept)
+
+
+def _attend_and_keep_fwd(attention: Attention, primals: dict[str, Any]) -> tuple[Any, Any]:
+    out, residuals = _attend_fwd(attention, primals)
+    return (out, residuals[-1]), residuals
+
+
+def _attend_bwd(attention: Attention, residuals: Any, ct: Any) -> tuple[dict[str, Any]]:
+    wanted, arrays, kept = residuals
+    if isinstance(ct, SymbolicZero):
+        aval: Any = ct.aval
+        ct = vary_like(jnp.zeros(aval.shape, aval.dtype), arrays["query"])
+    found = linear_pair(
+        functools.partial(attention.pull_back, wanted.names),
+        functools.partial(attention.push_forward, wanted.names),
+        (arrays, kept),
+        ct,
+        reference=functools.partial(attention.pull_reference, wanted.names),
+    )
+    return (dict.fromkeys(arrays) | dict(zip(wanted.names, found, strict=True)),)
+
+
+def _attend_and_keep_bwd(attention: Attention, residuals: Any, ct: Any) -> tuple[dict[str, Any]]:
+    return _attend_bwd(attention, residuals, ct[0])
+
+
+attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
+_attend_and_keep.defvjp(_attend_and_keep_fwd, _attend_and_keep_bwd, symbolic_zeros=True)
