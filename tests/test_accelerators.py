@@ -4,6 +4,7 @@ Nothing runs: kernels, bytes and memory are read from the compiled programs. Nee
 """
 
 import functools
+import re
 from typing import NamedTuple
 
 import jax
@@ -138,6 +139,64 @@ def test_matrix_products_and_bytes_are_those_of_algebra(target):
     assert theirs.flops == {"bf16": 2 * 2 * BATCH * HEADS * LENGTH**2 * FEATURES}
     moved = ahead.figures(jnp.negative, (X,), target)
     assert (moved.kernels, moved.traffic, moved.memory) == (1, 2 * 4 * ROWS * CLASSES, 0)
+
+
+def of_kernels(dtype, features, queries=1024, keys=1024, **options):
+    """Attention by kernels with its gradients, and the shapes that it takes."""
+    attend = functools.partial(jsm.dot_product_attention, implementation="pallas", **options)
+    query, *others = (
+        jax.ShapeDtypeStruct((1, length, 2, features), dtype) for length in (queries, keys, keys)
+    )
+    return pulled_back(attend), ((query, *others), query)
+
+
+ALPHA = functools.partial(jsm.entmax, alpha=1.3)
+MASKS = {
+    "mask": jnp.ones((1, 1, 512, 512), bool),
+    "bias": jnp.zeros((1, 2, 512, 512)),
+    "sink": jnp.zeros(2),
+    "logits_soft_cap": 20.0,
+    "query_segment_ids": jnp.zeros((1, 512), jnp.int32),
+    "key_value_segment_ids": jnp.zeros((1, 512), jnp.int32),
+    "query_seq_lengths": jnp.array([300]),
+    "key_value_seq_lengths": jnp.array([300]),
+    "query_offset": jnp.array([5]),
+    "local_window_size": (100, 20),
+}
+KERNELS = {
+    "softmax": of_kernels(jnp.bfloat16, 64, is_causal=True),
+    "softmax, 128 features": of_kernels(jnp.bfloat16, 128),
+    "softmax, 256 features, float32": of_kernels(jnp.float32, 256),
+    "sparsemax": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.sparsemax),
+    "entmax15": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.entmax15),
+    "entmax15, 32 features": of_kernels(jnp.float32, 32, 1000, 700, normalizer=jsm.entmax15),
+    "entmax, one query": of_kernels(jnp.bfloat16, 64, 1, normalizer=ALPHA),
+    "long rows": of_kernels(jnp.bfloat16, 128, 256, 16384, normalizer=jsm.entmax15),
+    "bias of keys": of_kernels(
+        jnp.bfloat16, 64, 512, 512, bias=jnp.zeros((1, 1, 1, 512)), normalizer=jsm.sparsemax
+    ),
+    "all options": of_kernels(jnp.bfloat16, 64, 512, 512, normalizer=jsm.entmax15, **MASKS),
+}
+VMEM = 2**26  # half of what a v5e, v5p or v6e has
+
+
+FITTED = [
+    *(("v5e", name) for name in KERNELS),
+    *((device, name) for device in ("v5p", "v6e") for name in ("softmax", "all options")),
+]
+
+
+@pytest.mark.parametrize(("device", "name"), FITTED)
+def test_kernels_fit(device, name):
+    """Mosaic refuses kernels that need more VMEM than they ask for."""
+    compiled = ahead.compiled(*KERNELS[name], TARGETS[device])
+    lines = compiled.as_text().splitlines()
+    calls = [line for line in lines if 'custom_call_target="tpu_custom_call"' in line]
+    asked = [re.search(r'"scoped_memory_configs":.*?"size":"(\d+)"', call) for call in calls]
+    assert len(asked) == 2
+    assert all(VMEM / 2 < int(size[1]) <= VMEM for size in asked)
+    of_scores = 4 * 2 * 1024 * 1024
+    assert compiled.memory_analysis().temp_size_in_bytes < 2 * of_scores
 
 
 @on_both

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import ahead, hlo, kernels
+from benchmarks import ahead, bundles, hlo, kernels
 from benchmarks.ahead import TARGETS
 from benchmarks.collectives import collectives
 from benchmarks.hlo import Array
@@ -236,3 +236,16 @@ def test_text_of_this_jax_is_read():
         if instruction.opcode == "while"
     ]
     assert loops == [5]
+
+
+def test_loops_of_a_kernel_are_counted_in_bundles():
+    text = """
+     0   :  { %s0 = smov 0 }
+   0x1 LB: > { %s1 = sphi 0, %s9 /* copy */ } /* Start region 4 :: Start region 5 */
+   0x2   : > { %s2 = sadd.s32 1, %s1 }
+   0x3 LB: >> { %v0 = vld [vmem:%s2] } /* Start region 7 */
+   0x4   : >> { %v1 = vadd.f32 %v0, %v0  ;;  %8 = sbr.rel (!%p1) target = $region7 }
+  0x10   : > { %9 = sbr.rel (!%p0) target = $region4 } /* End region 5 */
+  0x11   :  { %10 = sbr.rel target = $region99 }
+"""
+    assert bundles.loops(text) == [16, 2]

@@ -1,0 +1,109 @@
+"""How many instructions kernels of attention have for a tile, as compiled for a TPU v5e.
+
+A TPU starts one bundle of instructions a cycle, so bundles are about cycles. They are counted in
+the loops of what the compiler writes down; nothing runs. The peer is JAX's own splash attention,
+whose loop over tiles is its grid. Needs the extra "aot": `python -m benchmarks.bundles`.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+import jaxsoftmax as jsm
+from benchmarks import ahead
+
+LENGTH, HEADS, FEATURES, TILE = 4096, 2, 64, 256
+X = jax.ShapeDtypeStruct((1, LENGTH, HEADS, FEATURES), jnp.bfloat16)
+
+
+def ours(name: str) -> Callable[..., Any]:
+    """Attention by our kernels."""
+    return functools.partial(
+        jsm.dot_product_attention, implementation="pallas", normalizer=getattr(jsm, name)
+    )
+
+
+def splash(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """JAX's own, in tiles of the same size."""
+    from jax.experimental.pallas.ops.tpu import splash_attention as peer
+
+    mask = peer.MultiHeadMask([peer.FullMask((LENGTH, LENGTH))] * HEADS)
+    backward = ("q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
+    sizes = peer.BlockSizes(
+        block_q=TILE,
+        block_kv=TILE,
+        block_kv_compute=TILE,
+        **{f"block_{name}": TILE for name in backward},
+    )
+    kernel = peer.make_splash_mha_single_device(mask, block_sizes=sizes)
+    turned = (jnp.swapaxes(x[0], 0, 1) for x in (q, k, v))
+    return jnp.swapaxes(kernel(*turned), 0, 1)[None]
+
+
+PROGRAMS = {
+    "softmax": ours("softmax"),
+    "entmax15": ours("entmax15"),
+    "sparsemax": ours("sparsemax"),
+    "JAX's splash attention": splash,
+}
+
+
+def compile_for_tpu(name: str) -> None:
+    """Compiles the value and the gradients of a program."""
+
+    def both(args: Sequence[Any], ct: Any) -> Any:
+        out, pull_back = jax.vjp(PROGRAMS[name], *args)
+        return out, pull_back(ct)
+
+    ahead.compiled(both, ((X, X, X), X), ahead.TARGETS["v5e"])
+
+
+def loops(text: str) -> list[int]:
+    """The bundles of the loops of a kernel, in order: first that over the grid, with all others."""
+    starts, found = {}, []
+    for line in text.splitlines():
+        head = re.match(r"\s*(0x[0-9a-f]+|0)\s+(LB)?[^{]*", line)
+        if head is None:
+            continue
+        address = int(head[1], 16)
+        if head[2]:
+            starts |= dict.fromkeys(re.findall(r"Start region (\d+)", line), address)
+        for region in re.findall(r"target = \$region(\d+)", line):
+            if region in starts:
+                found.append((starts[region], address))
+    return [last - first + 1 for first, last in sorted(found)]
+
+
+def programs_in(folder: Path) -> Iterator[tuple[str, list[int]]]:
+    """The kernels of Pallas that a compiler wrote down, with their loops."""
+    for path in sorted(folder.glob("*-final_bundles.txt")):
+        text = path.read_text()
+        if "schedule" not in path.name and "vmatmul" in text:
+            yield path.name.split("-")[1], loops(text)
+
+
+def main() -> None:
+    """Prints the loops of all programs."""
+    print("| program | kernel | bundles of the grid's loop | of the loops in it |")
+    print("|---|---|--:|---|")
+    for name in PROGRAMS:
+        with tempfile.TemporaryDirectory() as folder:
+            flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+            command = [sys.executable, "-m", "benchmarks.bundles", name]
+            subprocess.run(command, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": flags})
+            for kernel, found in programs_in(Path(folder)):
+                grid, *inner = found
+                print(f"| {name} | {kernel} | {grid} | {', '.join(map(str, inner))} |")
+
+
+if __name__ == "__main__":
+    compile_for_tpu(sys.argv[1]) if len(sys.argv) > 1 else main()
