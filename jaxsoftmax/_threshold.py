@@ -19,8 +19,9 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._form import Form
+from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import looked_at
 from jaxsoftmax._reductions import (

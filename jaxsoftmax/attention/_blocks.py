@@ -15,7 +15,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsoftmax import _jax
-from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp, hoist, linear_pair
+from jaxsoftmax._differentiation import custom_vjp, hoist
+from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import Options, prepare, wide, wide_zeros
 from jaxsoftmax.attention._arguments import Sizes

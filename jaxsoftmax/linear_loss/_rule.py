@@ -13,7 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._reductions import is_known, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim

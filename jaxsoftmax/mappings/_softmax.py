@@ -11,8 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
-from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, two_sum
+from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator, rounded

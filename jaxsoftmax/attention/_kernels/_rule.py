@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import custom_vjp, linear_pair
+from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import sum_to, vary_like
 from jaxsoftmax._scores import with_ndim
 from jaxsoftmax.attention._block import is_smooth
