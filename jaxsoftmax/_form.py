@@ -136,9 +136,12 @@ class Form:
         inside = (new >= low) & (new <= high) & (step != 0) & (passes < _PATIENCE)
         new = jnp.where(inside, new, low + (high - low) / 2)
         off = jnp.abs(total - 1)
-        # Where a sum is as near to 1 as its rounding allows, it comes no nearer.
-        rounds = (off > last / 2) & (off < jnp.finfo(off.dtype).eps ** 0.5)
-        narrow = high - low <= jnp.finfo(off.dtype).eps * jnp.abs(tau)
+        eps = float(jnp.finfo(off.dtype).eps)
+        # Where a sum is as near to 1 as its rounding allows, it comes no nearer. Beyond a kink of
+        # `g`, a step may not come nearer either, but it is a long one.
+        short = jnp.abs(new - tau) <= _FEW * eps * jnp.maximum(jnp.abs(tau), jnp.abs(low))
+        rounds = (off > last / 2) & (off < eps**0.5) & short
+        narrow = high - low <= eps * jnp.abs(tau)
         moved = (off > tolerance(tau)) & ~rounds & ~narrow & (new != tau) & (total > 0)
         return (jnp.where(moved, new, tau), low, high, off, passes + 1), moved
 
@@ -157,3 +160,5 @@ def tolerance(x: Array) -> float:
 
 # More passes than these Newton's method takes only where it creeps.
 _PATIENCE = 16
+# How many units of rounding of `tau` a step has that is but rounding.
+_FEW = 4

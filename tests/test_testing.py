@@ -183,6 +183,27 @@ def test_attention_and_losses_of_a_form(rng):
     np.testing.assert_allclose(out, wanted, atol=1e-10)
 
 
+def test_a_form_with_kinks(rng):
+    """A step beyond a kink comes no nearer to 1, but is not the last."""
+
+    def kinked(u, of):
+        second, third = 0.351 + 0.2 * (u - 0.135), 0.744 + 0.6 * (u - 2.1)
+        return of.where(u < 0.135, 2.6 * of.maximum(u, 0), of.where(u < 2.1, second, third))
+
+    def score(p):
+        second, third = 0.135 + (p - 0.351) / 0.2, 2.1 + (p - 0.744) / 0.6
+        return jnp.where(p < 0.351, p / 2.6, jnp.where(p < 0.744, second, third))
+
+    mapping = jsm.threshold_mapping(jsm.Form(lambda u: kinked(u, jnp), score))
+    x = rng.normal(size=(2000, 8)).astype(np.float32)
+    low, high = np.full((2000, 1), -10.0), np.full((2000, 1), 10.0)
+    for _ in range(100):
+        middle = (low + high) / 2
+        enough = np.sum(kinked(x - middle, np), -1, keepdims=True) >= 1
+        low, high = np.where(enough, middle, low), np.where(enough, high, middle)
+    np.testing.assert_allclose(mapping(x), kinked(x - low, np), rtol=0, atol=1e-5)
+
+
 def test_wrong_forms():
     with pytest.raises(TypeError, match=r"form must be a jaxsoftmax\.Form, got function"):
         jsm.threshold_mapping(lambda u: u)
