@@ -78,7 +78,13 @@ class Form:
     def moved_by_params(self, p: Array, *params: Array) -> tuple[Array, ...]:
         """The derivatives of the probabilities in the parameters, at fixed `tau`."""
         if self.partials is not None or not params:
-            return () if self.partials is None else self.partials(p, *params)
+            found = () if self.partials is None else self.partials(p, *params)
+            if len(found) != len(params):
+                raise ValueError(
+                    f"form.partials must return one array per parameter, {len(params)}, got "
+                    f"{len(found)}."
+                )
+            return found
         inside = jnp.where(p > 0, p, 1)
         u = self.score(inside, *params)
         found = []

@@ -123,7 +123,7 @@ def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
     if form.only_scales:
-        p = rows.map(form.slopes, [p], params)
+        p = rows.map(functools.partial(_slopes, form), [p], params)
         return None, linear_pair(_softmax_jacobian, _softmax_jacobian, (rows, p), ct)
     if params or form.tau is not None:
         return None, *pull_back(form, rows, p, params, ct)
@@ -181,7 +181,7 @@ def pull_back(
       ct: the cotangents of `p`.
       mean: the mean of `ct`, weighted by the slopes, where it is known.
     """
-    slope = rows.map(form.slopes, [p], params)
+    slope = rows.map(functools.partial(_slopes, form), [p], params)
     if mean is None:
         mean = _mean(form, rows, slope, ct)
     worth = rows.map(jnp.subtract, [ct], [mean])
@@ -204,6 +204,11 @@ def _mean(form: Form, rows: Rows, slope: Entries, ct: Entries) -> Array:
     return mean / jnp.where(total == 0, 1, total)
 
 
+def _slopes(form: Form, p: Array, *params: Array) -> Array:
+    """The slopes, NaN where the probabilities are: a comparison in the form would lose that."""
+    return form.slopes(p, *params) + 0 * p
+
+
 def mean_at_once(
     form: Form, rows: Rows, p: Entries, params: Sequence[Array], ct: Entries
 ) -> Array | None:
@@ -212,7 +217,7 @@ def mean_at_once(
         return None
 
     def terms(p: Array, ct: Array, *params: Array) -> tuple[Array, Array]:
-        slope = form.slopes(p, *params)
+        slope = _slopes(form, p, *params)
         return slope * ct, slope
 
     weighted, total = rows.sums(terms, [p, ct], params)

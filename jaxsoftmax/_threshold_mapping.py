@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import core
 from jaxtyping import Array
 
 from jaxsoftmax import _threshold
@@ -62,12 +63,21 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     """
     if not isinstance(form, Form):
         raise TypeError(f"form must be a jaxsoftmax.Form, got {type(form).__name__}.")
+    for part in ("weight", "score"):
+        if not callable(getattr(form, part)):
+            found = type(getattr(form, part)).__name__
+            raise TypeError(f"form.{part} must be a function, got {found}.")
     signature = _signature(form)
     own = [p for p in signature.parameters if p not in ("x", *_OPTIONS)]
     safe = dataclasses.replace(form, weight=_keeping_nan(form.weight))
+    # Nothing is solved for: JAX's own derivatives do, at the score rather than at `p`.
+    by_jax = form.tau is not None and form.slope is None
 
     def of_rows(rows: Rows, scores: Entries, **given: Any) -> tuple[Form, tuple[Array, ...]]:
-        params = (given.get(p, signature.parameters[p].default) for p in own)
+        params = [given.get(p, signature.parameters[p].default) for p in own]
+        for p, value in zip(own, params, strict=True):
+            if value is inspect.Parameter.empty:
+                raise TypeError(f"{name} takes the parameter {p}, which has no default.")
         return safe, tuple(
             check_per_row(p, value, scores[0], rows) for p, value in zip(own, params, strict=True)
         )
@@ -81,12 +91,14 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
         x, axis = given.pop("x"), given.pop("axis")
         rows, scores = prepare(x, axis, Options(**{o: given.pop(o) for o in _OPTIONS[1:]}))
         _, params = of_rows(rows, scores, **given)
-        return _threshold.apply(safe, rows, scores, *params)[0].astype(output_dtype(x))
+        make = _threshold.probabilities if by_jax else _threshold.apply
+        return make(safe, rows, scores, *params)[0].astype(output_dtype(x))
 
     mapping.__name__ = mapping.__qualname__ = name
     mapping.__doc__ = f"The mapping `{name}` of a form; see `jaxsoftmax.threshold_mapping`."
     vars(mapping)["__signature__"] = signature
-    return _threshold.has_form(of_rows)(public(mapping, **dict.fromkeys(own, PARAMETER)))
+    made = public(mapping, **dict.fromkeys(own, PARAMETER))
+    return made if by_jax else _threshold.has_form(of_rows)(made)
 
 
 _OPTIONS = ("axis", "where", "temperature", "sink", "segment_ids", "num_segments")
@@ -96,8 +108,14 @@ def _check_inverse(form: Form) -> None:
     # Rows that sum to 1 may have an entry of 1; others need not.
     for p in (1.0, 0.25) if form.tau is None else (0.25,):
         with jax.ensure_compile_time_eval():
-            u = float(form.score(jnp.float32(p)))
-            found = float(form.weight(jnp.float32(u)))
+            u = form.score(jnp.float32(p))
+            found = form.weight(u)
+            below = [form.weight(u - far) for far in (100.0, 10.0, 1.0, 0.1, 0.0)]
+        if isinstance(found, core.Tracer):  # it closes over something that is traced
+            return
+        u, found, *below = map(float, (u, found, *below))
+        if below != sorted(below) or below[0] < 0:
+            raise ValueError("form.weight must be increasing and never negative.")
         if not math.isfinite(u) or not abs(found - p) < 1e-3:
             raise ValueError(
                 f"form.weight must be the inverse of form.score, got {found:.4g} for the score of "

@@ -49,7 +49,8 @@ def check_mapping(
 
     Args:
       mapping: called as `mapping(x, axis=-1, where=None, temperature=1.0)`; a `functools.partial`
-        fixes its parameters. Its rows sum to 1, and are 0 if nothing takes part.
+        fixes its parameters, whose derivatives are not checked. Its rows sum to 1, and are 0 if
+        nothing takes part.
       reference: the same along the last axis, by another method, in NumPy: of finite float64
         scores, also huge ones. Best the formula, or a solver by bisection.
       scores: rows of at least three scores, shape `(rows, entries)`, at which the mapping has

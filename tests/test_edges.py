@@ -99,6 +99,9 @@ def test_nan_stays_in_its_row(case):
     close(p[1], case.probabilities(x[1]))
     gradient = jax.grad(lambda x: jnp.sum(jnp.sin(case.fun(x))[1, :2]))(x)
     assert np.all(np.isfinite(gradient[1]))
+    # Whoever watches the gradients sees it, too.
+    spoiled = jax.grad(lambda x: jnp.sum(jnp.sin(case.fun(x))))(x)
+    assert np.any(np.isnan(spoiled[0]))
 
 
 @every_function

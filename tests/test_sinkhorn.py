@@ -459,3 +459,12 @@ def test_wrong_tolerance():
             jsm.sinkhorn(X, tol=tol)
     with pytest.raises(ValueError, match="tol must broadcast"):
         jsm.sinkhorn(X, tol=np.ones(3))
+
+
+def test_totals_that_differ_by_more_than_rounding(rng):
+    x = rng.normal(size=(3, 3)).astype(np.float32)
+    with pytest.raises(ValueError, match="must have the same total, got"):
+        jsm.sinkhorn(x, row_sums=1.0, column_sums=1.003)
+    halves = jnp.asarray(rng.uniform(size=3), jnp.bfloat16)
+    p = jsm.sinkhorn(x, row_sums=halves, column_sums=float(halves.astype(np.float32).mean()))
+    np.testing.assert_allclose(p.sum(1), halves.astype(np.float32), rtol=1e-2)

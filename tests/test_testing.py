@@ -1,6 +1,7 @@
 """A form from outside the package, and the contract that it and ours are checked by."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,9 @@ def test_a_form_with_a_fixed_threshold(rng):
     )
     where = np.arange(5) < 4
     np.testing.assert_allclose(sigmoid(x, where=where), scipy.special.expit(x) * where)
+    # Far out, where the score of the probability is infinite.
+    far = jax.grad(jax.grad(lambda u: sigmoid(u[None])[0]))(20.0)
+    np.testing.assert_allclose(far, jax.grad(jax.grad(jax.nn.sigmoid))(20.0), rtol=1e-6)
     jacobian = jax.jacrev(sigmoid)(x[0])
     np.testing.assert_allclose(jacobian, np.diag(jax.vmap(jax.grad(jax.nn.sigmoid))(x[0])))
     np.testing.assert_allclose(jax.jacfwd(sigmoid)(x[0]), jacobian)
@@ -215,7 +219,27 @@ def test_wrong_forms():
     for wrong in (never_one, no_inverse):
         with pytest.raises(ValueError, match=r"form\.weight must be the inverse of form\.score"):
             jsm.threshold_mapping(wrong)(np.ones(3))
+    for falls in (lambda u: u**2, lambda u: jnp.exp(-u), lambda u: u):
+        with pytest.raises(ValueError, match=r"form\.weight must be increasing"):
+            jsm.threshold_mapping(jsm.Form(falls, lambda p: p))(np.ones(3))
+    few = jsm.threshold_mapping(
+        jsm.Form(weight, lambda p, alpha: p ** (alpha - 1) / (alpha - 1), partials=lambda *_: ())
+    )
+    no_function: Any = 3
+    q = np.ones((1, 2, 1, 2))
     for call, sentence in [
+        (
+            lambda: jax.grad(lambda a: few(np.ones(3), a)[0])(1.5),
+            "per parameter, 1, got 0",
+        ),
+        (
+            lambda: jsm.threshold_mapping(jsm.Form(no_function, no_function)),
+            "must be a function",
+        ),
+        (
+            lambda: jsm.dot_product_attention(q, q, q, normalizer=power),
+            "power takes the parameter alpha, which has no default",
+        ),
         (lambda: power(np.ones(3)), "missing a required argument: 'alpha'"),
         (lambda: power(np.ones(3), "x"), "alpha must be an array, got str"),
         (lambda: power(np.ones((2, 3)), np.ones(3)), "alpha must broadcast to one value per row"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +23,7 @@ from jaxsoftmax._scores import (
     check_per_row,
     check_real,
     is_cold,
+    output_dtype,
     prepare,
     split_axis,
 )
@@ -40,12 +42,14 @@ class _Sums(NamedTuple):
       columns: those of the columns, of the same total.
       scores: the scores, -inf where a sum is 0.
       totals: both totals, as they were given.
+      agree: whether they are the same, but for rounding.
     """
 
     rows: Array
     columns: Array
     scores: Array
     totals: tuple[Array, Array]
+    agree: Array
 
 
 def wanted_sums(
@@ -68,10 +72,11 @@ def wanted_sums(
     if b is None:
         b = _shared(columns.sum((a,)), rows, in_columns)
     totals = columns.sum((a,)), rows.sum((b,))
-    known = are_equal(*totals)
     of_rows, of_columns = totals
+    slack = _slack(x for x in (row_sums, column_sums) if x is not None)
+    agree = ~(jnp.abs(of_rows - of_columns) > slack * jnp.maximum(of_rows, of_columns))
     b = b * (of_rows / jnp.where(of_columns == 0, 1, of_columns))
-    return _Sums(nan_unless(known, a), b, scores, totals)
+    return _Sums(nan_unless(agree, a), b, scores, totals, agree)
 
 
 def _given_sums(name: str, value: ArrayLike | None, rows: Rows, scores: Array) -> Array | None:
@@ -101,12 +106,9 @@ def _shared(total: Array, rows: Rows, part: Array) -> Array:
     return part * (total / jnp.maximum(rows.sum((part,)), 1))
 
 
-def are_equal(x: Array, y: Array) -> Array:
-    return ~(jnp.abs(x - y) > _SLACK * jnp.maximum(x, y))
-
-
-# How far totals may differ: what rounding to bfloat16 may take from each sum.
-_SLACK = 2.0**-8
+def _slack(sums: Iterable[ArrayLike]) -> float:
+    """How far totals may differ: what rounding may take from each sum."""
+    return max((float(jnp.finfo(output_dtype(x)).eps) for x in sums), default=0.0) + 1e-5
 
 
 def relative(found: Array, wanted: Array) -> Array:
