@@ -206,7 +206,7 @@ def _mean(form: Form, rows: Rows, slope: Entries, ct: Entries) -> Array:
 
 def _slopes(form: Form, p: Array, *params: Array) -> Array:
     """The slopes, NaN where the probabilities are: a comparison in the form would lose that."""
-    return form.slopes(p, *params) + 0 * p
+    return jnp.where(jnp.isnan(p), p, form.slopes(p, *params))
 
 
 def mean_at_once(
