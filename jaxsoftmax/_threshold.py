@@ -159,7 +159,6 @@ def relative_to_dominating(rows: Rows, p: Entries, x: Entries) -> Entries:
 def dominating(rows: Rows, p: Entries) -> Entries:
     """1 where a probability is above 1/2, 0 elsewhere."""
     p = lax.stop_gradient(p)
-
     return chosen("dominating", lambda p: rows.map(jnp.round, [p]), p, rows=rows)
 
 

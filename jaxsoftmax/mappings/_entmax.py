@@ -1,4 +1,4 @@
-"""Alpha-entmax: the family between softmax and sparsemax, and those two ends of it."""
+"""Alpha-entmax for `alpha` of 1 and above, with entmax15 and sparsemax, two members of it."""
 
 from __future__ import annotations
 
@@ -216,12 +216,13 @@ def as_alpha(rows: Rows, scores: Entries, alpha: ArrayLike | Fixed) -> Array:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Entmax(Form):
-    """Entmax of any `alpha`, with `beta = alpha - 1`.
+    """Entmax of any `alpha`, with `beta = alpha - 1` and gaps, scores less the row's maximum.
 
     `p = [1 + beta (gap - theta)]_+ ** (1 / beta)`, which tends to `exp(gap - theta)` as `beta`
-    tends to 0. What is searched for is not `theta` but the logarithm `peak` of the probability at
-    the maximum, for `1 - beta theta` is `m = exp(beta peak)` and loses its digits where that is
-    small. All are `p = exp(peak) w` with `w = [1 + beta gap / m]_+ ** (1 / beta)`.
+    tends to 0. The search is not for `theta` but for `peak`, the logarithm of the probability at
+    the maximum, because `1 - beta theta`, which is `m = exp(beta peak)`, loses its digits where `m`
+    is small. Every probability is `exp(peak) w` with `w = [1 + beta gap / m]_+ ** (1 / beta)`. So
+    what `Form` calls `tau` is `peak`, and what entries take of it is `1 / m`.
     """
 
     def of_row(self, tau: Array, *params: Array) -> Array:
@@ -230,12 +231,12 @@ class _Entmax(Form):
         return 1 / jnp.maximum(jnp.exp((alpha - 1) * tau), jnp.finfo(tau.dtype).tiny)
 
     def weigh(self, gap: Array, tau: Array, *params: Array) -> Array:
-        """`w`."""
+        """`w`, the weight relative to that of the maximum; `tau` is `1 / m`."""
         (alpha,) = params
         return _power(gap * tau, alpha - 1)
 
     def terms(self, gap: Array, tau: Array, *params: Array) -> tuple[Array, ...]:
-        """`w`, and what its derivatives in `log m` are made of."""
+        """`w`, and what is proportional to the first two derivatives of `p` in `m`."""
         (alpha,) = params
         u, beta = gap * tau, alpha - 1
         w = _power(u, beta)
@@ -243,30 +244,31 @@ class _Entmax(Form):
         return w, w * inverse, w * inverse * inverse
 
     def start(self, length: Array, *params: Array) -> State:
-        """At least, all entries share evenly, but for rounding; at most, the maximum has all."""
+        """The maximum has at least what it has if all share evenly, and at most all."""
         del params
         peak = jnp.zeros_like(length)
         low = peak - jnp.log(length) - 1
         return peak, low, peak, -2 * low
 
     def update(self, sums: State, state: State, *params: Array) -> tuple[State, Array]:
-        """A step of Halley's method on the norm of the entries, written so that it has a limit.
+        """A step of Halley's method on a norm, written so that it has a limit at `beta = 0`.
 
         The norm is `S ** beta`, where `S` is the sum of `p`. Taken as `(S ** beta - 1) / beta`, it
-        tends to `log S` as `beta` tends to 0, and the step to logsumexp. For `alpha > 1.5` the
-        second derivative is infinite where an entry enters the support: there the step is Newton's.
-        For `alpha > 2` so is the slope, and the norm is not convex: the bracket that is kept is
-        halved where a step is not half of the last, or leaves it.
+        tends to `log S` as `beta` tends to 0, and one step lands on logsumexp. For `alpha > 1.5`
+        the second derivative is infinite where an entry enters the support; there the step is
+        Newton's. For `alpha > 2` the slope is infinite there, too, and the norm is not convex. A
+        bracket is kept, and halved if a step leaves it or, for `alpha > 2`, exceeds half the last.
         """
         (alpha,) = params
         beta = alpha - 1
         total, slope, curve = sums
         peak, low, high, last = state
         log_total = peak + jnp.log(total)
-        none = beta < _NO_BETA  # without a rule: never differentiated
+        # Not `_expm1_over`: nothing differentiates this, and kernels have no rules.
+        none = beta < _NO_BETA
         excess = jnp.where(none, log_total, expm1(beta * log_total) / jnp.where(none, 1, beta))
         excess *= total / (1 + beta * excess)
-        # The norm less 1, times its second derivative, over the square of the first.
+        # Of the norm: its value less 1, times the second derivative, over the first one squared.
         bend = (1 - beta) * excess * (curve / (slope * slope) - 1 / total)
         bend = jnp.where(beta <= 0.5, jnp.clip(bend, -1, 1), 0)
         new = peak + _log1p_over(beta, -excess / (slope * (1 - bend / 2)))
@@ -328,8 +330,8 @@ def _expm1_quotient_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Arra
 def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     beta, x = residuals
     y = beta * x
-    # With `e = exp(y)`, `e phi(y)` is `((1 - y) e - 1) / y ** 2`. Far below 0 the first is 0 times
-    # what is too large, and in the second nothing cancels.
+    # With `e = exp(y)`, `e phi(y)` is `((1 - y) e - 1) / y ** 2`. Far below 0, `e phi(y)` is 0 times
+    # a number that is too large; in the other form nothing cancels there.
     far = jnp.where(y < -1, y, -1)
     low = ((1 - far) * jnp.exp(far) - 1) / (far * far)
     slope = jnp.where(y < -1, low, jnp.exp(y) * _phi(jnp.where(y < -1, -1, y)))
@@ -384,12 +386,20 @@ def _safe_log(p: Array) -> Array:
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Entmax15(Form):
     def terms(self, gap: Array, tau: Array, *params: Array) -> tuple[Array, ...]:
-        """The weight and its slope, which is its root."""
+        """The weight and its slope, the square root of the weight: this way none is taken."""
         root = jnp.maximum((gap - tau) / 2, 0)
         return root * root, root
 
 
-ENTMAX = _Entmax(_tsallis_weight, _tsallis_score, _entmax_slope, _entmax_partials)
-ENTMAX15 = _Entmax15(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * sqrt(p), sqrt)
-SPARSEMAX = Form(lambda u: jnp.maximum(u, 0), lambda p: p, lambda p: indicator(p > 0, p.dtype))
+ENTMAX = _Entmax(
+    weight=_tsallis_weight, score=_tsallis_score, slope=_entmax_slope, partials=_entmax_partials
+)
+ENTMAX15 = _Entmax15(
+    weight=lambda u: jnp.maximum(u / 2, 0) ** 2, score=lambda p: 2 * sqrt(p), slope=sqrt
+)
+SPARSEMAX = Form(
+    weight=lambda u: jnp.maximum(u, 0),
+    score=lambda p: p,
+    slope=lambda p: indicator(p > 0, p.dtype),
+)
 _FIXED_FORMS = {1.0: SOFTMAX, 1.5: ENTMAX15, 2.0: SPARSEMAX}
