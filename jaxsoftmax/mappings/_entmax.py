@@ -330,8 +330,8 @@ def _expm1_quotient_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Arra
 def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     beta, x = residuals
     y = beta * x
-    # With `e = exp(y)`, `e phi(y)` is `((1 - y) e - 1) / y ** 2`. Far below 0, `e phi(y)` is 0 times
-    # a number that is too large; in the other form nothing cancels there.
+    # With `e = exp(y)`, `e phi(y)` is `((1 - y) e - 1) / y ** 2`. Far below 0, `e phi(y)` is 0
+    # times a number that is too large; in the other form nothing cancels there.
     far = jnp.where(y < -1, y, -1)
     low = ((1 - far) * jnp.exp(far) - 1) / (far * far)
     slope = jnp.where(y < -1, low, jnp.exp(y) * _phi(jnp.where(y < -1, -1, y)))
