@@ -243,7 +243,7 @@ def test_wrong_forms():
         (lambda: power(np.ones(3)), "missing a required argument: 'alpha'"),
         (lambda: power(np.ones(3), "x"), "alpha must be an array, got str"),
         (lambda: power(np.ones((2, 3)), np.ones(3)), "alpha must broadcast to one value per row"),
-        (lambda: power(np.ones(3), 1.5, wher=1), "power takes the arguments x, alpha, axis, where"),
+        (lambda: power(np.ones(3), 1.5, axes=1), "power takes the arguments x, alpha, axis, where"),
     ]:
         with pytest.raises((TypeError, ValueError), match=sentence):
             call()
