@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import numbers
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import jax
@@ -135,6 +135,32 @@ def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
         )
     # None is longer than an int32 can say, whatever the dtype.
     return jnp.clip(lengths, 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
+
+
+def unpadded(
+    given: Mapping[str, ArrayLike],
+    arrays: tuple[Array, Array, Array],
+    sizes: Sizes,
+    first: tuple[ArrayLike, ArrayLike] = (0, 0),
+) -> tuple[tuple[Array, Array, Array], dict[str, Array]]:
+    """Queries, keys and values with 0 for padding, and what lengths there are, by operand.
+
+    Args:
+      given: the arguments.
+      arrays: queries, keys and values.
+      sizes: their sizes.
+      first: the positions of the first query and key.
+    """
+    (query, key, value), lengths = arrays, {}
+    if "query_seq_lengths" in given:
+        own = check_lengths("query_seq_lengths", given["query_seq_lengths"], sizes)
+        query = without_padding(query, own, first[0])
+        lengths["query_lengths"] = own
+    if "key_value_seq_lengths" in given:
+        own = check_lengths("key_value_seq_lengths", given["key_value_seq_lengths"], sizes)
+        key, value = (without_padding(x, own, first[1]) for x in (key, value))
+        lengths["key_lengths"] = own
+    return (query, key, value), lengths
 
 
 def check_offset(offset: ArrayLike, sizes: Sizes) -> Array:

@@ -215,7 +215,7 @@ def _group_start(arrays: Sequence[Array], place: Any) -> tuple[Any, Any]:
 class Wanted:
     """Which arrays get a cotangent. A bias of constants is none, which saves its (T, S) numbers."""
 
-    places: tuple[int, ...]
+    which: tuple[Any, ...]
 
 
 def _attend_fwd(plan: Plan, *primals: Any) -> tuple[Any, Any]:
@@ -237,17 +237,17 @@ def _attend_and_keep_bwd(plan: Plan, residuals: Any, ct: Any) -> tuple[Array | N
 
 def _attend_bwd(plan: Plan, residuals: Any, ct: Any) -> tuple[Array | None, ...]:
     wanted, arrays, kept = residuals
-    ct = tuple(_instantiated(x, arrays[0]) for x in ct)
-    pulled = functools.partial(_pulled, plan, wanted.places)
+    ct = tuple(instantiated(x, arrays[0]) for x in ct)
+    pulled = functools.partial(_pulled, plan, wanted.which)
     found = linear_pair(
         functools.partial(pulled, from_kept=True),
-        functools.partial(_pushed, plan, wanted.places),
+        functools.partial(_pushed, plan, wanted.which),
         (arrays, kept),
         ct,
         reference=functools.partial(pulled, from_kept=False),
     )
     cts: list[Array | None] = [None] * len(arrays)
-    for i, x in zip(wanted.places, found, strict=True):
+    for i, x in zip(wanted.which, found, strict=True):
         cts[i] = x.astype(arrays[i].dtype)
     return tuple(cts)
 
@@ -383,7 +383,7 @@ _attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 _attend_and_keep.defvjp(_attend_and_keep_fwd, _attend_and_keep_bwd, symbolic_zeros=True)
 
 
-def _instantiated(ct: Any, like: Array) -> Array:
+def instantiated(ct: Any, like: Array) -> Array:
     """A cotangent as an array, be it known to be 0."""
     if not isinstance(ct, SymbolicZero):
         return ct

@@ -170,17 +170,10 @@ def _operands(
     )
     operands: dict[str, Array] = {"query": query}
     _, _, first_query, first_key = _first(static.places, sizes)
-    if "query_seq_lengths" in given:
-        lengths = _arguments.check_lengths("query_seq_lengths", given["query_seq_lengths"], sizes)
-        query = _arguments.without_padding(query, lengths, first_query)
-        operands["query_lengths"] = lengths
-    if "key_value_seq_lengths" in given:
-        lengths = _arguments.check_lengths(
-            "key_value_seq_lengths", given["key_value_seq_lengths"], sizes
-        )
-        key = _arguments.without_padding(key, lengths, first_key)
-        value = _arguments.without_padding(value, lengths, first_key)
-        operands["key_lengths"] = lengths
+    (query, key, value), lengths = _arguments.unpadded(
+        given, (query, key, value), sizes, (first_query, first_key)
+    )
+    operands |= lengths
     if "query_offset" in given:
         operands["query_offset"] = _arguments.check_offset(given["query_offset"], sizes)
     if "query_segment_ids" in given or "key_value_segment_ids" in given:

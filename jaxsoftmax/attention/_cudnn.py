@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoftmax._configured import Configured
-from jaxsoftmax._scores import check_mask, known_number, with_ndim
+from jaxsoftmax._scores import check_mask, known_number
 from jaxsoftmax.attention import _arguments
+from jaxsoftmax.attention._prepared import Rules, visible
 from jaxsoftmax.mappings import softmax
 
 # What it reads, as we and `jax.nn` call it.
@@ -39,22 +40,14 @@ def by_cudnn(
     _check(given, normalizer, others, query.dtype, sizes)
     if scale is not None and known_number(scale) is None:
         _arguments.refuse("cudnn", "a scale that is an array")
-    lengths = {}
-    for name in ("query_seq_lengths", "key_value_seq_lengths"):
-        if name in given:
-            lengths[name] = _arguments.check_lengths(name, given[name], sizes)
-    if "query_seq_lengths" in lengths:
-        query = _arguments.without_padding(query, lengths["query_seq_lengths"], 0)
-    if "key_value_seq_lengths" in lengths:
-        of_keys = lengths["key_value_seq_lengths"]
-        key, value = (_arguments.without_padding(x, of_keys, 0) for x in (key, value))
-    masks = {}
-    if "mask" in given:
-        masks["mask"] = check_mask(given["mask"], sizes.scores, "mask")
-    bias = None
-    if "bias" in given:
-        bias = _arguments.check_bias(given["bias"], sizes).astype(query.dtype)
-        masks["bias"] = bias > -jnp.inf
+    (query, key, value), lengths = _arguments.unpadded(given, (query, key, value), sizes)
+    mask, bias = given.get("mask"), given.get("bias")
+    seen = dict(lengths)
+    if mask is not None:
+        seen["mask"] = mask = check_mask(mask, sizes.scores, "mask")
+    if bias is not None:
+        bias = _arguments.check_bias(bias, sizes).astype(query.dtype)
+        seen["mask"] = (bias > -jnp.inf) & seen.get("mask", True)
         bias = jnp.maximum(bias, float(jnp.finfo(bias.dtype).min))
     before, after = window
     out = jax.nn.dot_product_attention(
@@ -62,16 +55,19 @@ def by_cudnn(
         key,
         value,
         bias=bias,
-        mask=masks.get("mask"),
+        mask=mask,
         scale=scale,
         is_causal=after == 0,
         local_window_size=_window(before, after, sizes),
         implementation="cudnn",
-        query_seq_lengths=_flat(lengths.get("query_seq_lengths")),
-        key_value_seq_lengths=_flat(lengths.get("key_value_seq_lengths")),
+        query_seq_lengths=_flat(lengths.get("query_lengths")),
+        key_value_seq_lengths=_flat(lengths.get("key_lengths")),
     )
     # It gives something to queries that see nothing.
-    return jnp.where(_seen(masks, lengths, window, sizes), out, jnp.zeros((), out.dtype))
+    rules = Rules(normalizer, None, before=before, after=after)
+    places = [jnp.arange(n, dtype=jnp.int32) for n in sizes.scores]
+    sees = jnp.any(visible(rules, seen, places), -1, keepdims=True)
+    return jnp.where(jnp.swapaxes(sees, 1, 2), out, jnp.zeros((), out.dtype))
 
 
 def _check(
@@ -97,27 +93,3 @@ def _window(before: int | None, after: int | None, sizes: Any) -> tuple[int, int
         return None
     far = max(sizes.queries, sizes.keys)
     return far if before is None else before, far if after is None else after
-
-
-def _seen(
-    masks: Mapping[str, Array],
-    lengths: Mapping[str, Array],
-    window: tuple[int | None, int | None],
-    sizes: Any,
-) -> Array:
-    """Which queries see a key, (B, T, N, 1) or less."""
-    query = jnp.arange(sizes.queries, dtype=jnp.int32)[None, None, :, None]
-    key = jnp.arange(sizes.keys, dtype=jnp.int32)[None, None, None]
-    before, after = window
-    seen = jnp.ones((1, 1, sizes.queries, sizes.keys), bool)
-    if before is not None:
-        seen = seen & (key >= query - before)
-    if after is not None:
-        seen = seen & (key <= query + after)
-    if "query_seq_lengths" in lengths:
-        seen = seen & (query < lengths["query_seq_lengths"])
-    if "key_value_seq_lengths" in lengths:
-        seen = seen & (key < lengths["key_value_seq_lengths"])
-    for mask in masks.values():
-        seen = seen & with_ndim(mask, 4)
-    return jnp.swapaxes(jnp.any(seen, -1, keepdims=True), 1, 2)

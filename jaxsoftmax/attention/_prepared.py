@@ -26,6 +26,13 @@ First = tuple[Any, Any, Any]
 OF_NORMALIZER = "normalizer "
 
 
+def of_normalizer(part: Parts) -> tuple[dict[str, Array], dict[str, Array]]:
+    """The arrays of the normalizer, by their own names, and all others."""
+    start = len(OF_NORMALIZER)
+    own = {name[start:]: x for name, x in part.items() if name.startswith(OF_NORMALIZER)}
+    return own, {name: x for name, x in part.items() if not name.startswith(OF_NORMALIZER)}
+
+
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """What happens between the two products. Derivatives flow to all arrays that this holds.
@@ -111,7 +118,7 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     normalizer, row_value = _with_arrays(rules, part)
     options: dict[str, Any] = {
         "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
-        "where": _visible(rules, part, places),
+        "where": visible(rules, part, places),
     }
     if "sink" in part:
         options["sink"] = part["sink"]
@@ -144,8 +151,7 @@ def _with_arrays(
     normalizer, row_value = rules.normalizer, rules.row_value
     if not isinstance(normalizer, Configured):
         return normalizer, row_value
-    start = len(OF_NORMALIZER)
-    own = {name[start:]: x for name, x in part.items() if name.startswith(OF_NORMALIZER)}
+    own, _ = of_normalizer(part)
     normalizer = normalizer.with_arrays(own)
     if isinstance(row_value, Configured):
         row_value = normalizer.of(row_value.function)
@@ -219,7 +225,7 @@ def _over_all(function: Callable[..., Array], *scores: Array) -> Callable[..., A
     return function
 
 
-def _visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
+def visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
     """Where a key takes part, in a shape that broadcasts to that of the scores."""
     query = places[2][None, None, :, None]
     key = places[3][None, None, None, :]

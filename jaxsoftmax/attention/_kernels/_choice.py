@@ -19,7 +19,7 @@ from jaxsoftmax.attention._kernels import _operands
 from jaxsoftmax.attention._kernels._forms import has_kernel
 from jaxsoftmax.attention._kernels._rule import Attention, attend
 from jaxsoftmax.attention._kernels._tiles import Call
-from jaxsoftmax.attention._prepared import OF_NORMALIZER, Rules
+from jaxsoftmax.attention._prepared import OF_NORMALIZER, Rules, of_normalizer
 
 # What a program may take of the VMEM that it asks for; the rest is the compiler's.
 _ROOM = _operands.VMEM * 7 // 8
@@ -81,9 +81,7 @@ def _reference(
     in_blocks: InBlocks, rules: Rules, sizes: Sizes, arrays: Mapping[str, Array]
 ) -> Array:
     """The same by XLA."""
-    start = len(OF_NORMALIZER)
-    own = {n[start:]: x for n, x in arrays.items() if n.startswith(OF_NORMALIZER)}
-    operands = {n: x for n, x in arrays.items() if not n.startswith(OF_NORMALIZER)}
+    own, operands = of_normalizer(arrays)
     normalizer: Any = rules.normalizer
     normalizer = normalizer.with_arrays(own)
     return in_blocks(dataclasses.replace(rules, normalizer=normalizer), operands, sizes)[0]

@@ -7,18 +7,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._reductions import sum_to, vary_like
+from jaxsoftmax._reductions import sum_to
 from jaxsoftmax._scores import with_ndim
 from jaxsoftmax.attention._block import is_smooth
+from jaxsoftmax.attention._blocks import Wanted, instantiated
 from jaxsoftmax.attention._kernels._backward import backward
 from jaxsoftmax.attention._kernels._forward import forward
 from jaxsoftmax.attention._kernels._tiles import F32, Call
-from jaxsoftmax.attention._prepared import OF_NORMALIZER
+from jaxsoftmax.attention._prepared import OF_NORMALIZER, of_normalizer
 
 Arrays = Mapping[str, Array]
 
@@ -41,9 +41,7 @@ class Attention:
 
     def arrays(self, given: Arrays) -> dict[str, Array]:
         """What kernels read, by the names that they have for it; differentiable."""
-        start = len(OF_NORMALIZER)
-        own = {n[start:]: x for n, x in given.items() if n.startswith(OF_NORMALIZER)}
-        arrays = {n: x for n, x in given.items() if not n.startswith(OF_NORMALIZER)}
+        own, arrays = of_normalizer(given)
         arrays |= {f"param {i}": x.astype(F32) for i, x in enumerate(self.params(own))}
         temperature = own.get("temperature", self.temperature)
         if temperature is not None:
@@ -106,19 +104,11 @@ def _attend_and_keep(attention: Attention, arrays: dict[str, Array]) -> tuple[Ar
     return attention.forward(arrays, keep=True)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Wanted:
-    """Which arrays get a cotangent; that of a bias is as large as the scores."""
-
-    names: tuple[str, ...]
-
-
 def _attend_fwd(attention: Attention, primals: dict[str, Any]) -> tuple[Any, Any]:
     arrays = {name: primal.value for name, primal in primals.items()}
     wanted = (n for n, x in arrays.items() if primals[n].perturbed and is_smooth(x))
     out, kept = _attend_and_keep(attention, arrays)
-    return out, (_Wanted(tuple(wanted)), arrays, kept)
+    return out, (Wanted(tuple(wanted)), arrays, kept)
 
 
 def _attend_and_keep_fwd(attention: Attention, primals: dict[str, Any]) -> tuple[Any, Any]:
@@ -128,17 +118,15 @@ def _attend_and_keep_fwd(attention: Attention, primals: dict[str, Any]) -> tuple
 
 def _attend_bwd(attention: Attention, residuals: Any, ct: Any) -> tuple[dict[str, Any]]:
     wanted, arrays, kept = residuals
-    if isinstance(ct, SymbolicZero):
-        aval: Any = ct.aval
-        ct = vary_like(jnp.zeros(aval.shape, aval.dtype), arrays["query"])
+    ct = instantiated(ct, arrays["query"])
     found = linear_pair(
-        functools.partial(attention.pull_back, wanted.names),
-        functools.partial(attention.push_forward, wanted.names),
+        functools.partial(attention.pull_back, wanted.which),
+        functools.partial(attention.push_forward, wanted.which),
         (arrays, kept),
         ct,
-        reference=functools.partial(attention.pull_reference, wanted.names),
+        reference=functools.partial(attention.pull_reference, wanted.which),
     )
-    return (dict.fromkeys(arrays) | dict(zip(wanted.names, found, strict=True)),)
+    return (dict.fromkeys(arrays) | dict(zip(wanted.which, found, strict=True)),)
 
 
 def _attend_and_keep_bwd(attention: Attention, residuals: Any, ct: Any) -> tuple[dict[str, Any]]:
