@@ -31,10 +31,6 @@ Terms = Callable[..., Sequence[Array]]
 T = TypeVar("T")
 
 
-def _add(x: Sequence[Array], y: Sequence[Array]) -> Sequence[Array]:
-    return tuple(map(jnp.add, x, y))
-
-
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("segment_ids",),
@@ -99,7 +95,7 @@ class Rows:
         if self.names:
             sums = lax.psum(tuple(sums), self.names)
         for sink in sinks:
-            sums = _add(sums, function(*sink, *row_values))
+            sums = tuple(map(jnp.add, sums, function(*sink, *row_values)))
         return tuple(sums)
 
     def max(self, entries: Entries, least: float = -jnp.inf) -> Array:

@@ -9,8 +9,10 @@ which is symmetric. A parameter of `g` moves `p_i` by its partial derivative at 
 what `tau` gives back; a cotangent `ct` of `p` is worth `v = ct - sum(s ct) / sum(s)` to both.
 """
 
+import abc
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
@@ -22,7 +24,7 @@ from jaxtyping import Array
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._form import Form
 from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._platforms import chosen
+from jaxsoftmax._platforms import chosen, constants
 from jaxsoftmax._public import looked_at
 from jaxsoftmax._reductions import (
     Entries,
@@ -37,16 +39,16 @@ R = TypeVar("R")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Solved(Form):
+class Solved(Form, abc.ABC):
     """A form whose threshold is found in a way of its own, in several row values if need be."""
 
+    @abc.abstractmethod
     def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
         """The threshold; never differentiated."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def at(self, score: Array, *row: Array) -> Array:
         """The probability of a score, given the threshold and the parameters."""
-        raise NotImplementedError
 
     def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
         """The probabilities; never differentiated."""
@@ -296,7 +298,7 @@ def search(
       start: the first state. A room may begin with another first row value, that of some entries;
         what else the state holds, such as bounds, stays.
     """
-    if rows.length_in_memory(scores[0]) >= MANY:
+    if rows.length_in_memory(scores[0]) >= min(constants("MANY").values(), default=math.inf):
         first, *others = jax.tree.leaves(start)
 
         def search_first(scores: Entries, start: Any) -> Array:
@@ -322,8 +324,6 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
     return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
 
 
-# In shorter rows no room begins elsewhere: it would not pay.
-MANY = 1024
 # More than bisection in every other pass needs to pin down a float64.
 _MAX_PASSES = 160
 

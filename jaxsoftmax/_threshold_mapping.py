@@ -89,7 +89,7 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
             _check_inverse(form)
         given = bound.arguments
         x, axis = given.pop("x"), given.pop("axis")
-        rows, scores = prepare(x, axis, Options(**{o: given.pop(o) for o in _OPTIONS[1:]}))
+        rows, scores = prepare(x, axis, Options(**{o: given.pop(o) for o in _OF_ROWS}))
         _, params = of_rows(rows, scores, **given)
         make = _threshold.probabilities if by_jax else _threshold.apply
         return make(safe, rows, scores, *params)[0].astype(output_dtype(x))
@@ -101,7 +101,8 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     return made if by_jax else _threshold.has_form(of_rows)(made)
 
 
-_OPTIONS = ("axis", "where", "temperature", "sink", "segment_ids", "num_segments")
+_OF_ROWS = tuple(field.name for field in dataclasses.fields(Options))
+_OPTIONS = ("axis", *_OF_ROWS)
 
 
 def _check_inverse(form: Form) -> None:

@@ -9,7 +9,7 @@ from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Rows, indicator
 from jaxsoftmax._scores import Axis, as_scores, check_per_row, output_dtype, split_axis
-from jaxsoftmax.mappings._entmax import negentropy
+from jaxsoftmax.mappings._powers import negentropy
 
 
 @public

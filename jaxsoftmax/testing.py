@@ -21,6 +21,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from jaxsoftmax._public import is_public
+from jaxsoftmax._scores import has_parameter
 
 __all__ = ["check_mapping"]
 
@@ -90,21 +91,10 @@ class _Check:
     def __init__(self, mapping: Mapping, reference: Reference, tolerance: float) -> None:
         self.mapping, self.reference, self.tolerance = mapping, reference, tolerance
 
-    def of_row(self, row: np.ndarray) -> np.ndarray:
-        """What the contract says of one row, in which -inf takes no part."""
-        if np.any(np.isnan(row)):
-            return np.full_like(row, np.nan)
-        if np.any(row == np.inf):
-            return (row == np.inf) / np.sum(row == np.inf)
-        p, finite = np.zeros_like(row), row > -np.inf
-        if np.any(finite):
-            p[finite] = self.reference(row[finite])
-        return p
-
     def exact(self, x: Any) -> np.ndarray:
         """The reference along the last axis, also of infinite scores."""
         x = np.asarray(x, np.float64)
-        rows = [self.of_row(row) for row in x.reshape(-1, x.shape[-1])]
+        rows = [_of_row(self.reference, row) for row in x.reshape(-1, x.shape[-1])]
         return np.reshape(rows, x.shape)
 
     def near(self, found: Any, wanted: Any, what: str, tolerance: float | None = None) -> None:
@@ -118,6 +108,18 @@ class _Check:
             i = np.unravel_index(np.argmin(same), same.shape)
             at = f" at {tuple(map(int, i))}" if i else ""
             raise AssertionError(f"{what}: got {found[i]:.7g}{at}, wanted {wanted[i]:.7g}.")
+
+
+def _of_row(reference: Reference, row: np.ndarray) -> np.ndarray:
+    """What the contract says of one row, in which -inf takes no part."""
+    if np.any(np.isnan(row)):
+        return np.full_like(row, np.nan)
+    if np.any(row == np.inf):
+        return (row == np.inf) / np.sum(row == np.inf)
+    p, finite = np.zeros_like(row), row > -np.inf
+    if np.any(finite):
+        p[finite] = reference(row[finite])
+    return p
 
 
 def _values(check: _Check, x: np.ndarray) -> None:
@@ -182,7 +184,9 @@ def _derivatives(check: _Check, x: np.ndarray) -> None:
 
         far = 100 * check.tolerance
         for row in x:
-            exact = _jacobian(lambda row, t=t: check.of_row(row / t), row.astype(np.float64))
+            exact = _jacobian(
+                lambda row, t=t: _of_row(check.reference, row / t), row.astype(np.float64)
+            )
             check.near(jax.jacrev(mapping)(row), exact, "derivatives in reverse mode", far)
             check.near(jax.jacfwd(mapping)(row), exact, "derivatives in forward mode", far)
             hessian = _jacobian(
@@ -225,4 +229,4 @@ def _transformations(check: _Check, x: np.ndarray) -> None:
 def _takes(mapping: Mapping, option: str) -> bool:
     """Whether one of our mappings has an option."""
     function = getattr(mapping, "func", mapping)
-    return is_public(function) and option in inspect.signature(mapping).parameters
+    return is_public(function) and has_parameter(inspect.signature(mapping), option)

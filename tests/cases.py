@@ -92,19 +92,6 @@ def share_the_top(z):
     return top / top.sum(-1, keepdims=True)
 
 
-def row_by_row(reference, row):
-    """What the contract says of one row, masked scores being -inf."""
-    if np.any(np.isnan(row)):
-        return np.full_like(row, np.nan)
-    if np.all(row == -np.inf):
-        return np.zeros_like(row)
-    if np.any(row == np.inf):
-        return (row == np.inf) / np.sum(row == np.inf)
-    p = np.zeros_like(row)
-    p[row > -np.inf] = reference(row[row > -np.inf])
-    return p
-
-
 def fixed(fun, **parameters):
     """`fun` with some parameters fixed, and without them in its signature."""
 

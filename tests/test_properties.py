@@ -17,8 +17,9 @@ from hypothesis.extra.numpy import arrays
 
 import jaxsoftmax as jsm
 from jaxsoftmax import calibration
+from jaxsoftmax.testing import _of_row
 from tests import tools
-from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, SOLVED, named, row_by_row, share_the_top
+from tests.cases import FUNCTIONS, LOSSES, MAPPINGS, SOLVED, named, share_the_top
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -103,7 +104,7 @@ def test_odd_rows_are_as_promised(case, x, where):
 
     hidden = np.where(where, x, -INF)
     sound = ~np.any(np.isnan(hidden), -1)
-    expected = np.array([row_by_row(reference, row) for row in hidden])
+    expected = np.array([_of_row(reference, row) for row in hidden])
     close(probabilities(case, x, where)[sound], expected[sound])
 
 

@@ -27,7 +27,7 @@ from jaxsoftmax.losses._targets import (
     times_top,
     without_rounding,
 )
-from jaxsoftmax.mappings import _entmax, _softmax
+from jaxsoftmax.mappings import _entmax, _powers, _softmax
 
 
 @public
@@ -181,7 +181,7 @@ _TSALLIS = {
     1.5: _Regularizer(_entmax.ENTMAX15, lambda p: p * sqrt(p) / 0.75),
     2.0: _GINI,
 }
-_ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _entmax.negentropy, _slope_of_power)
+_ANY_TSALLIS = _Regularizer(_entmax.ENTMAX, _powers.negentropy, _slope_of_power)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
-from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import expm1, log1p, nan_unless, sqrt
+from jaxsoftmax._elementary import expm1, nan_unless, sqrt
 from jaxsoftmax._form import Form, State, tolerance
 from jaxsoftmax._public import ALPHA, Fixed, known_number, public
-from jaxsoftmax._reductions import Entries, Rows, indicator, sum_to, vary_like
+from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, check_per_row, output_dtype, prepare
 from jaxsoftmax._threshold import has_form
+from jaxsoftmax.mappings._powers import NO_BETA, expm1_over, log1p_over, phi, power, safe_log
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
 
@@ -233,13 +232,13 @@ class _Entmax(Form):
     def weigh(self, gap: Array, tau: Array, *params: Array) -> Array:
         """`w`, the weight relative to that of the maximum; `tau` is `1 / m`."""
         (alpha,) = params
-        return _power(gap * tau, alpha - 1)
+        return power(gap * tau, alpha - 1)
 
     def terms(self, gap: Array, tau: Array, *params: Array) -> tuple[Array, ...]:
         """`w`, and what is proportional to the first two derivatives of `p` in `m`."""
         (alpha,) = params
         u, beta = gap * tau, alpha - 1
-        w = _power(u, beta)
+        w = power(u, beta)
         inverse = jnp.where(w > 0, 1 / (beta * u + 1), 0)
         return w, w * inverse, w * inverse * inverse
 
@@ -264,14 +263,14 @@ class _Entmax(Form):
         total, slope, curve = sums
         peak, low, high, last = state
         log_total = peak + jnp.log(total)
-        # Not `_expm1_over`: nothing differentiates this, and kernels have no rules.
-        none = beta < _NO_BETA
+        # Not `expm1_over`: nothing differentiates this, and kernels have no rules.
+        none = beta < NO_BETA
         excess = jnp.where(none, log_total, expm1(beta * log_total) / jnp.where(none, 1, beta))
         excess *= total / (1 + beta * excess)
         # Of the norm: its value less 1, times the second derivative, over the first one squared.
         bend = (1 - beta) * excess * (curve / (slope * slope) - 1 / total)
         bend = jnp.where(beta <= 0.5, jnp.clip(bend, -1, 1), 0)
-        new = peak + _log1p_over(beta, -excess / (slope * (1 - bend / 2)))
+        new = peak + log1p_over(beta, -excess / (slope * (1 - bend / 2)))
         low = jnp.where(log_total < 0, peak, low)
         high = jnp.where(log_total >= 0, peak, high)
         # A shorter step would be lost in the rounding of the peak or of the scale.
@@ -287,73 +286,19 @@ class _Entmax(Form):
         return (new, low, high, jnp.abs(new - peak)), moved
 
 
-def _power(u: Array, beta: Array) -> Array:
-    """`[1 + beta u]_+ ** (1 / beta)`."""
-    outside = beta * u <= -1
-    return jnp.where(outside, 0, jnp.exp(_log1p_over(beta, jnp.where(outside, 0, u))))
-
-
-# Below this, quotients by beta have nothing left to say, and at 0 they would be NaN.
-_NO_BETA = 1e-30
-
-
-def _log1p_over(beta: Array, x: Array) -> Array:
-    """`log(1 + beta x) / beta`, which is `x` where beta is 0."""
-    none = beta < _NO_BETA
-    return jnp.where(none, x, log1p(beta * x) / jnp.where(none, 1, beta))
-
-
-def negentropy(p: Array, alpha: Array) -> Array:
-    """`(p ** alpha - p) / (alpha (alpha - 1))`, which is `p log p` at 1; smooth in `alpha`."""
-    beta = alpha - 1
-    inside = p * _expm1_over(beta, _safe_log(p)) / alpha
-    # 0 at 0, with the slope there; one that is infinite is taken as 0.
-    at_zero = jnp.where(beta > 0, -p / (alpha * jnp.where(beta > 0, beta, 1)), 0)
-    return jnp.where(p > 0, inside, at_zero)
-
-
-def _expm1_over(beta: Array, x: Array) -> Array:
-    """`(exp(beta x) - 1) / beta`, which is `x` where beta is 0."""
-    return _expm1_quotient(vary_like(beta, x), x)
-
-
-@custom_vjp
-def _expm1_quotient(beta: Array, x: Array) -> Array:
-    none = jnp.abs(beta) < _NO_BETA
-    return jnp.where(none, x, jnp.expm1(beta * x) / jnp.where(none, 1, beta))
-
-
-def _expm1_quotient_fwd(beta: Array, x: Array) -> tuple[Array, tuple[Array, Array]]:
-    return _expm1_quotient(beta, x), (beta, x)
-
-
-def _expm1_quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
-    beta, x = residuals
-    y = beta * x
-    # With `e = exp(y)`, `e phi(y)` is `((1 - y) e - 1) / y ** 2`. Far below 0, `e phi(y)` is 0
-    # times a number that is too large; in the other form nothing cancels there.
-    far = jnp.where(y < -1, y, -1)
-    low = ((1 - far) * jnp.exp(far) - 1) / (far * far)
-    slope = jnp.where(y < -1, low, jnp.exp(y) * _phi(jnp.where(y < -1, -1, y)))
-    return sum_to(-ct * x * x * slope, beta.shape), ct * jnp.exp(y)
-
-
-_expm1_quotient.defvjp(_expm1_quotient_fwd, _expm1_quotient_bwd)
-
-
 def _tsallis_weight(u: Array, alpha: Array) -> Array:
     """`[1 + beta u]_+ ** (1 / beta)`."""
-    return _power(u, alpha - 1)
+    return power(u, alpha - 1)
 
 
 def _tsallis_score(p: Array, alpha: Array) -> Array:
     """`(p ** beta - 1) / beta`."""
-    return _expm1_over(alpha - 1, _safe_log(p))
+    return expm1_over(alpha - 1, safe_log(p))
 
 
 def _entmax_slope(p: Array, alpha: Array) -> Array:
     """`p ** (2 - alpha)` on the support, short of overflow."""
-    slope = jnp.exp((2 - alpha) * _safe_log(p))
+    slope = jnp.exp((2 - alpha) * safe_log(p))
     return jnp.where(p > 0, jnp.minimum(slope, jnp.finfo(p.dtype).max ** 0.5), 0)
 
 
@@ -363,24 +308,8 @@ def _entmax_partials(p: Array, alpha: Array) -> tuple[Array]:
     With `h = log p`, `u = (exp(beta h) - 1) / beta` and `y = beta h` it is
     `p (1 - y - exp(-y)) / beta ** 2 = p h ** 2 phi(y)`.
     """
-    h = _safe_log(p)
-    return (jnp.where(p > 0, p * h * h * _phi((alpha - 1) * h), 0),)
-
-
-def _phi(y: Array) -> Array:
-    """`(1 - y - exp(-y)) / y ** 2`, short of overflow."""
-    near = jnp.abs(y) < 0.1
-    # The Taylor series, where the difference would cancel.
-    series = jnp.zeros_like(y)
-    for k in range(9, 1, -1):
-        series = 1 / math.factorial(k) - y * series
-    far = jnp.where(near, 1, y)
-    quotient = (-expm1(-far) - far) / (far * far)
-    return jnp.where(near, -series, jnp.maximum(quotient, -(jnp.finfo(y.dtype).max ** 0.5)))
-
-
-def _safe_log(p: Array) -> Array:
-    return jnp.log(jnp.where(p > 0, p, 1))
+    h = safe_log(p)
+    return (jnp.where(p > 0, p * h * h * phi((alpha - 1) * h), 0),)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
