@@ -370,29 +370,3 @@ def checked(x: Any, known: Any, message: str) -> Any:
         return [checked(x, known, message)], [tangents[0]]
 
     return _jax.call(lambda x, _: [x], jvp, lambda *_: None, [x, known], message)[0]
-
-
-def hoist(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
-    """`fun` as a function `(smooth, rest, *args)`, and the tracers that it closes over.
-
-    For a rule that gives gradients to what a user's function closes over: `smooth` are those that
-    have one, `rest` are integers, keys, and the like.
-    """
-    pure, consts, _ = _jax.hoist(fun, *args)
-
-    def kind(x: Any) -> str:
-        if not isinstance(x, core.Tracer):
-            return "constant"
-        return "smooth" if jnp.issubdtype(x.dtype, jnp.inexact) else "rest"
-
-    kinds = [kind(x) for x in consts]
-
-    def of_kinds(smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
-        given = {"smooth": iter(smooth), "rest": iter(rest), "constant": iter(constants)}
-        return pure([next(given[k]) for k in kinds], *args)
-
-    smooth, rest, constants = (
-        [x for x, k in zip(consts, kinds, strict=True) if k == wanted]
-        for wanted in ("smooth", "rest", "constant")
-    )
-    return of_kinds, smooth, rest

@@ -19,7 +19,7 @@ from typing import Any, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._form import Form
@@ -55,6 +55,44 @@ class Solved(Form, abc.ABC):
         return weights(self, rows, scores, self.solve(rows, scores, *params), params)
 
 
+@dataclasses.dataclass(frozen=True)
+class AtThreshold(Solved):
+    """A form whose threshold is given, as the three row values of `solve` before its parameters.
+
+    So parts of a row can be taken apart. The derivative is that in `tau`; to it, the first and the
+    last row value are constants.
+
+    Attributes:
+      of: the form.
+    """
+
+    of: Form = dataclasses.field(kw_only=True)
+    tau: ArrayLike | None = 0
+
+    def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
+        """Nothing: it is among the parameters."""
+        return ()
+
+    def at(self, score: Array, *row: Array) -> Array:
+        """The probability of a score."""
+        top, tau, by, *params = row
+        if self.of.tau is not None:
+            return self.of.weight(score - self.of.tau, *params)
+        return self.of.weigh(gap(score, top), self.of.of_row(tau, *params), *params) * by
+
+    def slopes(self, p: Array, *params: Array) -> Array:
+        """Those of the form."""
+        _, _, _, *own = params
+        return self.of.slopes(p, *own)
+
+    def moved_by_params(self, p: Array, *params: Array) -> tuple[Array, ...]:
+        """The derivatives of the probabilities in the parameters."""
+        _, _, _, *own = params
+        none = jnp.zeros_like(p)
+        of_tau = none if self.of.tau is not None else -_slopes(self.of, p, *own)
+        return none, of_tau, none, *self.of.moved_by_params(p, *own)
+
+
 # What already are weights: each depends on its own score alone, as it is.
 IDENTITY = Form(lambda u: u, lambda p: p, jnp.ones_like, tau=0)
 
@@ -71,12 +109,9 @@ def solve(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Arra
         return ()
     top = top_of(rows, scores)
 
-    def terms(score: Array, top: Array, tau: Array, *params: Array) -> Sequence[Array]:
-        return form.terms(gap(score, top), tau, *params)
-
     def step(scores: Entries, state: Any) -> tuple[Any, Array]:
         state, _ = state
-        sums = rows.sums(terms, [scores], [top, form.of_row(state[0], *params), *params])
+        sums = pass_over(form, rows, scores, top, state[0], params)
         state, moved = form.update(sums, state, *params)
         return (state, sums[0]), moved
 
@@ -84,6 +119,17 @@ def solve(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Arra
     start = form.start(length, *params), jnp.zeros_like(length)
     (tau, *_), total = search(rows, scores, step, start)
     return top, form.of_row(tau, *params), inverse_of(total)
+
+
+def pass_over(
+    form: Form, rows: Rows, scores: Entries, top: Array, tau: Array, params: Sequence[Array]
+) -> tuple[Array, ...]:
+    """The sums of one pass of the search."""
+
+    def terms(score: Array, top: Array, tau: Array, *params: Array) -> Sequence[Array]:
+        return form.terms(gap(score, top), tau, *params)
+
+    return rows.sums(terms, [scores], [top, form.of_row(tau, *params), *params])
 
 
 def weights(
@@ -253,7 +299,8 @@ def form_of(
 ) -> tuple[Form, Rows, Entries, tuple[Array, ...]] | None:
     """The form of a configured mapping, with the rows, entries and parameters it has for `scores`.
 
-    None for mappings without a form, and for options that make rows of segments.
+    None for mappings without a form, and for options that make rows of segments. With an option
+    `threshold`, (..., 3), the form is one whose threshold is given.
     """
     find = getattr(normalizer.function, "form", None)
     given = dict(normalizer.options) | normalizer.arrays | dict(options)
@@ -262,7 +309,11 @@ def form_of(
     given = looked_at(normalizer.function, given)
     of_rows = {name: given.pop(name) for name in ("where", "temperature", "sink") if name in given}
     rows, entries = prepare(scores, given.pop("axis"), Options(**of_rows))
+    threshold = given.pop("threshold", None)
     form, params = find(rows, entries, **given)
+    if threshold is not None:
+        form = AtThreshold(form.weight, form.score, of=form)
+        params = *jnp.split(threshold, 3, -1), *params
     return form, rows, entries, params
 
 

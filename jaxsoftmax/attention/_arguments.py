@@ -34,7 +34,7 @@ LAYOUT = {
     "query_offset": WHOLE,
     "query_segments": ROWS,
     "key_segments": KEYS,
-    "log_sum": ROWS,
+    "threshold": ROWS,
     "sink": WHOLE,
 }
 

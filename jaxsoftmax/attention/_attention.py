@@ -158,7 +158,8 @@ def dot_product_attention(
         sequences. If it is `kv_axis_name`, keys and values go round the devices in a ring: each
         transfer overlaps with the work on the keys before, parts that no query sees are left
         out, and `bias` and `mask` have the device's queries and the keys of all. That goes with
-        the normalizer softmax.
+        normalizers that have a threshold: softmax, sparsemax, entmax15, entmax and those of a
+        `Form`. For all but softmax, keys go round once more for each pass of the search for it.
       query_offset: the position of the first query, in the count of the keys; None: 0. Causal masks
         and windows go by positions, as do the indices of queries that `score_mod` and `mask_mod`
         get. An int for all, which saves what is out of reach but is compiled for; or integers,

@@ -139,11 +139,6 @@ def _merged(parts: Sequence[Array], places: Sequence[int], args: Sequence[Array]
     return merged
 
 
-def is_smooth(x: Array) -> bool:
-    """Whether `x` can have a derivative."""
-    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
-
-
 def _grouped(x: Array, key_heads: int) -> Array:
     """(B, N, rows, ...) with the heads that share keys as rows of one product."""
     batch, heads, rows, *rest = x.shape

@@ -14,13 +14,13 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
-from jaxsoftmax import _jax
+from jaxsoftmax._closed import Closed, is_smooth
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
-from jaxsoftmax.attention._block import Block, is_smooth
+from jaxsoftmax.attention._block import Block
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import UNKNOWN, Operand, join, stack, unstack
 from jaxsoftmax.attention._prepared import First, Prepared
@@ -87,34 +87,25 @@ def attend_in_blocks(
       arrays: the arrays.
       value: which of them are the values.
     """
-    traced = {}
+    closed, opened = Closed(), {}
     for cut in (default, *cuts.values()):
         group = [cut.groups.cut(op, x, (0, 0)) for op, x in zip(operands, arrays, strict=True)]
         for band in (*cut.forward, *cut.backward):
-            if (cut.groups, band) not in traced:
+            if (cut.groups, band) not in opened:
                 pairs = zip(operands, group, strict=True)
                 parts = [operand.cut(x, band, band.start) for operand, x in pairs]
                 first = _first((0, 0), band.start)
-                pure, consts, _ = _jax.hoist(prepare_of(band), first, *parts)
-                traced[cut.groups, band] = pure, consts
-    # What the blocks close over becomes an operand: a reverse rule must not hide any of it.
-    pool = {id(const): const for _, consts in traced.values() for const in consts}
-    places = {key: len(arrays) + i for i, key in enumerate(pool)}
-    blocks = {
-        key: Block(_opened(pure, len(arrays), [places[id(const)] for const in consts]), value)
-        for key, (pure, consts) in traced.items()
-    }
-    plan = Plan(default, cuts, blocks, (*operands, *(UNKNOWN for _ in pool)))
-    return _attend(plan, *arrays, *(jnp.asarray(const) for const in pool.values()))
+                opened[cut.groups, band] = closed.opened(prepare_of(band), first, *parts)
+    # What the blocks close over becomes an operand.
+    prepare = functools.partial(_with_closed, len(arrays))
+    blocks = {key: Block(functools.partial(prepare, of), value) for key, of in opened.items()}
+    plan = Plan(default, cuts, blocks, (*operands, *(UNKNOWN for _ in closed.arrays)))
+    return _attend(plan, *arrays, *closed.arrays)
 
 
-def _opened(pure: Callable[..., Any], count: int, places: Sequence[int]) -> Prepare:
-    """The same function, whose constants are among its arguments, at `places`."""
-
-    def prepare(first: First, *parts: Array) -> Prepared:
-        return pure([parts[i] for i in places], first, *parts[:count])
-
-    return prepare
+def _with_closed(count: int, opened: Prepare, first: First, *parts: Array) -> Prepared:
+    """Calls what was opened, given its own parts and then what was closed over."""
+    return opened(parts[count:], first, *parts[:count])
 
 
 def _first(first: tuple[Any, Any], row: Any) -> First:

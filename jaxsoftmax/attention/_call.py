@@ -25,7 +25,7 @@ from jaxsoftmax.attention._options import (
     ScoreMod,
 )
 from jaxsoftmax.attention._prepared import Rules
-from jaxsoftmax.attention._ring import in_ring
+from jaxsoftmax.attention._ring_parts import has_thresholds, in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.mappings import logsumexp, softmax
 
@@ -49,7 +49,7 @@ class Static:
     implementation: str | None
     return_residual: bool
 
-    def in_ring(self, normalizer: Normalizer) -> bool:
+    def in_ring(self, normalizer: Normalizer, sizes: Sizes) -> bool:
         """Whether keys go round to the queries."""
         common = set(self.places.queries) & set(self.places.keys)
         if not common:
@@ -59,10 +59,11 @@ class Static:
                 "query_axis_name must be kv_axis_name or name other mesh axes, got "
                 f"{self.places.queries} and {self.places.keys}."
             )
-        if not _shared.goes_in_ring(normalizer):
+        if not has_thresholds(normalizer, jnp.zeros((*sizes.scores[:3], 1))):
             raise ValueError(
-                "query_axis_name must name other mesh axes than kv_axis_name but for the "
-                "normalizer softmax (with no option but a temperature other than 0), got "
+                "query_axis_name must name other mesh axes than kv_axis_name but for a normalizer "
+                "with one threshold per row (softmax, sparsemax, entmax15, entmax, that of a Form; "
+                "at a temperature other than 0), got "
                 f"{self.places.queries} and {_arguments.function_name(normalizer)}."
             )
         return True
@@ -96,7 +97,7 @@ def _here(
     in_blocks = functools.partial(cut_and_attend, static.block_size)
     if 0 in (*sizes.scores, sizes.value_features):
         outs = _nothing(sizes, rules, operands.get("sink"), dtype)
-    elif static.in_ring(normalizer):
+    elif static.in_ring(normalizer, sizes):
         if static.implementation in KERNELS:
             _arguments.refuse("pallas", "a kv_axis_name that is query_axis_name")
         outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)

@@ -102,7 +102,7 @@ def stack(x: Array, band: Band) -> Array:
 def unstack(x: Array, band: Band) -> Array:
     """(blocks, B, N, rows, ...) with the rows of all blocks in one axis."""
     x = jnp.moveaxis(x, 0, _block_axis(band)[0])
-    return x.reshape(*x.shape[:ROW_AXIS], -1, *x.shape[ROW_AXIS + 2 :])
+    return x.reshape(*x.shape[:ROW_AXIS], band.blocks * band.rows, *x.shape[ROW_AXIS + 2 :])
 
 
 def _block_axis(band: Band) -> tuple[int, tuple[int, int]]:

@@ -40,7 +40,7 @@ class Rules:
     Attributes:
       normalizer: makes weights of scores.
       scale: multiplies the products of queries and keys, None: nothing does.
-      row_value: makes a number of each row of scores, if that is asked for, too.
+      row_value: makes a number, or some, of each row of scores, if that is asked for, too.
       score_mod: changes a score, given its indices.
       mask_mod: tells whether a score takes part, given its indices.
       before: how far a query sees before its own position, None: without limit.
@@ -56,7 +56,7 @@ class Rules:
 
     normalizer: Callable[..., Array]
     scale: ArrayLike | None
-    row_value: Callable[..., Array] | None = None
+    row_value: Callable[..., Array | tuple[Array, ...]] | None = None
     score_mod: Callable[..., Array] | None = None
     mask_mod: Callable[..., Array] | None = None
     before: int | None = None
@@ -84,7 +84,7 @@ class Prepared:
       rows: the rows of the entries.
       entries: the scores, (B, N, rows, S), and those of a sink.
       params: the parameters of the form.
-      row_values: a number per row, (B, N, rows), if it was asked for.
+      row_values: numbers per row, (B, N, rows), if they were asked for.
       dropout: what weights are multiplied by, if any are dropped.
       factors: queries, keys and a scale, if the scores are their product and nothing else.
     """
@@ -122,8 +122,8 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     }
     if "sink" in part:
         options["sink"] = part["sink"]
-    if "log_sum" in part:
-        options["log_sum"] = part["log_sum"]
+    if "threshold" in part:
+        options["threshold"] = part["threshold"]
     found = form_of(normalizer, scores, options) if isinstance(normalizer, Configured) else None
     if found is None:
         weights = _weights(rules, normalizer, scores, options)
@@ -131,7 +131,8 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     dropout = None
     if rules.dropout_key is not None:
         dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
-    row_values = () if row_value is None else (row_value(scores, **options),)
+    row_values = () if row_value is None else row_value(scores, **options)
+    row_values = row_values if isinstance(row_values, tuple) else (row_values,)
     return Prepared(*found, row_values, dropout, _factors(rules, part))
 
 
@@ -146,7 +147,7 @@ def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
 
 def _with_arrays(
     rules: Rules, part: Parts
-) -> tuple[Callable[..., Array], Callable[..., Array] | None]:
+) -> tuple[Callable[..., Array], Callable[..., Any] | None]:
     """The normalizer with its arrays, which are operands, and what makes a number of each row."""
     normalizer, row_value = rules.normalizer, rules.row_value
     if not isinstance(normalizer, Configured):

@@ -11,10 +11,9 @@ from jaxtyping import Array
 
 from jaxsoftmax import _sharding
 from jaxsoftmax._configured import Configured
-from jaxsoftmax._public import known_number
 from jaxsoftmax._sharding import Names, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
-from jaxsoftmax.mappings import softmax
+from jaxsoftmax.attention._ring_parts import streams
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,14 +80,6 @@ LETTERS = {
 _OF_NORMALIZER = "BNTA"
 
 
-def goes_in_ring(normalizer: Any) -> bool:
-    """Whether outputs of parts of rows make those of the whole: softmax, at some temperature."""
-    if not (isinstance(normalizer, Configured) and normalizer.function is softmax):
-        return False
-    options = dict(normalizer.options) | normalizer.arrays
-    return {*options} <= {"temperature"} and known_number(options.get("temperature")) != 0
-
-
 def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
     """How to share attention, as the types of queries, keys and values tell; None: not at all.
 
@@ -108,8 +99,9 @@ def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
         heads = ()  # for a device's queries are not to need a part of the keys of another
     queries = _without(batch + heads, explicit_names(query, 1))
     keys = _without(batch + heads, explicit_names(key, 1) or explicit_names(value, 1))
-    # Keys stay where they are, but in a ring; queries on the same mesh axes go to all devices.
-    in_ring = queries == keys and goes_in_ring(normalizer)
+    # Keys stay where they are, but in a ring; queries on the same mesh axes go to all devices,
+    # which for forms that do not stream is less than keys going round once for each pass.
+    in_ring = queries == keys and streams(normalizer)
     own = queries if in_ring or not set(queries) & set(keys) else ()
     return Plan(
         sharding=sharding,

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from jaxsoftmax._differentiation import hoist
+from jaxsoftmax._closed import closed_over
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
@@ -57,7 +57,7 @@ def summed_or_each(
     losses_of = how.losses
     for _ in some.shape[2:]:  # chunks that XLA shares among devices keep all axes of rows
         losses_of = jax.vmap(losses_of)
-    pure, params, rest = hoist(losses_of, some, labels[0])
+    pure, params, rest = closed_over(losses_of, some, labels[0])
     operands = Operands(hidden, layer.weight, layer.bias, params)
     rows = Labelled(labels, keep, rest)
     group = 1

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax import _threshold
-from jaxsoftmax._differentiation import custom_vjp, hoist
+from jaxsoftmax._closed import closed_over
+from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Options
@@ -95,7 +96,7 @@ def fenchel_young_loss(
                 )
             return values.astype(p[0].dtype).reshape(rows.shape(p[0]))
 
-        pure, params, rest = hoist(entropy_of_rows, p)
+        pure, params, rest = closed_over(entropy_of_rows, p)
         return one_per_row(rows, _gap(pure, rows, z, target, p, params, rest), classes, scores)
 
     return loss

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
+from jaxsoftmax._closed import is_smooth
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import sum_to
 from jaxsoftmax._scores import with_ndim
-from jaxsoftmax.attention._block import is_smooth
 from jaxsoftmax.attention._blocks import Wanted, instantiated
 from jaxsoftmax.attention._kernels._backward import backward
 from jaxsoftmax.attention._kernels._forward import forward

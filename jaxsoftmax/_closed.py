@@ -1,0 +1,68 @@
+"""What functions close over, made arguments: a rule must not hide any of it from derivatives."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax import core
+from jaxtyping import Array
+
+from jaxsoftmax import _jax
+
+
+class Closed:
+    """The tracers that some functions close over, each of them once.
+
+    Attributes:
+      arrays: the tracers.
+    """
+
+    def __init__(self) -> None:
+        self.arrays: list[Any] = []
+
+    def opened(self, fun: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        """`fun`, for arguments like these, as a function `(arrays, *args)` that closes over none.
+
+        `arrays` may go on with what functions close over that are opened later.
+        """
+        pure, consts, _ = _jax.hoist(fun, *args)
+        places = [self._place(x) if isinstance(x, core.Tracer) else None for x in consts]
+        pairs = list(zip(places, consts, strict=True))
+
+        def of_arrays(arrays: Sequence[Any], *args: Any) -> Any:
+            return pure([x if i is None else arrays[i] for i, x in pairs], *args)
+
+        return of_arrays
+
+    def _place(self, x: Any) -> int:
+        for i, known in enumerate(self.arrays):
+            if known is x:
+                return i
+        self.arrays.append(x)
+        return len(self.arrays) - 1
+
+
+def is_smooth(x: Array) -> bool:
+    """Whether `x` can have a derivative."""
+    return bool(jnp.issubdtype(x.dtype, jnp.inexact))
+
+
+def closed_over(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
+    """`fun` as a function `(smooth, rest, *args)`, and the tracers that it closes over.
+
+    For a rule that gives gradients to what a user's function closes over: `smooth` are those that
+    have one, `rest` are integers, keys, and the like.
+    """
+    closed = Closed()
+    opened = closed.opened(fun, *args)
+    kinds = [is_smooth(x) for x in closed.arrays]
+
+    def of_kinds(smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
+        given = {True: iter(smooth), False: iter(rest)}
+        return opened([next(given[kind]) for kind in kinds], *args)
+
+    smooth, rest = (
+        [x for x, kind in zip(closed.arrays, kinds, strict=True) if kind is wanted]
+        for wanted in (True, False)
+    )
+    return of_kinds, smooth, rest
