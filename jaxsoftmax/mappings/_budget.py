@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
@@ -164,12 +165,6 @@ def _between(u: Array) -> Array:
 def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
     """The threshold of `clip(scores - tau, 0, 1)` that sum to `total`; NaN where that is NaN.
 
-    The sum is piecewise linear in `tau`, with as its slope the number of entries between 0 and 1,
-    so that Newton's method ends as soon as it knows the piece. A bracket is kept, and halved where
-    a step leaves it or is not half of the last. From pass `_PATIENCE` on, every other pass halves
-    it in the ordered numbers of floats, which pins down `tau` in twice as many passes as a float
-    has bits.
-
     A float is not fine enough for a `tau` far from 0: 1000 scores around 100 would miss their
     total by 1%. Hence it is kept as the sum of two, `tau + rest`, and `scores - tau` is exact
     where it matters. What is missing in the end is shared among the entries between 0 and 1.
@@ -185,62 +180,96 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         free = indicator((u >= 0) & (u <= 1), u.dtype)
         return partly, free, indicator(u >= 1, u.dtype)
 
-    def balance(scores: Entries, tau: Array, rest: Array) -> tuple[Array, Array, Array]:
+    def step(scores: Entries, state: _State) -> tuple[_State, Array]:
         # Ones apart from the others: their number is exact, and so is what they leave.
-        held, number, ones = rows.sums(parts, [scores], [tau, rest])
-        return held - (total - ones), held, number
+        held, free, ones = rows.sums(parts, [scores], [state.tau, state.rest])
+        return _stepped(state, held - (total - ones), held, free)
 
-    def step(scores: Entries, state: tuple[Array, ...]) -> tuple[tuple[Array, ...], Array]:
-        tau, rest, low, high, last, passes, finishing = state
-        excess, held, free = balance(scores, tau, rest)
-        low = jnp.where(excess >= 0, jnp.where(rest < 0, _next(tau, -1), tau), low)
-        high = jnp.where(excess <= 0, jnp.where(rest > 0, _next(tau, 1), tau), high)
-        middle = _from_ordered(_middle(_to_ordered(low), _to_ordered(high)))
-        tight = middle <= _next(low, 1)
-        early = passes < _PATIENCE
-        middle = jnp.where(early & ~tight, low + (high / 2 - low / 2), middle)
-        # Beyond, every other pass is one of Newton's, if it may be.
-        by_turns = early | (passes % 2 == 0)
+    tau, rest, *_ = _threshold.search(rows, scores, step, _start(rows, scores, total))
+    return tau, rest, *_shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
 
-        jump = jnp.where(free > 0, excess / jnp.maximum(free, 1), 0)
-        newton, newton_rest = two_sum(tau, rest + jump)
-        fits = (free > 0) & (newton >= low) & (newton <= high)
-        slow = jnp.abs(jump) > last / 2
-        follow = fits & (tight | (by_turns & ~slow))
-        finishing = jnp.where(tight, finishing + 1, 0)
-        moved = jnp.abs(excess) > 8 * tolerance(tau) * held
-        moved &= finishing <= _LAST_STEPS
 
-        new = jnp.where(follow, newton, middle)
-        new_rest = jnp.where(follow, newton_rest, 0)
-        new_last = jnp.where(follow, jnp.abs(jump), jnp.inf)
-        state = (
-            jnp.where(moved, new, tau),
-            jnp.where(moved, new_rest, rest),
-            low,
-            high,
-            new_last,
-            passes + 1,
-            finishing,
-        )
-        return state, moved
+class _State(NamedTuple):
+    """A state of the search.
 
+    Attributes:
+      tau: the larger part of the threshold.
+      rest: the smaller one.
+      low: what `tau` is not below.
+      high: what it is not above.
+      last: how long the last step was, infinite after a halved bracket.
+      passes: how many there were.
+      finishing: how many of them there were since no float was left within the bracket.
+    """
+
+    tau: Array
+    rest: Array
+    low: Array
+    high: Array
+    last: Array
+    passes: Array
+    finishing: Array
+
+
+def _start(rows: Rows, scores: Entries, total: Array) -> _State:
     top = rows.max(scores)
     bottom = -rows.max(rows.map(lambda z: jnp.where(z == -jnp.inf, z, -z), [scores]))
     low = jnp.maximum(_next(bottom - 1, -1), jnp.finfo(top.dtype).min)
     nothing = jnp.zeros_like(top + total)
-    start = (
-        jnp.maximum(top - 1, low) + nothing,
-        nothing,
-        low + nothing,
-        top + nothing,
-        nothing + jnp.inf,
-        jnp.zeros((), jnp.int32),
-        nothing,
+    return _State(
+        tau=jnp.maximum(top - 1, low) + nothing,
+        rest=nothing,
+        low=low + nothing,
+        high=top + nothing,
+        last=nothing + jnp.inf,
+        passes=jnp.zeros((), jnp.int32),
+        finishing=nothing,
     )
-    tau, rest, *_ = _threshold.search(rows, scores, step, start)
 
-    return tau, rest, *_shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
+
+def _stepped(state: _State, excess: Array, held: Array, free: Array) -> tuple[_State, Array]:
+    """The next state, and which rows move.
+
+    The sum is piecewise linear in `tau`, with as its slope the number of entries between 0 and 1,
+    so that Newton's method ends as soon as it knows the piece. A bracket is kept, and halved where
+    a step leaves it or is not half of the last. From pass `_PATIENCE` on, every other pass halves
+    it in the ordered numbers of floats, which pins down `tau` in twice as many passes as a float
+    has bits.
+
+    Args:
+      state: the state.
+      excess: what the entries sum to, less their total.
+      held: the sum of those between 0 and 1.
+      free: their number.
+    """
+    tau, rest, low, high, last, passes, finishing = state
+    low = jnp.where(excess >= 0, jnp.where(rest < 0, _next(tau, -1), tau), low)
+    high = jnp.where(excess <= 0, jnp.where(rest > 0, _next(tau, 1), tau), high)
+    middle = _from_ordered(_middle(_to_ordered(low), _to_ordered(high)))
+    tight = middle <= _next(low, 1)
+    early = passes < _PATIENCE
+    middle = jnp.where(early & ~tight, low + (high / 2 - low / 2), middle)
+    # Beyond, every other pass is one of Newton's, if it may be.
+    by_turns = early | (passes % 2 == 0)
+
+    jump = jnp.where(free > 0, excess / jnp.maximum(free, 1), 0)
+    newton, newton_rest = two_sum(tau, rest + jump)
+    fits = (free > 0) & (newton >= low) & (newton <= high)
+    slow = jnp.abs(jump) > last / 2
+    follow = fits & (tight | (by_turns & ~slow))
+    finishing = jnp.where(tight, finishing + 1, 0)
+    moved = jnp.abs(excess) > 8 * tolerance(tau) * held
+    moved &= finishing <= _LAST_STEPS
+    new = _State(
+        tau=jnp.where(moved, jnp.where(follow, newton, middle), tau),
+        rest=jnp.where(moved, jnp.where(follow, newton_rest, 0), rest),
+        low=low,
+        high=high,
+        last=jnp.where(follow, jnp.abs(jump), jnp.inf),
+        passes=passes + 1,
+        finishing=finishing,
+    )
+    return new, moved
 
 
 def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> tuple[Array, Array]:
