@@ -10,7 +10,7 @@ import scipy.special
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from jaxsoftmax.attention import _attention, _call, _cutting
+from jaxsoftmax.attention import _call, _cutting
 from jaxsoftmax.attention._tiling import Tiling
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -286,7 +286,7 @@ def test_weights_are_the_output_for_values_of_the_unit_matrix(rng):
 def test_another_alpha_is_no_other_program(rng):
     """A float in a partial is traced, as it is in a call; with a result of its own."""
     q, k, v = inputs(rng)
-    compiled, sizes = _attention.attend_compiled, []
+    compiled, sizes = _call._attend_compiled, []
     for alpha in (1.3, 1.31, 1.7):
         out = attend(q, k, v, normalizer=functools.partial(jsm.entmax, alpha=alpha))
         close = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-12)
@@ -378,7 +378,7 @@ def tiled(monkeypatch):
         monkeypatch.setattr(_cutting, "TILINGS", {})
         # A function of its own, or JAX would remember what it traced of the other.
         fresh = jax.jit(lambda *args: _call.attend(*args), static_argnums=0)
-        monkeypatch.setattr(_attention, "attend_compiled", fresh)
+        monkeypatch.setattr(_call, "_attend_compiled", fresh)
 
     return use
 

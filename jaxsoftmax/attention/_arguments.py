@@ -280,10 +280,11 @@ def function_name(function: Callable) -> str:
     return getattr(function, "__name__", repr(function))
 
 
-def check_callable(name: str, function: Any) -> None:
+def check_callables(**functions: Any) -> None:
     """Refuses what cannot be called."""
-    if function is not None and not callable(function):
-        raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
 
 
 def without_padding(x: Array, lengths: Array, first: ArrayLike) -> Array:

@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Literal, Unpack, overload
 
-import jax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._configured import configured
 from jaxsoftmax._public import known_number, refuse_what_is_no_array
 from jaxsoftmax._scores import (
     as_int,
     check_size,
     check_soft_cap,
-    mesh_names,
 )
 from jaxsoftmax.attention import _arguments
-from jaxsoftmax.attention._call import Static, attend, attend_compiled
+from jaxsoftmax.attention._call import Static, compiled
 from jaxsoftmax.attention._options import (
     AxisName,
     Implementation,
@@ -218,12 +214,7 @@ def dot_product_attention(
       Learned sparsity: Correia, Niculae & Martins, 2019 (arXiv:1909.00015). The gradient of a
       tangent: Lu & Song, 2024 (arXiv:2410.11081), appendix F.
     """
-    for name, function in {
-        "normalizer": normalizer,
-        "score_mod": score_mod,
-        "mask_mod": mask_mod,
-    }.items():
-        _arguments.check_callable(name, function)
+    _arguments.check_callables(normalizer=normalizer, score_mod=score_mod, mask_mod=mask_mod)
     before, after = _arguments.check_window(local_window_size)
     static = Static(
         score_mod=score_mod,
@@ -233,10 +224,7 @@ def dot_product_attention(
         scale=known_number(scale),
         soft_cap=check_soft_cap(logits_soft_cap),
         dropout_rate=dropout_rate,
-        places=Places(
-            queries=mesh_names("query_axis_name", query_axis_name),
-            keys=mesh_names("kv_axis_name", kv_axis_name),
-        ),
+        places=Places.named(query_axis_name, kv_axis_name),
         block_size=check_size("block_size", block_size),
         offset=as_int(query_offset) or 0,
         implementation=_arguments.check_implementation(implementation),
@@ -258,13 +246,8 @@ def dot_product_attention(
         "scale": None if static.scale is not None else scale,
         "soft_cap": None if static.soft_cap is not None else logits_soft_cap,
     }
-    ours = configured(normalizer)
-    if ours is not None and score_mod is None and mask_mod is None:
-        compiled = functools.partial(attend_compiled, static, ours)
-    else:  # for this call alone: what the functions close over may be other arrays at the next
-        compiled = jax.jit(functools.partial(attend, static, ours or normalizer))
     try:
-        return compiled(arrays)
+        return compiled(static, normalizer)(arrays)
     except TypeError:
         refuse_what_is_no_array(arrays)
         raise

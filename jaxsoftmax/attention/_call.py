@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax._configured import Configured
+from jaxsoftmax._configured import Configured, configured
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import check_mask, wide
 from jaxsoftmax.attention import _arguments, _shared
@@ -159,7 +159,16 @@ def _by_cudnn(static: Static, normalizer: Normalizer, given: dict[str, Any]) -> 
 
 
 # The normalizer is a pytree here, of which only the arrays are traced.
-attend_compiled = jax.jit(attend, static_argnums=0)
+_attend_compiled = jax.jit(attend, static_argnums=0)
+
+
+def compiled(static: Static, normalizer: Normalizer) -> Callable[[dict[str, Any]], Any]:
+    """`attend` of arrays, compiled once and for all where no function holds a state."""
+    ours = configured(normalizer)
+    if ours is not None and static.score_mod is None and static.mask_mod is None:
+        return functools.partial(_attend_compiled, static, ours)
+    # For this call alone: what the functions close over may be other arrays at the next.
+    return jax.jit(functools.partial(attend, static, ours or normalizer))
 
 
 def _operands(

@@ -11,6 +11,7 @@ from jaxtyping import Array
 
 from jaxsoftmax import _sharding
 from jaxsoftmax._configured import Configured
+from jaxsoftmax._scores import mesh_names
 from jaxsoftmax._sharding import Names, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._ring_parts import streams
@@ -24,6 +25,13 @@ class Places:
     heads: Names = ()
     queries: Names = ()
     keys: Names = ()
+
+    @staticmethod
+    def named(queries: Any, keys: Any) -> "Places":
+        """Those that a caller names."""
+        return Places(
+            queries=mesh_names("query_axis_name", queries), keys=mesh_names("kv_axis_name", keys)
+        )
 
     @property
     def are_a_ring(self) -> bool:
