@@ -270,6 +270,7 @@ def check_soft_cap(cap: Any) -> float | None:
 def soft_cap(scores: Array, cap: ArrayLike) -> Array:
     """The scores, bounded smoothly; as they are where the bound is infinite."""
     cap = jnp.asarray(cap).astype(scores.dtype)
+    cap = nan_unless(cap > 0, cap)
     finite = jnp.where(cap == jnp.inf, 1, cap)
     return jnp.where(cap == jnp.inf, scores, finite * jnp.tanh(scores / finite))
 

@@ -17,6 +17,8 @@ from jaxsoftmax.calibration import (
     brier_score,
     classwise_calibration_error,
     expected_calibration_error,
+    fit_beta_scaling,
+    fit_temperature,
     maximum_calibration_error,
     negative_log_likelihood,
     reliability_curve,
@@ -443,6 +445,28 @@ def test_weighted_scores_equal_scikit_learn(predictions, rng):
         labels, probs, sample_weight=weights, scale_by_half=False
     )
     close(brier_score(probs, labels, weights=weights), wanted)
+
+
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize("scale", [1e-37, 1e-20, 1e19, 2e38])
+def test_no_measure_depends_on_the_unit_of_weights(scale, predictions, rng):
+    probs, labels = (np.asarray(x, t) for x, t in zip(predictions, (np.float32, int), strict=True))
+    weights = rng.uniform(0.5, 1.5, len(labels)).astype(np.float32)
+    debiased = {"num_bins": 5, "norm": 2, "debiased": True}
+    for measure in (
+        functools.partial(expected_calibration_error, **debiased),
+        functools.partial(classwise_calibration_error, **debiased),
+        functools.partial(expected_calibration_error, num_bins=5, binning="mass"),
+        smooth_calibration_error,
+        brier_score,
+        negative_log_likelihood,
+        lambda *args, **options: reliability_curve(*args, **options, num_bins=5)[3:],
+        lambda *args, **options: fit_beta_scaling(args[0][:, :1], args[1] == 0, **options),
+        lambda *args, **options: fit_temperature(jnp.log(args[0] + 1e-6), args[1], **options),
+    ):
+        actual = measure(probs, labels, weights=weights * np.float32(scale))
+        close = functools.partial(np.testing.assert_allclose, rtol=2e-4)
+        jax.tree.map(close, actual, measure(probs, labels, weights=weights))
 
 
 def test_debiased_square_of_weights_is_right_on_average(rng):

@@ -157,6 +157,13 @@ def test_leading_axes_and_no_bias(rng):
     close(jsm.linear_cross_entropy(hidden[0, 0, 0], WEIGHT, labels[0, 0, 0]), expected[0, 0, 0])
 
 
+@pytest.mark.asks_for_nan
+def test_soft_cap_that_turns_out_to_be_negative():
+    loss = jax.jit(lambda cap: chunked(*OPERANDS, logits_soft_cap=cap))
+    assert np.isfinite(loss(2.0))
+    assert np.isnan(loss(-2.0))
+
+
 def test_soft_cap():
     for cap in (2.0, jnp.asarray(2.0)):
         ours = jax.value_and_grad(lambda *x, c=cap: chunked(*x, logits_soft_cap=c), (0, 1, 2))

@@ -205,6 +205,24 @@ def test_class_weights_and_ignored_classes(smoothing, rng):
     close(out, np.where(some == 5, 0, plain))
 
 
+@pytest.mark.asks_for_nan
+def test_ignored_rows_may_hold_anything():
+    scores = np.array([[1.0, 2, 3], [np.nan] * 3, [np.inf, 0, -np.inf]])
+
+    def loss(scores, temperature):
+        options = {"ignore_index": -100, "temperature": temperature, "z_loss": 0.1}
+        return jsm.cross_entropy(scores, np.array([0, -100, -100]), **options)
+
+    log_sum = scipy.special.logsumexp(scores[0])
+    close(loss(scores, 1.0), [log_sum - 1 + 0.1 * log_sum**2, 0, 0])
+    gradients = jax.grad(lambda *args: jnp.sum(loss(*args)), (0, 1))(scores, 1.0)
+    scores[1:] = 0
+    wanted = jax.grad(lambda *args: jnp.sum(loss(*args)), (0, 1))(scores, 1.0)
+    close(gradients[0][0], wanted[0][0])
+    np.testing.assert_array_equal(gradients[0][1:], 0)
+    close(gradients[1], wanted[1])
+
+
 def test_class_weights_and_ignored_classes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"class_weights must have one value per class, shape"):
         jsm.cross_entropy(SCORES, LABELS, class_weights=np.ones(2))

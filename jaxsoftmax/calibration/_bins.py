@@ -110,7 +110,7 @@ def reliability_curve(
     else:
         lower, upper = _bootstrap_interval(check_key(key), binned, num_resamples)
     value, share = (nan_unless(binned.count > 0, x) for x in (binned.value, binned.share))
-    return ReliabilityCurve(value, share, binned.count, lower, upper)
+    return ReliabilityCurve(value, share, binned.count * predictions.unit, lower, upper)
 
 
 class Binned(NamedTuple):

@@ -18,6 +18,7 @@ from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, check_mask, check_real
 from jaxsoftmax.calibration._predictions import (
     explained,
+    in_unit,
     row_weights,
     wrong_labels,
     wrong_weights,
@@ -166,7 +167,7 @@ def as_examples(
     if where is not None:
         takes_part = jnp.broadcast_to(check_mask(where, rows), rows)
         counted = jnp.where(takes_part.reshape(n), counted, 0)
-    return Examples(scores, labels, counted)
+    return Examples(scores, labels, in_unit(counted)[0])
 
 
 def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype: Any) -> Array:

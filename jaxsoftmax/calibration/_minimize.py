@@ -48,9 +48,10 @@ def minimize(
 
     value, grad = jax.value_and_grad(objective)(start)
     falls, count = jnp.ones((), bool), jnp.zeros((), jnp.int32)
-    init = start, value, grad, solver.init(start), falls, count
-    # Without jit these run one by one, and optax divides 0 by 0 before it looks away.
-    with jax.debug_nans(False):
+    # Without jit these run one by one, and optax divides 0 by 0 before it looks away. With float32
+    # among 64 bits, it adds integers of both kinds.
+    with jax.debug_nans(False), jax.numpy_dtype_promotion("standard"):
+        init = start, value, grad, solver.init(start), falls, count
         params, value, *_ = lax.while_loop(go_on, step, init)
     return params, value
 

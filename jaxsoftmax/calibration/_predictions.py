@@ -31,13 +31,15 @@ class Predictions:
     Attributes:
       probs: (n, classes); or (n, 1), of one event each. NaN in rows that hold what is none.
       labels: (n,) classes, or 0 and 1.
-      weights: (n,), 0 for rows that do not count.
+      weights: (n,), in `unit`; 0 for rows that do not count.
+      unit: see `in_unit`.
       shape: the shape that the rows came in.
     """
 
     probs: Array
     labels: Array
     weights: Array
+    unit: Array
     shape: tuple[int, ...]
 
     @property
@@ -204,7 +206,7 @@ def as_predictions(
     Rows that count and hold a number outside of [0, 1], or have a class out of range, are NaN.
     """
     probs, labels, rows = _checked(probs, labels)
-    counted = _weights(rows, where, weights, probs.dtype)
+    counted, unit = in_unit(_weights(rows, where, weights, probs.dtype))
     counts = counted != 0
     classes = probs.shape[-1]
     labels = jnp.where(counts, labels, 0)
@@ -216,7 +218,7 @@ def as_predictions(
     probs = jnp.where(probs > 1, 1, jnp.where(probs < 0, 0, probs))
     probs = nan_unless(known[..., None], probs)
     n = labels.size
-    return Predictions(probs.reshape(n, classes), labels.reshape(n), counted.reshape(n), rows)
+    return Predictions(probs.reshape(n, classes), labels.reshape(n), counted.reshape(n), unit, rows)
 
 
 def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array, tuple[int, ...]]:
@@ -260,3 +262,15 @@ def row_weights(weights: ArrayLike | None, rows: tuple[int, ...], dtype: Any) ->
         raise ValueError(f"weights must broadcast to shape {rows}, got shape {weights.shape}.")
     weights = jnp.broadcast_to(with_ndim(weights, len(rows)), rows).astype(dtype)
     return nan_unless(weights >= 0, weights)
+
+
+def in_unit(weights: Array) -> tuple[Array, Array]:
+    """The weights in a unit that makes the largest one about 1; and the unit, a power of two.
+
+    So no sum or square of weights leaves the range of floats, and no digit is lost.
+    """
+    largest = jnp.max(lax.stop_gradient(weights), initial=0)
+    mantissa, _ = jnp.frexp(largest)
+    unit = jnp.where(largest > 0, largest / (2 * mantissa), 1)
+    unit = jnp.minimum(unit, 1 / jnp.finfo(unit.dtype).tiny)  # whose inverse is no subnormal
+    return weights / unit, unit

@@ -36,7 +36,9 @@ def budget_sparsemax(
     `top_k_mask`. It maximizes :math:`\langle p, x/t \rangle - \frac{1}{2} \|p\|^2` over all such
     rows; at budget
     1 it is `sparsemax`. Jacobian in `x/t`: :math:`\mathrm{diag}(s) - s s^\top / \sum s`, with `s`
-    the indicator of the entries strictly between 0 and 1; in `budget`: :math:`s / \sum s`.
+    the indicator of the entries strictly between 0 and 1; in `budget`: :math:`s / \sum s`. Where
+    all entries are 0 or 1, both are 0. The row has a kink there in `budget`: a budget that is
+    learned should not start at a whole number.
 
     Args:
       x: scores of any shape and real dtype.
