@@ -175,6 +175,16 @@ KERNELS = {
     "bias of keys": of_kernels(
         jnp.bfloat16, 64, 512, 512, bias=jnp.zeros((1, 1, 1, 512)), normalizer=jsm.sparsemax
     ),
+    "functions": of_kernels(
+        jnp.bfloat16,
+        64,
+        512,
+        512,
+        score_mod=lambda x, b, n, i, j: (
+            jnp.tanh(x) - 2.0 ** -(n + 1).astype(x.dtype) * abs(i - j).astype(x.dtype)
+        ),
+        mask_mod=lambda b, n, i, j: (i >= j) | (j < 10),
+    ),
     "all options": of_kernels(jnp.bfloat16, 64, 512, 512, normalizer=jsm.entmax15, **MASKS),
 }
 VMEM = 2**26  # half of what a v5e, v5p or v6e has

@@ -33,13 +33,16 @@ def normalizer(name, params):
     return functools.partial(getattr(jsm, name), **options)
 
 
-def dense(arrays, name, where, soft_cap):
+def dense(arrays, name, where, soft_cap=None, score_mod=None):
     """Attention by its definition, in float64, of arrays by name."""
     arrays = {key: x.astype(np.float64) for key, x in arrays.items()}
     q, k, v = (arrays[key] for key in ("query", "key", "value"))
     scores = jnp.einsum("btnh,bskh->bnts", q, k) / np.sqrt(H) + arrays.get("bias", 0.0)
     if soft_cap is not None:
         scores = soft_cap * jnp.tanh(scores / soft_cap)
+    if score_mod is not None:
+        batch, head, *_ = np.indices((B, N, 1, 1))
+        scores = score_mod(scores, batch, head, *places(OFFSET))
     sink = {"sink": arrays["sink"][:, None, None]} if "sink" in arrays else {}
     seen = jnp.any(where, -1, keepdims=True)
     weights = normalizer(name, arrays)(jnp.where(where, scores, 0.0), where=where | ~seen, **sink)
@@ -56,6 +59,22 @@ def places(offset=0):
     """The positions of queries and keys, (B, 1, T, 1) and (S,)."""
     query = np.arange(T)[:, None] + np.reshape(offset, (-1, 1, 1, 1))
     return query, np.arange(S)
+
+
+OFFSET = 20
+
+
+def bent(score, batch, head, i, j):
+    """Scores with all that a function sees; NaN where there is no query or key."""
+    batch, head, distance = (jnp.asarray(x).astype(score.dtype) for x in (batch, head, abs(i - j)))
+    found = score + jnp.tanh(score) / (1 + batch) - 0.1 * (1 + head) * distance
+    found = jnp.where((i < T + OFFSET) & (j < S), found, jnp.nan)
+    return jnp.where(j == 3, -jnp.inf, found)
+
+
+def of_places(batch, head, i, j):
+    """A mask in which a row of one head has nothing."""
+    return ((i + j) % 3 != batch) & (j < i + 9) & ((head == 0) | (i != OFFSET + 50))
 
 
 def arrays_of(rng, dtype, more=()):
@@ -122,6 +141,11 @@ OPTIONS = {
     "sink": (("sink",), {"is_causal": True}, CAUSAL),
     "soft cap": ((), {"logits_soft_cap": 2.0, "is_causal": True}, CAUSAL),
     "temperature": (("temperature",), {"is_causal": True}, CAUSAL),
+    "functions": (
+        ("temperature",),
+        {"score_mod": bent, "mask_mod": of_places, "query_offset": OFFSET},
+        of_places(*np.indices((B, N, 1, 1))[:2], *places(OFFSET)) & (np.arange(S) != 3),
+    ),
     "all": (
         ("bias", "sink", "temperature"),
         {"mask": jnp.asarray(RANDOM), "is_causal": True, "logits_soft_cap": 2.0},
@@ -133,7 +157,7 @@ CASES = [
     *((form, "causal") for form in FORMS),
     *((form, "plain") for form in FORMS),
     *(("entmax15", option) for option in OPTIONS if option not in ("plain", "causal")),
-    *(("softmax", option) for option in ("window", "bias", "lengths", "sink", "all")),
+    *(("softmax", option) for option in ("window", "bias", "lengths", "sink", "functions", "all")),
     *(("sparsemax", option) for option in ("mask", "sink")),
     ("entmax", "all"),
 ]
@@ -149,8 +173,8 @@ def errors(name, option, arrays, ct):
     _, options, where = OPTIONS[option]
 
     ours = functools.partial(by_kernels, name=name, options=options)
-    cap = options.get("logits_soft_cap")
-    wanted = functools.partial(dense, name=name, where=where, soft_cap=cap)
+    others = {"soft_cap": options.get("logits_soft_cap"), "score_mod": options.get("score_mod")}
+    wanted = functools.partial(dense, name=name, where=where, **others)
     actual = jax.jit(functools.partial(value_and_cotangents, ours))(arrays, ct)
     wide = {key: x.astype(np.float64) for key, x in arrays.items()}
     wanted = jax.jit(functools.partial(value_and_cotangents, wanted))(wide, ct)
@@ -202,7 +226,7 @@ def errors_of_masks(arrays, ct, offset, lengths, segments):
     where &= (rows < lengths[0][:, None, None, None]) & (keys < lengths[1][:, None, None, None])
     where &= (segments[0][:, :, None] == segments[1][:, None, :])[:, None]
     ours = functools.partial(by_kernels, name="entmax15", options=options)
-    wanted = functools.partial(dense, name="entmax15", where=where, soft_cap=None)
+    wanted = functools.partial(dense, name="entmax15", where=where)
     wide = {name: x.astype(np.float64) for name, x in arrays.items()}
     pairs = value_and_cotangents(ours, arrays, ct), value_and_cotangents(wanted, wide, ct)
     leaves = zip(*map(jax.tree.leaves, pairs), strict=True)
@@ -318,7 +342,7 @@ def test_zeros_are_exact(name, rng):
     units = jnp.eye(128, dtype=np.float32)[None, :, None]
     arrays = {"query": 3 * q, "key": k, "value": units}
     where = np.ones((1, 1, 128, 128), bool)
-    wanted = dense(arrays, name, where, None)
+    wanted = dense(arrays, name, where)
     found = kernels(3 * q, k, units, normalizer=getattr(jsm, name))
     assert np.mean(wanted == 0) > 0.5
     np.testing.assert_array_equal(found[wanted == 0], 0)
@@ -331,7 +355,7 @@ def test_supports_large_and_small(name, factor, rng):
     """Where all keys take part, the largest of each class are not enough to begin with."""
     q, k, v = small(rng, shape=(1, 256, 1, 16))
     arrays = {"query": factor * q, "key": k, "value": v}
-    wanted = dense(arrays, name, np.ones((1, 1, 256, 256), bool), None)
+    wanted = dense(arrays, name, np.ones((1, 1, 256, 256), bool))
     found = kernels(factor * q, k, v, normalizer=getattr(jsm, name))
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.max(np.abs(wanted)))
 
@@ -423,9 +447,12 @@ def test_kernels_are_chosen_where_they_were_measured(monkeypatch):
     jax.clear_caches()
 
 
+SLOPES = np.ones(2, np.float32)
 REFUSED = {
-    "score_mod": {"score_mod": lambda score, *_: score},
-    "mask_mod": {"mask_mod": lambda b, n, i, j: i >= j},
+    "a score_mod that closes over arrays": {
+        "score_mod": lambda s, b, n, *_: s * jnp.asarray(SLOPES)[n]
+    },
+    "a mask_mod that closes over arrays": {"mask_mod": lambda b, n, *_: jnp.asarray(SLOPES)[n] > 0},
     "return_residual": {"return_residual": True},
     "dropout_rate": {"dropout_rate": 0.5, "dropout_key": jax.random.key(0)},
     "a scale that is an array": {"scale": jnp.ones(()), "dtype": jnp.bfloat16},
@@ -474,8 +501,13 @@ def test_explicit_axes_stay_where_they_are():
     attend = functools.partial(
         jsm.dot_product_attention, implementation="pallas", normalizer=jsm.entmax15
     )
+    mapped = functools.partial(attend, mask_mod=lambda b, n, i, j: i >= j)
     with jax.set_mesh(mesh):
         assert lowered(attend, "tpu", x, x, x).count("tpu_custom_call") == 2
+        with pytest.raises(
+            ValueError, match="a mask_mod of batch entries or heads that are spread"
+        ):
+            jax.eval_shape(mapped, x, x, x)
 
 
 def test_pallas_is_imported_by_those_who_name_it():

@@ -163,10 +163,11 @@ def dot_product_attention(
         `key_value_seq_lengths - T`, to have the last query see the last key.
       implementation: what computes it. None and "xla" are the blocks described above, on every
         platform. "pallas" are kernels on a TPU, and blocks elsewhere; they take softmax and what
-        has a form (sparsemax, entmax15, entmax, a `threshold_mapping`), in bfloat16 and float32.
-        They were compiled for TPUs and checked in an interpreter, but have not run on one. Their
-        gradients are kernels, too; all other derivatives are those of blocks. "cudnn" is softmax in
-        16 bits as `jax.nn` has it, on a GPU with cuDNN, to be differentiated once, in reverse mode.
+        has a form (sparsemax, entmax15, entmax, a `threshold_mapping`), in bfloat16 and float32,
+        and a `score_mod` and `mask_mod` that close over no arrays. They were compiled for TPUs and
+        checked in an interpreter, but have not run on one. Their gradients are kernels, too; all
+        other derivatives are those of blocks. "cudnn" is softmax in 16 bits as `jax.nn` has it, on
+        a GPU with cuDNN, to be differentiated once, in reverse mode.
 
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also

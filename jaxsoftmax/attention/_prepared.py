@@ -114,7 +114,8 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     scores = _scores(rules, part)
     places = _places(rules, band, first, scores.shape)
     if rules.score_mod is not None:
-        scores = _modified(_at_positions(rules.score_mod, part, places), scores, places)
+        score_mod = _at_positions(rules.score_mod, part, places)
+        scores = modified(_over_all(score_mod, scores), scores, places)
     normalizer, row_value = _with_arrays(rules, part)
     options: dict[str, Any] = {
         "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
@@ -193,14 +194,15 @@ def _places(
     return batch, heads, rows, keys
 
 
-def _modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
-    modified = jnp.asarray(_over_all(score_mod, scores)(scores, *places))
-    if modified.shape != scores.shape:
+def modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
+    """What a function, mapped over scores and their places, makes of them."""
+    found = jnp.asarray(score_mod(scores, *places))
+    if found.shape != scores.shape:
         raise ValueError(
             "score_mod must return one number per score, got an array of shape "
-            f"{modified.shape[4:]}."
+            f"{found.shape[scores.ndim :]}."
         )
-    return modified.astype(scores.dtype)
+    return found.astype(scores.dtype)
 
 
 def _at_positions(
@@ -245,19 +247,21 @@ def visible(rules: Rules, part: Parts, places: Sequence[Array]) -> Array:
     if "mask" in part:
         conditions.append(part["mask"])
     if rules.mask_mod is not None:
-        conditions.append(_mapped_mask(_at_positions(rules.mask_mod, part, places), places))
+        mask_mod = _at_positions(rules.mask_mod, part, places)
+        conditions.append(mapped_mask(_over_all(mask_mod), places, 4))
     where = jnp.ones((1, 1, 1, 1), bool)
     for condition in conditions:
         where = where & condition
     return where
 
 
-def _mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array]) -> Array:
-    mask = jnp.asarray(_over_all(mask_mod)(*places))
-    if mask.dtype != jnp.bool_ or mask.ndim != 4:
+def mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array], ndim: int) -> Array:
+    """Where a function, mapped over places, is true; of so many axes."""
+    mask = jnp.asarray(mask_mod(*places))
+    if mask.dtype != jnp.bool_ or mask.ndim != ndim:
         raise TypeError(
             f"mask_mod must return one boolean per score, got dtype {mask.dtype} and shape "
-            f"{mask.shape[4:]}."
+            f"{mask.shape[ndim:]}."
         )
     return mask
 

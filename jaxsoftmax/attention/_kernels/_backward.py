@@ -225,10 +225,7 @@ def _tile(
         if name != "temperature":
             term = partials[int(name.split()[1])] * worth
         outs["sums"][0, 0, i : i + 1, at] += sum_of(term)
-    if "temperature" in refs:
-        ct_scores = ct_scores * place.number("temperature")
-    if made.capped is not None:
-        ct_scores = ct_scores * (1 - made.capped * made.capped)
+    ct_scores = made.pull_back(ct_scores)
     if "bias" in outs:
         outs["bias"][0, 0, :, at] = ct_scores
     query = refs["query"][0, 0, at, :]

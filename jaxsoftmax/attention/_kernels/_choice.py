@@ -6,10 +6,12 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoftmax import _jax
 from jaxsoftmax._configured import Configured
 from jaxsoftmax._form import Form
 from jaxsoftmax._scores import known_number, with_ndim
@@ -59,6 +61,8 @@ def by_kernels(
         offset=rules.offset,
         scale=1.0 if scale is None else scale,
         soft_cap=None if cap == math.inf else cap,
+        score_mod=rules.score_mod,
+        mask_mod=rules.mask_mod,
         params=params,
         interpret=interpret,
     )
@@ -92,8 +96,6 @@ _refuse = functools.partial(refuse, "pallas")
 
 def _check(rules: Rules, operands: Mapping[str, Array]) -> None:
     for name, given in {
-        "score_mod": rules.score_mod,
-        "mask_mod": rules.mask_mod,
         "return_residual": rules.row_value,
         "dropout_rate": rules.dropout_key,
         "kv_axis_name or keys that are spread over devices": rules.kv_names or None,
@@ -102,8 +104,22 @@ def _check(rules: Rules, operands: Mapping[str, Array]) -> None:
             _refuse(name)
     if not isinstance(rules.first[2], int):
         _refuse("query_axis_name or queries that are spread over devices")
+    score, index = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
+    _check_function("score_mod", rules, score, *[index] * 4)
+    _check_function("mask_mod", rules, *[index] * 4)
     if (dtype := operands["query"].dtype) not in (jnp.bfloat16, jnp.float32):
         _refuse(f"the dtype {dtype}")
+
+
+def _check_function(name: str, rules: Rules, *args: Any) -> None:
+    function = getattr(rules, name)
+    if function is None:
+        return
+    # Memory of the kernel would have to hold whatever it is.
+    if _jax.hoist(function, *args)[1]:
+        _refuse(f"a {name} that closes over arrays")
+    if not all(isinstance(first, int) for first in rules.first):
+        _refuse(f"a {name} of batch entries or heads that are spread over devices")
 
 
 def _number(name: str, value: Any) -> float | None:
