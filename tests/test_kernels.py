@@ -335,6 +335,39 @@ def test_what_sees_nothing_is_0_and_padding_may_be_nan(name, rng):
         assert np.any(x[0, :60] != 0)
 
 
+@pytest.mark.parametrize("of", ["products", "bias"])
+@pytest.mark.parametrize("name", ["softmax", "entmax15"])
+def test_scores_of_infinity_share_a_row(name, of, rng):
+    """As they do in blocks, and in the gradient of the values, too."""
+    q, k, v = small(rng)
+    bias = jnp.zeros((100, 100))
+    shared, infinite = np.arange(3, 6), np.array([2, 7, 99])
+    if of == "products":
+        q, k = q.at[..., 0].set(0).at[:, shared, :, 0].set(1e20), k.at[..., 0].set(0)
+        k = k.at[:, infinite, :, 0].set(1e20)
+    else:
+        bias = bias.at[shared[:, None], infinite].set(jnp.inf).at[50].set(-jnp.inf)
+        bias = bias.at[60:].set(-jnp.inf).at[60:, 9].set(jnp.inf)
+    options = {"bias": bias} if of == "bias" else {}
+
+    def of_values(attend, v):
+        attend = functools.partial(attend, q, k, normalizer=getattr(jsm, name), **options)
+        out, pull_back = jax.vjp(attend, v)
+        return out, pull_back(jnp.cos(out))[0]
+
+    ours, theirs = (
+        jax.jit(functools.partial(of_values, attend))(v)
+        for attend in (kernels, jsm.dot_product_attention)
+    )
+    mean = jnp.broadcast_to(jnp.mean(v[:, infinite], 1, keepdims=True), (1, 3, 2, 16))
+    np.testing.assert_allclose(ours[0][:, shared], mean, rtol=0, atol=1e-6)
+    if of == "bias":
+        np.testing.assert_array_equal(ours[0][:, 50], 0)
+        np.testing.assert_array_equal(ours[0][:, 60:], jnp.repeat(v[:, 9:10], 40, axis=1))
+    for x, y in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(x, y, rtol=0, atol=3e-6 * float(np.max(np.abs(y))))
+
+
 @pytest.mark.parametrize("name", ["entmax15", "sparsemax"])
 def test_zeros_are_exact(name, rng):
     """Values of a unit matrix show the weights."""

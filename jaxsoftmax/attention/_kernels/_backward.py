@@ -13,11 +13,12 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxsoftmax.attention._kernels import _operands
-from jaxsoftmax.attention._kernels._forms import shares
+from jaxsoftmax.attention._kernels._forms import gaps, shares
 from jaxsoftmax.attention._kernels._operands import Arrays, turned
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
     LEAST,
+    MOST,
     Call,
     Place,
     Refs,
@@ -83,12 +84,13 @@ def _of_sink(
     """What a sink changes: its value is 0, and so what it is worth is `-delta`."""
     if "sink" not in arrays:
         return {}
-    origin, *tau = (rows[:, :, i, :, None] for i in range(rows.shape[2]))
+    kept = [rows[:, :, i, :, None] for i in range(rows.shape[2])]
     params = tuple(arrays[f"param {i}"] for i in range(call.params))
-    share, slope = shares(call.form, arrays["sink"] - origin, tau, params)
+    share, slope = shares(call.form, gaps(call.form, arrays["sink"], kept), kept, params)
     worth = -jnp.swapaxes(delta, 2, 3)
     found = {"sink": slope * worth} if "sink" in wanted else {}
     if "temperature" in cts:  # the gaps of keys, whose cotangents sum to less that of the sink
+        origin = jnp.where(kept[0] >= MOST, 0, kept[0])
         found["temperature"] = cts["temperature"] - origin * slope * worth
     for i, partial in enumerate(call.form.moved_by_params(share, *params)):
         if (name := f"param {i}") in wanted:
@@ -209,9 +211,9 @@ def _tile(
 
     products = product(refs["key"][0, 0], refs["turned query"][0, 0, :, at])
     made = scores(place, keys, queries, read, is_cut, products)
-    delta, origin, *tau = (refs["rows"][0, 0, i : i + 1, at] for i in range(refs["rows"].shape[2]))
-    gap, params = made.scores - origin, place.params
-    share, slope = shares(call.form, gap, tau, params)
+    delta, *kept = (refs["rows"][0, 0, i : i + 1, at] for i in range(refs["rows"].shape[2]))
+    gap, params = gaps(call.form, made.scores, kept), place.params
+    share, slope = shares(call.form, gap, kept, params)
     ct = refs["ct"][0, 0, at, :]
     worth = product(refs["value"][0, 0], refs["turned ct"][0, 0, :, at]) - delta
     scratch["value"][...] += product(share.astype(ct.dtype), ct)

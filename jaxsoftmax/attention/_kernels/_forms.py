@@ -1,7 +1,8 @@
 """Weights and slopes of a form, given the numbers that are kept of each row.
 
 Those are an origin of the scores and, where a threshold is searched for, what entries take of it;
-also a factor, if the sum of the weights is not 1 at the threshold. All are row values.
+also a factor, if the sum of the weights is not 1 at the threshold. Where none is searched for, it
+is what entries of +inf have: their origin is too large to hold it. All are row values.
 """
 
 from collections.abc import Sequence
@@ -35,19 +36,23 @@ def squares_errors(form: Form, params: Sequence[Array], like: Array) -> Array:
 
 def row_values(form: Form) -> int:
     """How many numbers are kept of a row."""
-    if form.only_scales:
-        return 1
-    return 2 if sums_to_one(form) else 3
+    return 2 if form.only_scales or sums_to_one(form) else 3
+
+
+def gaps(form: Form, scores: Array, kept: Sequence[Array]) -> Array:
+    """Scores less the origin of their row; those of +inf have the same finite one."""
+    origin, of_infinite, *_ = kept
+    return jnp.minimum(scores - origin, of_infinite if form.only_scales else 0)
 
 
 def shares(
     form: Form, gap: Array, kept: Sequence[Array], params: Sequence[Array]
 ) -> tuple[Array, Array]:
-    """The probabilities and their slopes, given scores less the origin and what else is kept."""
+    """The probabilities and their slopes, given `gaps` and what is kept."""
     if form.only_scales:
         p = form.weight(gap)
         return p, p
-    tau, *by = kept
+    _, tau, *by = kept
     weight, slope, *_ = form.terms(gap, tau, *params)
     if not by:
         return weight, slope

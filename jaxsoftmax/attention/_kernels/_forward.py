@@ -20,6 +20,7 @@ from jaxsoftmax.attention._kernels._operands import Arrays, turned
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
     LEAST,
+    MOST,
     NOTHING,
     Call,
     Place,
@@ -41,8 +42,8 @@ STEPS_OF_FEW = 6
 FAST_STEPS_OF_FEW = 4
 ENOUGH = 1e-2
 PASSES = 40
-# The origin of a row that sees nothing: no score is near it.
-NOWHERE = -LEAST / 4
+# The origin of a row that sees nothing: no score reaches it.
+NOWHERE = -LEAST
 
 State = tuple[Array, ...]
 
@@ -109,7 +110,7 @@ def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     keys = Keys(place, scratch, pl.program_id(2))
     sink = None
     if "sink" in ins:
-        sink = jnp.full((1, call.block), place.number("sink"), F32)
+        sink = jnp.minimum(jnp.full((1, call.block), place.number("sink"), F32), MOST)
     attend = _online if call.form.only_scales else _searching
     found = attend(keys, sink)
     unseeing = found["rows"][0] >= NOWHERE
@@ -166,7 +167,10 @@ class Keys:
             return ref[0, 0, at, :] if ref.shape[2] > 1 else ref[0, 0]
 
         products = product(refs["key"][0, 0, at, :], self.query)
-        return scores(self.place, tile, self.block, read, is_cut, products).scores
+        call = self.place.call
+        x = scores(self.place, tile, self.block, read, is_cut, products).scores
+        # Softmax, which reads a score once, bounds differences; that is one instruction less.
+        return x if call.form.only_scales else jnp.minimum(x, MOST)
 
     def value(self, tile: Any) -> Array:
         """The values of a tile, (V, keys)."""
@@ -196,16 +200,18 @@ def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
 
     def body(tile: Any, x: Array, carry: State) -> State:
         top, total = carry
-        new = jnp.maximum(top, max_of(x))
-        weights, old = jnp.exp(x - new), jnp.exp(top - new)
+        new = jnp.minimum(jnp.maximum(top, max_of(x)), MOST)
+        weights, old = jnp.exp(jnp.minimum(x - new, 0)), jnp.exp(top - new)
         value = keys.value(tile)
         acc[...] = acc[...] * old + product(value, weights.astype(value.dtype))
         return new, total * old + sum_of(weights)
 
     top, total = keys.loop(body, (top, total))
     total = jnp.where(total > 0, total, 1)
-    origin = jnp.where(keys.unseeing(top), NOWHERE, top + jnp.log(total))
-    return {"out": acc[...] * (1 / total), "rows": (origin,)}
+    log_total = jnp.log(total)
+    origin = jnp.where(keys.unseeing(top), NOWHERE, top + log_total)
+    of_infinite = jnp.where(top == MOST, -log_total, 0)
+    return {"out": acc[...] * (1 / total), "rows": (origin, of_infinite)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -25,6 +25,8 @@ from jaxsoftmax.attention._prepared import mapped_mask, modified
 F32 = jnp.float32
 # The score of what takes no part: exp of it is 0, and so is any difference with it.
 LEAST = float(jnp.finfo(F32).min)
+# Scores of +inf count as this, so that differences tell which they are.
+MOST = float(np.nextafter(np.float32(-LEAST), np.float32(0)))
 # From here on a row has seen nothing.
 NOTHING = LEAST / 2
 Refs = Mapping[str, Any]
@@ -302,7 +304,7 @@ def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: bool, produ
         x = x * by
         pulls.append(lambda ct: ct * by)
     if "bias" in refs or call.score_mod is not None:
-        x = jnp.clip(x, LEAST, -LEAST)
+        x = jnp.maximum(x, LEAST)
     seen = _seen(tile, read, is_cut)
     return Scores(x if seen is None else jnp.where(seen, x, LEAST), tuple(pulls))
 
