@@ -193,7 +193,7 @@ def case(rng, name, option, dtype):
 @pytest.mark.parametrize(("name", "option"), CASES, ids=lambda name: name)
 def test_float32(name, option, rng):
     found = case(rng, name, option, np.float32)
-    # What is summed over all rows and queries cancels; blocks are as far off.
+    # What is summed over all rows cancels; blocks are as far off.
     of_numbers = [found.pop(name) for name in ("sink", "temperature", "alpha") if name in found]
     assert max(found.values()) < 3e-6, found
     assert max(of_numbers, default=0) < 1e-5, of_numbers
@@ -202,11 +202,11 @@ def test_float32(name, option, rng):
 @pytest.mark.parametrize("option", ["causal", "all"])
 @pytest.mark.parametrize("name", FORMS)
 def test_bfloat16(name, option, rng):
-    """The factors of products are rounded, to 2 ** -9 of each."""
+    """The factors of products are rounded, to 2 ** -9 of each; numbers are sums in float32."""
     found = case(rng, name, option, jnp.bfloat16)
     of_numbers = [found.pop(name) for name in ("sink", "temperature", "alpha") if name in found]
     assert max(found.values()) < 1e-2, found
-    assert max(of_numbers, default=0) < 1e-1, of_numbers
+    assert max(of_numbers, default=0) < 5e-5, of_numbers
 
 
 @jax.jit

@@ -49,6 +49,8 @@ def backward(
     rows, mean = kept
     delta = jnp.sum(turned(ct) * mean, 2, keepdims=True)
     sums = [name for name in wanted if name == "temperature" or name.startswith("param")]
+    if sums or "sink" in wanted:
+        sums = ["slopes", *sums]
     found = _run(call, arrays, jnp.concatenate([delta, rows], 2), ct, sums, "bias" in wanted)
     sizes = call.sizes
     cts = {
@@ -58,12 +60,17 @@ def backward(
     }
     if "bias" in found:
         cts["bias"] = turned(found["bias"][:, :, : sizes.keys, : sizes.queries])
-    for i, name in enumerate(sums):
-        cts[name] = found["sums"][:, :, i, : sizes.queries, None]
-    cts |= _of_sink(call, arrays, rows, delta, cts, wanted)
-    if "temperature" in cts:  # it divides the scores
-        cts["temperature"] = -cts["temperature"] / arrays["temperature"]
+    if sums:
+        pairs = _pairs(found["sums"][..., : sizes.queries])
+        sums_of = dict(zip(sums, pairs, strict=True))
+        cts |= _of_numbers(call, arrays, rows, delta, sums_of)
     return cts
+
+
+def _pairs(sums: Array) -> list[State]:
+    """What `_add_sums` added up, (B, N, T, 1) each."""
+    parts = [sums[:, :, i, :, None] for i in range(sums.shape[2])]
+    return list(zip(parts[::2], parts[1::2], strict=True))
 
 
 def _of_group(call: Call, x: Array) -> Array:
@@ -73,28 +80,41 @@ def _of_group(call: Call, x: Array) -> Array:
     return x if heads == groups else jnp.sum(x.reshape(batch, groups, -1, *rest), 2)
 
 
-def _of_sink(
-    call: Call,
-    arrays: Arrays,
-    rows: Array,
-    delta: Array,
-    cts: Mapping[str, Array],
-    wanted: Sequence[str],
+def _of_numbers(
+    call: Call, arrays: Arrays, rows: Array, delta: Array, sums: Mapping[str, State]
 ) -> dict[str, Array]:
-    """What a sink changes: its value is 0, and so what it is worth is `-delta`."""
-    if "sink" not in arrays:
-        return {}
+    """The cotangents of numbers, one for each query.
+
+    Cotangents of the scores and the sink sum to 0. But `delta` is a mean by weights that were
+    rounded for a product; what the sum is off tells by how much, and each cotangent is mended.
+
+    Args:
+      call: what is known.
+      arrays: by name.
+      rows: what is kept of rows.
+      delta: what the mean of the values is worth.
+      sums: by name, what keys add up to, and what they would if each were worth 1.
+    """
     kept = [rows[:, :, i, :, None] for i in range(rows.shape[2])]
     params = tuple(arrays[f"param {i}"] for i in range(call.params))
-    share, slope = shares(call.form, gaps(call.form, arrays["sink"], kept), kept, params)
-    worth = -jnp.swapaxes(delta, 2, 3)
-    found = {"sink": slope * worth} if "sink" in wanted else {}
-    if "temperature" in cts:  # the gaps of keys, whose cotangents sum to less that of the sink
-        origin = jnp.where(kept[0] >= MOST, 0, kept[0])
-        found["temperature"] = cts["temperature"] - origin * slope * worth
+    sums, worth = dict(sums), -jnp.swapaxes(delta, 2, 3)
+    off, slopes = sums.pop("slopes")
+    share = slope = jnp.zeros_like(off)
+    if "sink" in arrays:  # its value is 0, and so what it is worth is `-delta`
+        share, slope = shares(call.form, gaps(call.form, arrays["sink"], kept), kept, params)
+    all_slopes = slopes + slope
+    shift = (off + slope * worth) / jnp.where(all_slopes == 0, 1, all_slopes)
+    worth = worth - shift
+    found = {name: of_keys - shift * of_one for name, (of_keys, of_one) in sums.items()}
+    found["sink"] = slope * worth
     for i, partial in enumerate(call.form.moved_by_params(share, *params)):
-        if (name := f"param {i}") in wanted:
-            found[name] = cts[name] + partial * worth
+        if (name := f"param {i}") in found:
+            found[name] = found[name] + partial * worth
+    if "temperature" in found:
+        # Of gaps, which are near 0 where anything is; it divides the scores of keys alone.
+        origin = jnp.where(kept[0] >= MOST, 0, kept[0])
+        of_keys = found["temperature"] - origin * slope * worth
+        found["temperature"] = -of_keys / arrays["temperature"]
     return found
 
 
@@ -129,7 +149,7 @@ def _run(
         },
         **_operands.numbers(call, arrays),
     }
-    outs = _outs(call, query.dtype, len(sums), bias)
+    outs = _outs(call, query.dtype, 2 * len(sums), bias)
     scratch = {
         "query": _operands.scratch(sizes.features, call.queries),
         "key": _operands.scratch(block, sizes.features),
@@ -217,20 +237,24 @@ def _tile(
     ct = refs["ct"][0, 0, at, :]
     worth = product(refs["value"][0, 0], refs["turned ct"][0, 0, :, at]) - delta
     scratch["value"][...] += product(share.astype(ct.dtype), ct)
-    ct_scores = slope * worth
-    partials = ()
-    if any(name != "temperature" for name in sums):
-        partials = call.form.moved_by_params(share, *params)
-    for i, name in enumerate(sums):
-        # Of gaps, which are near 0 where anything is: cotangents sum to 0 but for rounding.
-        term = ct_scores * jnp.maximum(gap, LEAST)
-        if name != "temperature":
-            term = partials[int(name.split()[1])] * worth
-        outs["sums"][0, 0, i : i + 1, at] += sum_of(term)
-    ct_scores = made.pull_back(ct_scores)
+    if sums:
+        _add_sums(place, sums, outs["sums"].at[0, 0, :, at], (gap, share, slope, worth))
+    ct_scores = made.pull_back(slope * worth)
     if "bias" in outs:
         outs["bias"][0, 0, :, at] = ct_scores
     query = refs["query"][0, 0, at, :]
     ct_scores = ct_scores.astype(query.dtype)
     scratch["key"][...] += product(ct_scores, query)
     scratch["query"][:, at] += product(refs["turned key"][0, 0], ct_scores)
+
+
+def _add_sums(place: Place, sums: Sequence[str], out: Any, made: State) -> None:
+    """Adds what keys are worth by slopes and for each number, and what if each were worth 1."""
+    gap, share, slope, worth = made
+    terms = {"slopes": slope, "temperature": slope * jnp.maximum(gap, LEAST)}
+    if any("param" in name for name in sums):
+        partials = place.call.form.moved_by_params(share, *place.params)
+        terms |= {f"param {i}": partial for i, partial in enumerate(partials)}
+    for i, name in enumerate(sums):
+        out[2 * i : 2 * i + 1] += sum_of(terms[name] * worth)
+        out[2 * i + 1 : 2 * i + 2] += sum_of(terms[name])
