@@ -3,6 +3,7 @@
 Nothing here runs on a TPU. `test_accelerators.py` compiles them for one.
 """
 
+import dataclasses
 import functools
 import subprocess
 import sys
@@ -393,10 +394,9 @@ def test_supports_large_and_small(name, factor, rng):
     np.testing.assert_allclose(found, wanted, rtol=0, atol=1e-5 * np.max(np.abs(wanted)))
 
 
-def test_scores_may_be_made_again(rng):
-    """Where those of all keys do not fit into VMEM."""
+def call_of(rng):
+    """A call of the kernels themselves, and its arrays: 2 x 2 tiles."""
     from jaxsoftmax.attention._arguments import Sizes
-    from jaxsoftmax.attention._kernels._forward import forward
     from jaxsoftmax.attention._kernels._tiles import Call
     from jaxsoftmax.mappings._entmax import ENTMAX15
 
@@ -406,12 +406,45 @@ def test_scores_may_be_made_again(rng):
         "key": jnp.transpose(k, (0, 2, 3, 1)),
         "value": jnp.transpose(v, (0, 2, 3, 1)),
     }
-    sizes = Sizes(1, 256, 256, 1, 1, 16, 16)
+    return Call(ENTMAX15, Sizes(1, 256, 256, 1, 1, 16, 16), 128, interpret=True), arrays
+
+
+def test_scores_may_be_made_again(rng):
+    """Where those of all keys do not fit into VMEM."""
+    from jaxsoftmax.attention._kernels._forward import forward
+
+    call, arrays = call_of(rng)
     outs = [
-        forward(Call(ENTMAX15, sizes, 128, whole=whole, interpret=True), arrays, True)
-        for whole in (True, False)
+        forward(dataclasses.replace(call, whole=whole), arrays, True) for whole in (True, False)
     ]
     jax.tree.map(np.testing.assert_array_equal, *outs)
+
+
+def test_tiles_that_hold_nothing_are_skipped(rng):
+    """The first half of the queries takes only keys of the first half, by their scores."""
+    from jaxsoftmax.attention._kernels._backward import backward
+    from jaxsoftmax.attention._kernels._forward import forward
+
+    call, arrays = call_of(rng)
+    sides = jnp.where(jnp.arange(256) < 128, 9.0, -9.0)
+    arrays["query"] = arrays["query"].at[0, 0, :128, 0].set(9.0)
+    arrays["key"] = arrays["key"].at[0, 0, 0].set(sides)
+    out, kept = forward(call, arrays, True)
+    scores = np.einsum("th,hs->ts", *(np.float64(arrays[name][0, 0]) for name in ("query", "key")))
+    held = np.asarray(jsm.entmax15(scores)) > 0
+    wanted = np.any(held.reshape(256, 2, 128), -1).T
+    assert not np.any(wanted[1, :128])
+    np.testing.assert_array_equal(kept["seen"][0, 0] != 0, wanted)
+
+    def pulled(seen):
+        return backward(call, arrays, {**kept, "seen": seen}, out, ())
+
+    # Now the last keys are in no tile that is said to hold anything.
+    found = pulled(kept["seen"].at[:, :, 1].set(0))
+    for name in ("key", "value"):
+        np.testing.assert_array_equal(found[name][..., 128:], 0)
+        assert np.any(found[name][..., :128] != 0)
+    assert not np.any(pulled(jnp.zeros_like(kept["seen"]))["query"])
 
 
 X = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16)

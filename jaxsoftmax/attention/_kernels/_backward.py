@@ -33,7 +33,7 @@ State = tuple[Array, ...]
 
 
 def backward(
-    call: Call, arrays: Arrays, kept: State, ct: Array, wanted: Sequence[str]
+    call: Call, arrays: Arrays, kept: Arrays, ct: Array, wanted: Sequence[str]
 ) -> dict[str, Array]:
     """The cotangents of queries, keys, values, and of what else is wanted.
 
@@ -46,12 +46,15 @@ def backward(
       ct: the cotangent of the output, (B, N, T, V).
       wanted: what cotangents to return.
     """
-    rows, mean = kept
-    delta = jnp.sum(turned(ct) * mean, 2, keepdims=True)
+    rows = kept["rows"]
+    delta = jnp.sum(turned(ct) * kept["mean"], 2, keepdims=True)
     sums = [name for name in wanted if name == "temperature" or name.startswith("param")]
     if sums or "sink" in wanted:
         sums = ["slopes", *sums]
-    found = _run(call, arrays, jnp.concatenate([delta, rows], 2), ct, sums, "bias" in wanted)
+    of_rows = {"rows": jnp.concatenate([delta, rows], 2), "ct": ct}
+    if "seen" in kept:
+        of_rows["seen"] = kept["seen"]
+    found = _run(call, arrays, of_rows, sums, "bias" in wanted)
     sizes = call.sizes
     cts = {
         "query": turned(found["query"][..., : sizes.queries]),
@@ -119,13 +122,13 @@ def _of_numbers(
 
 
 def _run(
-    call: Call, arrays: Arrays, rows: Array, ct: Array, sums: Sequence[str], bias: bool
+    call: Call, arrays: Arrays, of_rows: Arrays, sums: Sequence[str], bias: bool
 ) -> dict[str, Array]:
     sizes, block = call.sizes, call.block
     query = _operands.lengthened(call.scaled(arrays["query"]), 2, call.queries)
     key = _operands.lengthened(turned(arrays["key"]), 2, call.keys)
     value = _operands.lengthened(turned(arrays["value"]), 2, call.keys)
-    ct = _operands.lengthened(ct.astype(query.dtype), 2, call.queries)
+    ct = _operands.lengthened(of_rows["ct"].astype(query.dtype), 2, call.queries)
 
     def whole(x: Array) -> tuple[Any, Array]:
         return _operands.spec((1, 1, *x.shape[2:]), lambda b, n, j: (b, n, 0, 0)), x
@@ -139,7 +142,7 @@ def _run(
         "turned query": whole(turned(query)),
         "ct": whole(ct),
         "turned ct": whole(turned(ct)),
-        "rows": whole(_operands.lengthened(rows, 3, call.queries)),
+        "rows": whole(_operands.lengthened(of_rows["rows"], 3, call.queries)),
         "key": (_operands.part_of_group(call, sizes.features), key),
         "turned key": (turned_key, turned(key)),
         "value": (_operands.part_of_group(call, sizes.value_features), value),
@@ -149,6 +152,8 @@ def _run(
         },
         **_operands.numbers(call, arrays),
     }
+    if "seen" in of_rows:
+        ins["holds"] = _operands.flags(call, of_rows["seen"])
     outs = _outs(call, query.dtype, 2 * len(sums), bias)
     scratch = {
         "query": _operands.scratch(sizes.features, call.queries),
@@ -200,7 +205,11 @@ def _kernel(call: Call, sums: Sequence[str], ins: Refs, outs: Refs, scratch: Ref
         outs["bias"][...] = jnp.zeros_like(outs["bias"])
 
     def body(queries: Any, is_cut: bool, carry: int) -> int:
-        _tile(place, sums, outs, scratch, keys, queries, is_cut)
+        add = functools.partial(_tile, place, sums, outs, scratch, keys, queries, is_cut)
+        if "holds" in ins:
+            pl.when(ins["holds"][0, 0, 0, 0, queries] > 0)(add)
+        else:
+            add()
         return carry
 
     queries_seeing(place, keys).loop(body, 0)

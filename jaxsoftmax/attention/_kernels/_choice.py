@@ -192,6 +192,7 @@ def _room_forward(call: Call, operands: Mapping[str, Array]) -> int:
     features, values = sizes.features, sizes.value_features
     moving = call.keys * (_lanes(features) + values) * size
     moving += call.block * (features * size + 2 * values * 4 + 32)
+    moving += call.block * call.blocks_of(sizes.keys) * 4
     moving += _of_scores(operands, call.keys, call.block)
     kept = call.block * (2 * values + 256) * 4
     if call.whole and not call.form.only_scales:

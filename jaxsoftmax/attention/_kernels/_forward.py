@@ -48,8 +48,12 @@ NOWHERE = -LEAST
 State = tuple[Array, ...]
 
 
-def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, State]:
-    """The output, (B, N, T, V), and what is kept of rows: numbers, (B, N, R, T), and a mean.
+def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
+    """The output, (B, N, T, V), and what is kept.
+
+    That is of each row "rows", numbers, (B, N, R, T), and "mean", (B, N, V, T); and "seen",
+    (B, N, tiles, T), not 0 for tiles of keys of which it takes anything. Where this is missing,
+    positions and lengths tell.
 
     Args:
       call: what is known.
@@ -81,13 +85,22 @@ def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, State]:
         outs["rows"] = rows(row_values(call.form))
         if not call.form.only_scales:
             outs["mean"] = rows(features)
+        if _may_skip(call, arrays):
+            outs["seen"] = rows(call.blocks_of(sizes.keys))
     blocks = call.blocks_of(sizes.queries)
     found = _operands.run(
         functools.partial(_kernel, call), call, blocks, ins, outs, _scratch(call, features)
     )
     found = {name: x[..., : sizes.queries] for name, x in found.items()}
-    out = turned(found["out"])
-    return out, (found["rows"], found.get("mean", found["out"])) if keep else ()
+    out = found.pop("out")
+    return turned(out), {"mean": out, **found} if keep else {}
+
+
+def _may_skip(call: Call, arrays: Arrays) -> bool:
+    """Whether tiles may turn out to hold nothing, of which positions and lengths do not tell."""
+    if not call.form.only_scales or call.mask_mod is not None:
+        return True
+    return "mask" in arrays or "query_segments" in arrays
 
 
 def _of_queries(call: Call, rows: int) -> Any:
@@ -107,18 +120,18 @@ def _scratch(call: Call, features: int) -> dict[str, Any]:
 
 def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     place = Place(call, ins, pl.program_id(0), pl.program_id(1))
-    keys = Keys(place, scratch, pl.program_id(2))
+    keys = Keys(place, scratch, pl.program_id(2), outs.get("seen"))
     sink = None
     if "sink" in ins:
         sink = jnp.minimum(jnp.full((1, call.block), place.number("sink"), F32), MOST)
     attend = _online if call.form.only_scales else _searching
     found = attend(keys, sink)
     unseeing = found["rows"][0] >= NOWHERE
-    for name in outs:
-        if name == "rows":
-            for i, row in enumerate(found[name]):
-                outs[name][0, 0, i : i + 1] = row
-        else:
+    for i, row in enumerate(found.pop("rows")):
+        if "rows" in outs:
+            outs["rows"][0, 0, i : i + 1] = row
+    for name in found:
+        if name in outs:
             outs[name][0, 0] = jnp.where(unseeing, 0, found[name])
 
 
@@ -130,15 +143,19 @@ class Keys:
       place: where the program works.
       scratch: its memory.
       block: which block of queries.
+      seen: where `see` writes, if anything is to be kept.
       made: whether the scores lie in memory already.
     """
 
     place: Place
     scratch: Refs
     block: Any
+    seen: Any = None
     made: bool = False
 
     def __post_init__(self) -> None:
+        if self.seen is not None:
+            self.seen[...] = jnp.zeros_like(self.seen)
         self.range: Range = keys_seen(self.place, self.block)
         self.query = self.place.refs["query"][0, 0]
 
@@ -172,6 +189,11 @@ class Keys:
         # Softmax, which reads a score once, bounds differences; that is one instruction less.
         return x if call.form.only_scales else jnp.minimum(x, MOST)
 
+    def see(self, tile: Any, row: Array) -> None:
+        """Notes which queries take anything of a tile, by what is not 0 then."""
+        if self.seen is not None:
+            self.seen[0, 0, pl.ds(tile, 1), :] = row
+
     def value(self, tile: Any) -> Array:
         """The values of a tile, (V, keys)."""
         return self.place.refs["value"][0, 0, :, slice_of(tile, self.place.call.block)]
@@ -200,7 +222,9 @@ def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
 
     def body(tile: Any, x: Array, carry: State) -> State:
         top, total = carry
-        new = jnp.minimum(jnp.maximum(top, max_of(x)), MOST)
+        largest = max_of(x)
+        keys.see(tile, indicator(~(largest <= NOTHING), F32))
+        new = jnp.minimum(jnp.maximum(top, largest), MOST)
         weights, old = jnp.exp(jnp.minimum(x - new, 0)), jnp.exp(top - new)
         value = keys.value(tile)
         acc[...] = acc[...] * old + product(value, weights.astype(value.dtype))
@@ -354,6 +378,7 @@ def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
         terms, value = search.terms(x, state), keys.value(tile)
         acc[...] += product(value, terms[0].astype(value.dtype))
         of_slopes[...] += product(value, terms[1].astype(value.dtype))
+        keys.see(tile, max_of(terms[0]))
         return tuple(total + sum_of(t) for total, t in zip(sums, terms, strict=True))
 
     total, slopes, *_ = search.with_sink(keys.loop(body, search.zeros(state)), state)

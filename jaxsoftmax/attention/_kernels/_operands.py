@@ -37,6 +37,17 @@ def numbers(call: Call, arrays: Arrays) -> dict[str, tuple[pl.BlockSpec, Array]]
     return {name: (SCALARS, x) for name, x in found.items()}
 
 
+def flags(call: Call, seen: Array) -> tuple[pl.BlockSpec, Array]:
+    """Which tiles of queries take anything of a block of keys, (B, N, tiles, 1, tiles)."""
+    seen = lengthened(seen, 3, call.queries)
+    *shape, queries = seen.shape
+    any_seen = jnp.any(seen.reshape(*shape, 1, queries // call.block, call.block) != 0, -1)
+    block = pl.BlockSpec(
+        (1, 1, 1, *any_seen.shape[3:]), lambda b, n, j: (b, n, j, 0, 0), memory_space=pltpu.SMEM
+    )
+    return block, any_seen.astype(jnp.int32)
+
+
 def over_scores(call: Call, arrays: Arrays) -> dict[str, Array]:
     """What there is of arrays over scores, as (B, N, S, T), filled up."""
     found = {}

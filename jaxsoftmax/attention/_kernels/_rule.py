@@ -48,7 +48,7 @@ class Attention:
             arrays["temperature"] = with_ndim(jnp.asarray(temperature), 4).astype(F32)
         return arrays
 
-    def forward(self, given: Arrays, keep: bool) -> tuple[Array, tuple[Array, ...]]:
+    def forward(self, given: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
         """The output, and what is kept."""
         return forward(self.call, self.arrays(given), keep)
 
