@@ -11,7 +11,7 @@ import jax
 import optax
 
 import jaxsoftmax as jsm
-from benchmarks import ahead, losses
+from benchmarks import ahead, bundles, losses
 from benchmarks.ahead import TARGETS, Target
 from benchmarks.attention import OURS, THEIRS
 from benchmarks.charts import Ratios
@@ -28,17 +28,20 @@ FORWARD, PULLBACK, GRADIENT = "forward", "value and vjp", "value and gradient"
 PULLED_BACK = {FORWARD: forward, PULLBACK: value_and_pullback}
 ATTENTION, MAPPINGS, CROSS_ENTROPY = "attention", "mappings", "cross_entropy"
 LINEAR = "linear_cross_entropy"
+# Their entries have this name at the end, and a time only where bundles are counted.
+KERNELS, COUNTED = ", kernels", "v5e"
 MAPPED = ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15", "entmax(1.3)")
 # How often solvers go on, where that is not the usual number.
 PASSES = {"jsm.entmax(1.3)": 4}
 
 
 class Program(NamedTuple):
-    """Functions of the same arguments, and the shapes of these."""
+    """Functions of the same arguments, the shapes of these, and the seconds of our kernels."""
 
     operation: str
     entries: Mapping[str, Entry]
     arguments: Sequence[Any]
+    cycles: Mapping[str, Callable[[], float]] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,11 @@ class Compiled:
 
     def measure(self, quick: bool) -> list[Result]:
         """One result per function, in their order."""
-        entries = self.program.entries
+        entries = {
+            name: entry
+            for name, entry in self.program.entries.items()
+            if name not in self.program.cycles or self.target.name == COUNTED
+        }
         found = {name: self._figures(name, entry) for name, entry in entries.items()}
         first = next(iter(found.values())).get("estimate")
         for name, entry in entries.items():
@@ -76,9 +83,12 @@ class Compiled:
         args = entry.prepare(*self.program.arguments)
         passes = PASSES.get(name, ahead.SOLVER_PASSES)
         try:
-            return dict(vars(ahead.figures(entry.function, args, self.target, passes)))
+            found = dict(vars(ahead.figures(entry.function, args, self.target, passes)))
         except jax.errors.JaxRuntimeError as error:  # as where the memory does not suffice
             return {"result": str(error).partition("\n")[0][:100]}
+        if name in self.program.cycles:
+            found["estimate"] += self.program.cycles[name]()
+        return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +121,7 @@ def array(dtype: str, *sizes: int) -> jax.ShapeDtypeStruct:
 
 
 def attention(what: str, causal: bool, features: int, dtype: str, sizes: Sizes) -> Program:
-    """Softmax attention beside that of `jax.nn`, and entmax15 attention."""
+    """Softmax attention beside that of `jax.nn`, and entmax15 attention; kernels of both."""
 
     def entry(attend: Function, ours: str = "", **options: Any) -> Entry:
         attend = functools.partial(attend, is_causal=causal, **options)
@@ -123,8 +133,17 @@ def attention(what: str, causal: bool, features: int, dtype: str, sizes: Sizes) 
         OURS: entry(jsm.dot_product_attention),
         f"{OURS}, entmax15": entry(jsm.dot_product_attention, normalizer=jsm.entmax15),
     }
+    cycles = {}
+    if dtype == "bfloat16" and not causal:
+        for name in ("softmax", "entmax15"):
+            ours = OURS + (f", {name}" if name != "softmax" else "") + KERNELS
+            entries[ours] = entry(bundles.ours(name))
+            cycles[ours] = functools.partial(
+                bundles.seconds, name, sizes.attended, features, what != FORWARD
+            )
     kind = "causal" if causal else "full"
-    return Program(f"{ATTENTION}, {kind}, H = {features}, {dtype}, {what}", entries, ((x, x, x), x))
+    operation = f"{ATTENTION}, {kind}, H = {features}, {dtype}, {what}"
+    return Program(operation, entries, ((x, x, x), x), cycles)
 
 
 def mapped(what: str, rows: tuple[int, int], dtype: str) -> Program:
@@ -245,6 +264,10 @@ the memory, that of its matrix products at the peak of the device, and, on a TPU
 that the compiler expects. It is multiplied by the passes of the loops around the kernel. A loop of
 unknown length counts as 7 passes, which is what a solver takes on random scores, and that of
 entmax(1.3) counts as 4. On a TPU, copies run at the same time as kernels.
+
+Kernels of our own (`implementation="pallas"`) are compiled for the TPU. Their time is that of their
+bundles of instructions, one a cycle, as `python -m benchmarks.bundles` counts them, with two passes
+of the search for thresholds over all scores. What XLA does around them is added.
 
 **How far to trust an estimate**: it ranks programs, but it does not predict their time. Nothing is
 autotuned without a device. An estimate leaves out launches, waits of the host and, on a GPU, all

@@ -2,7 +2,8 @@
 
 A TPU starts one bundle of instructions a cycle, so bundles are about cycles. They are counted in
 the loops of what the compiler writes down; nothing runs. The peer is JAX's own splash attention,
-whose loop over tiles is its grid. Needs the extra "aot": `python -m benchmarks.bundles`.
+whose loop over tiles is its grid. Needs the extra "aot": `python -m benchmarks.bundles`. The page
+of accelerators makes times of them.
 """
 
 import functools
@@ -22,7 +23,8 @@ import jaxsoftmax as jsm
 from benchmarks import ahead
 
 LENGTH, HEADS, FEATURES, TILE = 4096, 2, 64, 256
-X = jax.ShapeDtypeStruct((1, LENGTH, HEADS, FEATURES), jnp.bfloat16)
+# What a search for thresholds does on random scores: its steps on few scores, and passes over all.
+STEPS_OF_FEW, PASSES = 4, 2
 
 
 def ours(name: str) -> Callable[..., Any]:
@@ -57,14 +59,15 @@ PROGRAMS = {
 }
 
 
-def compile_for_tpu(name: str) -> None:
+def compile_for_tpu(name: str, features: int) -> None:
     """Compiles the value and the gradients of a program."""
+    x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, features), jnp.bfloat16)
 
     def both(args: Sequence[Any], ct: Any) -> Any:
         out, pull_back = jax.vjp(PROGRAMS[name], *args)
         return out, pull_back(ct)
 
-    ahead.compiled(both, ((X, X, X), X), ahead.TARGETS["v5e"])
+    ahead.compiled(both, ((x, x, x), x), ahead.TARGETS["v5e"])
 
 
 def loops(text: str) -> list[int]:
@@ -91,19 +94,47 @@ def programs_in(folder: Path) -> Iterator[tuple[str, list[int]]]:
             yield path.name.split("-")[1], loops(text)
 
 
+@functools.cache
+def written(name: str, features: int = FEATURES) -> list[tuple[str, list[int]]]:
+    """The kernels of a program, with their loops; compiled by a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
+        command = [sys.executable, "-m", "benchmarks.bundles", name, str(features)]
+        subprocess.run(command, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": flags})
+        return list(programs_in(Path(folder)))
+
+
+def of_a_row(loops: Sequence[int], tiles: int) -> int:
+    """The bundles of one of our kernels for as many tiles, a pass of the grid's loop.
+
+    With a search, the loops in it are the first pass, that over few scores, that of the search with
+    one over all scores in it, and the last pass.
+    """
+    grid, *inner = loops
+    if len(inner) == 1:
+        return grid + (tiles - 1) * inner[0]
+    first, few, search, again, last = inner
+    passes = (PASSES - 1) * search + PASSES * (tiles - 1) * again
+    return grid + (tiles - 1) * (first + last) + (STEPS_OF_FEW - 1) * few + passes
+
+
+def seconds(name: str, attended: tuple[int, int, int], features: int, gradients: bool) -> float:
+    """What our kernels take on a TPU v5e for batch, length and heads, if a bundle is a cycle."""
+    batch, length, heads = attended
+    tiles = -(-length // TILE)
+    kernels = [found for _, found in written(name, features)][: 1 + gradients]
+    bundles = sum(of_a_row(found, tiles) for found in kernels)
+    return batch * heads * tiles * bundles / ahead.TARGETS["v5e"].clock
+
+
 def main() -> None:
     """Prints the loops of all programs."""
     print("| program | kernel | bundles of the grid's loop | of the loops in it |")
     print("|---|---|--:|---|")
     for name in PROGRAMS:
-        with tempfile.TemporaryDirectory() as folder:
-            flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
-            command = [sys.executable, "-m", "benchmarks.bundles", name]
-            subprocess.run(command, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": flags})
-            for kernel, found in programs_in(Path(folder)):
-                grid, *inner = found
-                print(f"| {name} | {kernel} | {grid} | {', '.join(map(str, inner))} |")
+        for kernel, (grid, *inner) in written(name):
+            print(f"| {name} | {kernel} | {grid} | {', '.join(map(str, inner))} |")
 
 
 if __name__ == "__main__":
-    compile_for_tpu(sys.argv[1]) if len(sys.argv) > 1 else main()
+    compile_for_tpu(sys.argv[1], int(sys.argv[2])) if len(sys.argv) > 1 else main()

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import charts, measuring, on_device, tables
+from benchmarks import bundles, charts, measuring, on_device, tables
 from benchmarks.accelerators import Program
 from benchmarks.measuring import Comparison, Entry, Missing, Result, Spread, relate
 
@@ -171,3 +171,19 @@ def test_what_does_not_work_on_a_device_is_a_line():
     assert first.quantities["time"].median > 0
     late = on_device.measured(program, quick=True, deadline=0)
     assert all("no time was left" in result.quantities["result"] for result in late)
+
+
+def test_bundles_of_a_kernel_are_those_of_its_loops():
+    """A grid with one loop over tiles, which jumps back from address 6 to 3; and a search."""
+    text = """
+       0   : > { %p0 = start }  /* Start region 1 */
+     0x1 LB: > { %p1 = nop }  /* Start region 2 */
+     0x3 LB: >> { %p2 = nop }  /* Start region 3 */
+     0x6   : >> { %p3 = sbr target = $region3 }
+     0x8   : > { %p4 = sbr target = $region2 }
+    """
+    assert bundles.loops(text) == [8, 4]
+    assert bundles.of_a_row([8, 4], tiles=3) == 8 + 2 * 4
+    few, passes = bundles.STEPS_OF_FEW, bundles.PASSES
+    search = 100 - (10 + 20 + 30 + 40) + 3 * 10 + few * 20 + passes * (30 - 5 + 3 * 5) + 3 * 40
+    assert bundles.of_a_row([100, 10, 20, 30, 5, 40], tiles=3) == search
