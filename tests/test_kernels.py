@@ -369,6 +369,19 @@ def test_scores_of_infinity_share_a_row(name, of, rng):
         np.testing.assert_allclose(x, y, rtol=0, atol=3e-6 * float(np.max(np.abs(y))))
 
 
+def test_a_bias_that_excludes_does_so_under_all_that_follows(rng):
+    q, k, v = small(rng)
+    bias = jnp.where(jnp.arange(100) < 40, 0.0, -jnp.inf)
+    options = {
+        "normalizer": functools.partial(jsm.softmax, temperature=4.0),
+        "logits_soft_cap": 2.0,
+        "score_mod": lambda score, *_: score / 8,
+    }
+    wanted = jsm.dot_product_attention(q, k[:, :40], v[:, :40], **options)
+    found = kernels(q, k, v, bias=bias, **options)
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=3e-6)
+
+
 @pytest.mark.parametrize("name", ["entmax15", "sparsemax"])
 def test_zeros_are_exact(name, rng):
     """Values of a unit matrix show the weights."""

@@ -15,6 +15,7 @@ from jaxtyping import Array
 from jaxsoftmax.attention._kernels import _operands
 from jaxsoftmax.attention._kernels._forms import gaps, shares
 from jaxsoftmax.attention._kernels._operands import Arrays, turned
+from jaxsoftmax.attention._kernels._scores import scores
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
     LEAST,
@@ -24,7 +25,6 @@ from jaxsoftmax.attention._kernels._tiles import (
     Refs,
     product,
     queries_seeing,
-    scores,
     slice_of,
     sum_of,
 )

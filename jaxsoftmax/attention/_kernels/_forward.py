@@ -17,6 +17,7 @@ from jaxsoftmax._reductions import indicator
 from jaxsoftmax.attention._kernels import _operands
 from jaxsoftmax.attention._kernels._forms import row_values, squares_errors, sums_to_one
 from jaxsoftmax.attention._kernels._operands import Arrays, turned
+from jaxsoftmax.attention._kernels._scores import scores
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
     LEAST,
@@ -29,7 +30,6 @@ from jaxsoftmax.attention._kernels._tiles import (
     keys_seen,
     max_of,
     product,
-    scores,
     slice_of,
     sum_of,
 )

@@ -1,12 +1,10 @@
-"""Tiles of scores in a kernel, keys down the sublanes and queries across the lanes.
+"""Which tiles a kernel goes through, keys down the sublanes and queries across the lanes.
 
 So a number per query is one row of lanes, and a sum over keys adds up registers.
 """
 
 import dataclasses
-import functools
 import math
-import operator
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -20,7 +18,6 @@ from jaxtyping import Array
 from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax.attention._arguments import Sizes
-from jaxsoftmax.attention._prepared import mapped_mask, modified
 
 F32 = jnp.float32
 # The score of what takes no part: exp of it is 0, and so is any difference with it.
@@ -253,134 +250,6 @@ def _filled(queries: Any, call: Call) -> Any:
 def slice_of(tile: Any, size: int) -> Any:
     """Where a tile lies along an axis."""
     return pl.ds(pl.multiple_of(tile * size, size), size)
-
-
-@dataclasses.dataclass(frozen=True)
-class Scores:
-    """The scores of a tile, (keys, queries), and what their derivative needs.
-
-    Attributes:
-      scores: with `LEAST` where a key takes no part.
-      pulls: the pullbacks of what made them of products and a bias, from the first to the last.
-    """
-
-    scores: Array
-    pulls: tuple[Callable[[Array], Array], ...]
-
-    def pull_back(self, ct: Array) -> Array:
-        """The cotangent of the scaled products, which is that of a bias."""
-        for pull in reversed(self.pulls):
-            ct = pull(ct)
-        return ct
-
-
-def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: bool, product: Any) -> Scores:
-    """The scores of a tile, given the products of its keys and queries.
-
-    Args:
-      place: where a program works.
-      keys: which tile of keys.
-      queries: which tile of queries.
-      read: gives the part of an array over (keys, queries) that belongs to the tile, by name.
-      is_cut: whether positions may exclude some of it.
-      product: the products.
-    """
-    call, refs, pulls = place.call, place.refs, []
-    tile = Tile(place, keys, queries, product.shape)
-    x = product if call.factor == 1 else product * call.factor
-    if "bias" in refs:
-        x = x + read("bias").astype(F32)
-    if call.soft_cap is not None:
-        capped = jnp.tanh(x * (1 / call.soft_cap))
-        # A bias of -inf excludes; it is not to be capped.
-        x = jnp.where(x < LEAST, LEAST, capped * call.soft_cap)
-        pulls.append(lambda ct: ct * (1 - capped * capped))
-    if call.score_mod is not None:
-        modify = functools.partial(tile.modified, call.score_mod)
-        pulls.append(functools.partial(_pull_back, modify, x))
-        x = modify(x)
-    if "temperature" in refs:
-        by = place.number("temperature")
-        x = x * by
-        pulls.append(lambda ct: ct * by)
-    if "bias" in refs or call.score_mod is not None:
-        x = jnp.maximum(x, LEAST)
-    seen = _seen(tile, read, is_cut)
-    return Scores(x if seen is None else jnp.where(seen, x, LEAST), tuple(pulls))
-
-
-def _pull_back(function: Callable[[Array], Array], x: Array, ct: Array) -> Array:
-    # What takes no part may have no derivative.
-    return jnp.where(ct == 0, 0, jax.vjp(function, x)[1](ct)[0])
-
-
-@dataclasses.dataclass(frozen=True)
-class Tile:
-    """Which tile of keys and of queries, and how it reads the functions of a call.
-
-    Attributes:
-      place: where a program works.
-      keys: which tile of keys.
-      queries: which tile of queries.
-      shape: how many there are of both.
-    """
-
-    place: Place
-    keys: Any
-    queries: Any
-    shape: tuple[int, ...]
-
-    @property
-    def key(self) -> Array:
-        """The positions of the keys."""
-        return self._indices(self.keys, 0)
-
-    @property
-    def query(self) -> Array:
-        """Which queries there are, from 0."""
-        return self._indices(self.queries, 1)
-
-    def _indices(self, tile: Any, axis: int) -> Array:
-        return tile * self.place.call.block + lax.broadcasted_iota(jnp.int32, self.shape, axis)
-
-    def modified(self, score_mod: Callable[..., Array], x: Array) -> Array:
-        """What a function makes of scores."""
-        return modified(jax.vmap(jax.vmap(score_mod)), x, self._places())
-
-    def mapped(self, mask_mod: Callable[..., Array]) -> Array:
-        """Where a function says that a key takes part."""
-        return mapped_mask(jax.vmap(jax.vmap(mask_mod)), self._places(), len(self.shape))
-
-    def _places(self) -> tuple[Array, ...]:
-        """The indices of batch, head, query and key, as blocks hand them to functions."""
-        place = self.place
-        alike = (jnp.full(self.shape, i, jnp.int32) for i in (place.batch, place.head))
-        return *alike, self.query + place.offset, self.key
-
-
-def _seen(tile: Tile, read: Any, is_cut: bool) -> Array | None:
-    place, conditions = tile.place, []
-    call, refs = place.call, place.refs
-    if is_cut:
-        key, query = tile.key, tile.query + place.offset
-        if not (isinstance(place.keys, int) and place.keys == call.keys):
-            conditions.append(key < place.keys)
-        if call.after is not None:
-            conditions.append(key <= query + call.after)
-        if call.before is not None:
-            conditions.append(key >= query - call.before)
-    if "query_segments" in refs:
-        same = read("query_segments") == read("key_segments")
-        conditions.append(jnp.broadcast_to(same, tile.shape))
-    if "mask" in refs:
-        mask = read("mask").astype(jnp.int32) != 0
-        conditions.append(jnp.broadcast_to(mask, tile.shape))
-    if call.mask_mod is not None:
-        conditions.append(tile.mapped(call.mask_mod))
-    if call.score_mod is not None and call.queries > call.sizes.queries:
-        # A function may return anything for queries that are none.
-        conditions.append(tile.query < call.sizes.queries)
-    return functools.reduce(operator.and_, conditions) if conditions else None
 
 
 def product(x: Array, y: Array) -> Array:
