@@ -193,8 +193,9 @@ def refuse_what_is_no_array(
     for name, value in arguments.items():
         is_missing = value is None and name in required
         if name not in static and (is_missing or not all(map(is_array, jax.tree.leaves(value)))):
-            found = type(value).__name__
-            raise TypeError(f"{name} must be an array, got {found}.") from None
+            if isinstance(value, np.ndarray):
+                raise TypeError(f"{name} must be numbers, got dtype {value.dtype}.") from None
+            raise TypeError(f"{name} must be an array, got {type(value).__name__}.") from None
 
 
 def known_number(value: Any) -> float | None:
@@ -211,6 +212,8 @@ def is_int(n: Any) -> bool:
 
 def is_array(x: Any) -> bool:
     """Whether `x` is what `jax.jit` takes for an array."""
+    if isinstance(x, np.ndarray | np.generic):
+        return x.dtype.kind not in "OSUmM"  # objects, strings, times
     return hasattr(x, "dtype") or isinstance(x, complex | float | int)
 
 

@@ -101,7 +101,7 @@ def sample(
       Tarlow & Minka, 2014: A* sampling (arXiv:1411.0030). Without replacement: Kool, van Hoof &
       Welling, 2019: Stochastic beams and where to find them (arXiv:1903.06059).
     """
-    x = as_array(x, "x")
+    key, x = check_key(key), as_array(x, "x")
     axes, names = split_axis(axis, x.ndim)
     draws = _axes_of_draws(shape, tuple(n for i, n in enumerate(x.shape) if i not in axes))
     if not replace:

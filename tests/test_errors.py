@@ -29,6 +29,16 @@ SENTENCES = [
     (TypeError, "x must be an array, got str.", lambda: jsm.softmax("scores")),
     (TypeError, "x must be an array, got list.", lambda: jsm.log_softmax(["a", "b"])),
     (TypeError, "x must be an array, got NoneType.", lambda: jsm.softmax(None)),
+    (
+        TypeError,
+        "labels must be numbers, got dtype <U1.",
+        lambda: cal.fit_temperature(X, np.array(["a", "b"])),
+    ),
+    (
+        TypeError,
+        "key must be a key of jax.random.key, got dtype float32.",
+        lambda: jsm.sample(X, jax.random.key(0)),
+    ),
     (TypeError, "x must be an array, got list.", lambda: jsm.entmax15([1.0, 2.0])),
     (TypeError, "x must be real numbers, got dtype bool.", lambda: jsm.sparsemax(X > 0)),
     (TypeError, "x must be real numbers, got dtype complex64.", lambda: jsm.log_softmax(X * 1j)),
@@ -203,9 +213,9 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "targets must have the shape of scores (2, 3), or 1 instead of a size, if they are "
-        "distributions, got shape (2,).",
-        lambda: jsm.cross_entropy(X, np.zeros(2)),
+        "targets must be integer classes, or distributions of the shape of scores (2, 3), or 1 "
+        "instead of a size, got float32 of shape (2,).",
+        lambda: jsm.cross_entropy(X, np.zeros(2, np.float32)),
     ),
     (TypeError, "targets must be an array, got str.", lambda: jsm.cross_entropy(X, "cat")),
     (
@@ -540,10 +550,10 @@ WRONG_LOSS_CALLS = {
     ),
     "classes with the axis": ((X, np.ones((2, 1), int)), ValueError, "targets .* got shape .2, 1"),
     "classes as floats": (
-        (X, np.zeros(2)),
+        (X, np.zeros(2, np.float32)),
         ValueError,
-        r"targets must have the shape of scores \(2, 3\), or 1 instead of a size, if they are "
-        r"distributions, got shape \(2,\)",
+        r"targets must be integer classes, or distributions of the shape of scores \(2, 3\), or 1 "
+        r"instead of a size, got float32 of shape \(2,\)",
     ),
     "classes along two axes": (
         (X, np.zeros(2, int), None),

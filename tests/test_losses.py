@@ -166,7 +166,7 @@ def test_targets_that_broadcast_and_one_hot_integers(case, rng):
     close(case.fun(scores, np.array([2])), case.fun(scores, np.array([2, 2, 2])))
     # Floats that may be classes, and classes with an axis too many, are neither.
     for wrong in (np.array([2.0, 0.0, 3.0]), np.array([0.25] * 4), np.array([[2], [0], [3]])):
-        with pytest.raises(ValueError, match="targets must have the shape of scores"):
+        with pytest.raises(ValueError, match=r"targets must (be integer|have the shape of scores)"):
             case.fun(scores, wrong)
 
 

@@ -104,8 +104,9 @@ def as_target(rows: Rows, entries: Entries, targets: ArrayLike, axis: Axis) -> C
         # No other axes are added: floats of one axis may be classes.
         if targets.ndim != scores.ndim or not broadcasts(targets.shape, scores.shape):
             raise ValueError(
-                f"targets must have the shape of scores {scores.shape}, or 1 instead of a size, if "
-                f"they are distributions, got shape {targets.shape}."
+                "targets must be integer classes, or distributions of the shape of scores "
+                f"{scores.shape}, or 1 instead of a size, got {targets.dtype} of shape "
+                f"{targets.shape}."
             )
         targets = jnp.broadcast_to(targets.astype(scores.dtype), scores.shape)
         return (share_like(vary_like(targets, scores), scores),)
