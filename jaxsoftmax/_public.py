@@ -119,7 +119,12 @@ ALPHA = Kind(_alpha, is_traced=True)
 PARAMETER = Kind(lambda _, value: value, is_traced=True)
 
 # What all functions that have these call them.
-_EVERYWHERE = {"axis": AXIS, "temperature": TEMPERATURE, "num_segments": STATIC}
+_EVERYWHERE = {
+    "axis": AXIS,
+    "temperature": TEMPERATURE,
+    "num_segments": STATIC,
+    "implementation": STATIC,
+}
 
 
 @overload

@@ -23,7 +23,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._jax import varying
-from jaxsoftmax._platforms import chosen
+from jaxsoftmax._platforms import chosen, constants
 from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
@@ -34,7 +34,7 @@ T = TypeVar("T")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("segment_ids",),
-    meta_fields=("axes", "names", "num_segments"),
+    meta_fields=("axes", "names", "num_segments", "implementation"),
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -46,12 +46,14 @@ class Rows:
       names: the normalized mesh axes.
       segment_ids: which row each position along the axis belongs to.
       num_segments: how many rows there are along the axis.
+      implementation: what is to compute what is made of them; None: what was measured to be best.
     """
 
     axes: tuple[int, ...]
     names: tuple[str, ...] = ()
     segment_ids: Array | None = None
     num_segments: int = 0
+    implementation: str | None = None
 
     def sum(self, entries: Entries) -> Array:
         """The sum of each row. Linear, and so can be used in reverse rules."""
@@ -156,6 +158,32 @@ class Rows:
         result = (function(*first, *spread),)
         return (*result, *(function(*sink, *row_values) for sink in sinks))
 
+    def rounded(self, scores: Entries) -> Entries:
+        """The scores as they would be in memory, where a compiler makes them anew at each use."""
+        return chosen("rounded", lambda scores: scores, scores)
+
+    def search(
+        self, scores: Entries, step: Callable[[Entries, Any], tuple[Any, Array]], start: Any
+    ) -> Any:
+        """Repeats `state, moved = step(scores, state)` while any row moves.
+
+        Args:
+          scores: the scores.
+          step: a step on some scores. What it finds of them comes last in a state.
+          start: the first state. A search may begin with another first row value, that of some
+            entries; what else the state holds, such as bounds, stays.
+        """
+        step_on = functools.partial(functools.partial, step)
+        if self.length_in_memory(scores[0]) >= min(constants("MANY").values(), default=math.inf):
+
+            def search_first(scores: Entries, start: Any) -> Array:
+                return jax.tree.leaves(iterate(step_on(scores), start))[0]
+
+            first, *_ = jax.tree.leaves(start)
+            first = chosen("first_tau", lambda *_: first, scores, start, search=search_first)
+            start = with_first(start, first)
+        return iterate(step_on(scores), start)
+
     def are_shared(self, scores: Array) -> bool:
         """Whether devices may have to tell each other about a row, as far as types tell."""
         return bool(self.names) or any(parts_of(scores, axis) > 1 for axis in self.axes)
@@ -208,6 +236,31 @@ class Rows:
         return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
 
 
+def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
+    """Repeats `state, moved = step(state)` while any row moves, within bounds.
+
+    The state, or what comes first in it, is a row value.
+    """
+
+    def body(carry: tuple[Any, Array]) -> tuple[Any, Array]:
+        state, passes = carry
+        state, moved = step(state)
+        return state, jnp.where(jnp.any(moved), passes + 1, _MAX_PASSES)
+
+    passes = vary_like(jnp.zeros((), jnp.int32), jax.tree.leaves(start)[0])
+    return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
+
+
+# More than bisection in every other pass needs to pin down a float64.
+_MAX_PASSES = 160
+
+
+def with_first(state: Any, first: Array) -> Any:
+    """The state of a search with another first row value."""
+    _, *others = jax.tree.leaves(state)
+    return jax.tree.unflatten(jax.tree.structure(state), [first, *others])
+
+
 def is_known(size: Any) -> bool:
     """Whether a size is a number, and not a symbol of `jax.export`."""
     return isinstance(size, int)
@@ -215,11 +268,6 @@ def is_known(size: Any) -> bool:
 
 # How long a row is taken for whose length is a symbol.
 _MOST = 2**31 - 1
-
-
-def rounded(scores: Entries) -> Entries:
-    """The scores as they would be in memory, where a compiler computes them anew at each use."""
-    return chosen("rounded", lambda scores: scores, scores)
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
@@ -230,6 +278,11 @@ def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
     """
     missing = varying(other) - varying(x) - frozenset(but)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+
+def type_like(shape: tuple[int, ...], dtype: Any, x: Array) -> Any:
+    """The type of a result that varies over the devices that `x` does."""
+    return jax.eval_shape(lambda x: vary_like(jnp.zeros(shape, dtype), x), x)
 
 
 def indicator(condition: Array, dtype: Any) -> Array:

@@ -17,6 +17,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._implementations import check_implementation
 from jaxsoftmax._public import COLD, Fixed, Positive, is_array, is_int, known_number
 from jaxsoftmax._reductions import Entries, Rows, sum_to, vary_like
 from jaxsoftmax._sharding import share_like
@@ -117,6 +118,7 @@ class Options:
     sink: ArrayLike | None = None
     segment_ids: ArrayLike | None = None
     num_segments: int | None = None
+    implementation: str | None = None
 
 
 def prepare(
@@ -156,10 +158,11 @@ def prepare(
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     axes, names = split_axis(axis, scores.ndim)
     mesh_names("axis", names)
+    implementation = check_implementation(options.implementation)
     if options.segment_ids is None:
         if options.num_segments is not None:
             raise ValueError("num_segments must be given with segment_ids, got None for these.")
-        return Rows(axes, names)
+        return Rows(axes, names, implementation=implementation)
     if len(axes) != 1 or names:
         raise ValueError(f"axis must be one array axis if segment_ids are given, got {axis!r}.")
     ids = jnp.asarray(options.segment_ids)
@@ -173,7 +176,7 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
         raise ValueError("num_segments must be given if segment_ids is traced, got None.")
     if ids.size > 0 or options.num_segments != 0:
         check_size("num_segments", options.num_segments)
-    return Rows(axes, (), ids, options.num_segments)
+    return Rows(axes, (), ids, options.num_segments, implementation)
 
 
 def check_mask(where: ArrayLike, shape: tuple[int, ...], name: str = "where") -> Array:

@@ -12,11 +12,9 @@ what `tau` gives back; a cotangent `ct` of `p` is worth `v = ct - sum(s ct) / su
 import abc
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
@@ -24,14 +22,14 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._form import Form
 from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._platforms import chosen, constants
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import looked_at
 from jaxsoftmax._reductions import (
     Entries,
     Rows,
     sum_to,
-    vary_like,
 )
+from jaxsoftmax._row_choice import by_implementation, of_batch
 from jaxsoftmax._scores import Options, prepare
 
 P = ParamSpec("P")
@@ -117,7 +115,7 @@ def solve(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Arra
 
     length = jnp.full_like(sum(params, top), rows.length(scores))
     start = form.start(length, *params), jnp.zeros_like(length)
-    (tau, *_), total = search(rows, scores, step, start)
+    (tau, *_), total = rows.search(scores, step, start)
     return top, form.of_row(tau, *params), inverse_of(total)
 
 
@@ -159,7 +157,7 @@ def probabilities(form: Form, rows: Rows, scores: Entries, *params: Array) -> En
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
     """The probabilities that `form` gives to `scores`, with the rule of the family."""
-    return probabilities(form, rows, scores, *params)
+    return by_implementation(functools.partial(probabilities, form), rows, scores, *params)
 
 
 def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Entries, Any]:
@@ -271,7 +269,13 @@ def mean_at_once(
     return weighted / jnp.where(total == 0, 1, total)
 
 
+def _apply_batch(size: int, is_batched: Any, form: Form, *values: Any) -> Entries | None:
+    whole = of_batch(size, is_batched[1:], *values)
+    return None if whole is None else apply(form, *whole)
+
+
 apply.defvjp(_apply_fwd, apply_bwd)
+apply.defbatch(_apply_batch)
 
 
 def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:
@@ -304,6 +308,7 @@ def form_of(
     """
     find = getattr(normalizer.function, "form", None)
     given = dict(normalizer.options) | normalizer.arrays | dict(options)
+    given.pop("implementation", None)
     if find is None or "segment_ids" in given:
         return None
     given = looked_at(normalizer.function, given)
@@ -335,48 +340,6 @@ def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     """The scores less their row's maximum, and that maximum."""
     top = top_of(rows, scores)
     return rows.map(gap, [scores], [top]), top
-
-
-def search(
-    rows: Rows, scores: Entries, step: Callable[[Entries, Any], tuple[Any, Array]], start: Any
-) -> Any:
-    """Repeats `state, moved = step(scores, state)` while any row moves.
-
-    Args:
-      rows: the rows of `scores`.
-      scores: the scores.
-      step: a step on some scores.
-      start: the first state. A room may begin with another first row value, that of some entries;
-        what else the state holds, such as bounds, stays.
-    """
-    if rows.length_in_memory(scores[0]) >= min(constants("MANY").values(), default=math.inf):
-        first, *others = jax.tree.leaves(start)
-
-        def search_first(scores: Entries, start: Any) -> Array:
-            return jax.tree.leaves(iterate(functools.partial(step, scores), start))[0]
-
-        first = chosen("first_tau", lambda *_: first, scores, start, search=search_first)
-        start = jax.tree.unflatten(jax.tree.structure(start), [first, *others])
-    return iterate(functools.partial(step, scores), start)
-
-
-def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
-    """Repeats `state, moved = step(state)` while any row moves, within bounds.
-
-    The state, or what comes first in it, is a row value.
-    """
-
-    def body(carry: tuple[Any, Array]) -> tuple[Any, Array]:
-        state, passes = carry
-        state, moved = step(state)
-        return state, jnp.where(jnp.any(moved), passes + 1, _MAX_PASSES)
-
-    passes = vary_like(jnp.zeros((), jnp.int32), jax.tree.leaves(start)[0])
-    return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
-
-
-# More than bisection in every other pass needs to pin down a float64.
-_MAX_PASSES = 160
 
 
 def normalized(rows: Rows, weights: Entries, total: Array | None = None) -> Entries:

@@ -16,6 +16,7 @@ from jaxtyping import Array
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._form import Form
+from jaxsoftmax._implementations import KERNELS, refuse
 from jaxsoftmax._public import PARAMETER, public
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Options, check_per_row, output_dtype, prepare
@@ -31,10 +32,11 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     :math:`s_i = g'(x_i / t - \tau)`. If `form.tau` is given, it is :math:`\mathrm{diag}(s)`.
 
     The mapping is called as `mapping(x, *params, axis=-1, where=None, temperature=1.0, sink=None,
-    segment_ids=None, num_segments=None)`, where `params` are the parameters of `form.weight` after
-    its first, each a number or one value per row, and differentiable. It has derivatives of any
-    order in both modes, and works in `dot_product_attention`, in `fenchel_young_loss`, and over
-    mesh axes. Make it once, where a module is imported: each one is compiled anew.
+    segment_ids=None, num_segments=None, implementation=None)`, where `params` are the parameters of
+    `form.weight` after its first, each a number or one value per row, and differentiable. It has
+    derivatives of any order in both modes, and works in `dot_product_attention`, in
+    `fenchel_young_loss`, and over mesh axes. Make it once, where a module is imported: each one is
+    compiled anew.
 
     Args:
       form: the equations of the mapping.
@@ -91,6 +93,8 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
         x, axis = given.pop("x"), given.pop("axis")
         rows, scores = prepare(x, axis, Options(**{o: given.pop(o) for o in _OF_ROWS}))
         _, params = of_rows(rows, scores, **given)
+        if by_jax and rows.implementation in KERNELS:
+            refuse("pallas", f"{name}, whose form has a tau and no slope")
         make = _threshold.probabilities if by_jax else _threshold.apply
         return make(safe, rows, scores, *params)[0].astype(output_dtype(x))
 

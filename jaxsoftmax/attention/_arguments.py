@@ -4,12 +4,17 @@ import dataclasses
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
+from jaxsoftmax._implementations import KERNELS as KERNELS
+from jaxsoftmax._implementations import MEASURED as MEASURED
+from jaxsoftmax._implementations import NoKernelError as NoKernelError
+from jaxsoftmax._implementations import check_implementation as check_implementation
+from jaxsoftmax._implementations import refuse as refuse
 from jaxsoftmax._public import is_int
 from jaxsoftmax._scores import (
     broadcasts,
@@ -37,16 +42,6 @@ LAYOUT = {
     "threshold": ROWS,
     "sink": WHOLE,
 }
-
-# The implementations that are kernels, and whether those are interpreted: the second is for tests.
-KERNELS = {"pallas": False, "pallas, interpreted": True}
-# Where an implementation was measured to be right, and faster than blocks: None chooses it there,
-# for what it knows. No kernel has run on a device yet.
-MEASURED: dict[str, str] = {}
-
-
-class NoKernelError(ValueError):
-    """What an implementation does not know."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,20 +208,6 @@ def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int 
             f"{window!r}."
         )
     return int(pair[0]), int(pair[1])
-
-
-def check_implementation(name: Any) -> str | None:
-    """What computes attention."""
-    if name not in (None, "xla", "cudnn", *KERNELS):
-        raise ValueError(f"implementation must be None, 'xla', 'pallas' or 'cudnn', got {name!r}.")
-    return name
-
-
-def refuse(implementation: str, what: str) -> NoReturn:
-    """Names what an implementation does not know."""
-    raise NoKernelError(
-        f"implementation {implementation!r} has no kernel for {what}: use 'xla' or None."
-    )
 
 
 def check_dropout(rate: float, key: Array | None) -> Array | None:

@@ -228,7 +228,7 @@ def dot_product_attention(
         places=Places.named(query_axis_name, kv_axis_name),
         block_size=check_size("block_size", block_size),
         offset=as_int(query_offset) or 0,
-        implementation=_arguments.check_implementation(implementation),
+        implementation=_arguments.check_implementation(implementation, "cudnn"),
         return_residual=bool(return_residual),
     )
     arrays = {

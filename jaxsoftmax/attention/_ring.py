@@ -25,7 +25,7 @@ from jaxsoftmax._closed import is_smooth
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._jax import varying
 from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._reductions import iterate, vary_like
 from jaxsoftmax._scores import wide, wide_zeros
 from jaxsoftmax.attention._bands import Reach
 
@@ -207,7 +207,7 @@ def _searched(ring: Ring, search: Search, moving: Arrays, staying: Arrays) -> Ar
         return (state, found[0]), lax.pmax(moving_rows, tuple(sorted(names))) > 0
 
     start = jax.tree.map(lambda x: vary_like(x, top), search.start(staying))
-    (tau, *_), total = _threshold.iterate(step, (start, jnp.zeros_like(top)))
+    (tau, *_), total = iterate(step, (start, jnp.zeros_like(top)))
     return _joined(top, tau, _threshold.inverse_of(total))
 
 

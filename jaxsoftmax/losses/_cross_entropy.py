@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
-from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
+from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, check_per_row, check_real, in_given_order
 from jaxsoftmax.losses._targets import (
     Classes,
@@ -218,7 +218,7 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
     values = lax.optimization_barrier((total.top, total.log, own_excess))
-    return surprise, rows.map(excess, [rounded(scores), hits], values)
+    return surprise, rows.map(excess, [rows.rounded(scores), hits], values)
 
 
 def _surprise_and_excess_fwd(

@@ -13,7 +13,7 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
 from jaxsoftmax._public import NUMBER, known_number, public
-from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._reductions import Entries, Rows, indicator, iterate
 from jaxsoftmax._scores import Axis, Options, check_per_row, is_cold, output_dtype, prepare
 from jaxsoftmax._threshold import Solved
 
@@ -118,7 +118,7 @@ def _coldest(rows: Rows, scores: Entries, budget: Array) -> Entries:
     top = rows.max(scores) + 0 * budget
     low = _to_ordered(jnp.full_like(top, -jnp.inf))
     high = _to_ordered(jnp.full_like(top, jnp.inf))
-    low, _ = _threshold.iterate(step, (low, high))
+    low, _ = iterate(step, (low, high))
     return rows.map(limit, [scores], [_from_ordered(low)])
 
 
@@ -187,7 +187,7 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         held, free, ones = rows.sums(parts, [scores], [state.tau, state.rest])
         return _stepped(state, held - (total - ones), held, free)
 
-    tau, rest, *_ = _threshold.search(rows, scores, step, _start(rows, scores, total))
+    tau, rest, *_ = rows.search(scores, step, _start(rows, scores, total))
     return tau, rest, *_shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
 
 

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import expm1, nan_unless, sqrt
 from jaxsoftmax._form import Form, State, tolerance
+from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, check_per_row, output_dtype, prepare
@@ -30,6 +31,7 @@ def entmax(
     sink: ArrayLike | None = None,
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*shape"]:
     r"""Softmax at `alpha` 1, sparsemax at 2, and everything between and beyond.
 
@@ -52,6 +54,8 @@ def entmax(
       segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
         Ids out of range take no part.
       num_segments: how many segments there are; needed if `segment_ids` is traced.
+      implementation: what computes it: None or "xla", or "pallas", which is a kernel on a TPU and
+        XLA elsewhere. It was compiled for TPUs and has not run on one.
 
     Returns:
       Probabilities of the shape and dtype of `x`. Above an `alpha` of 2 they rise steeply at the
@@ -80,7 +84,7 @@ def entmax(
       Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
       Gradient in alpha: Correia, Niculae & Martins, 2019 (arXiv:1909.00015).
     """
-    options = Options(where, temperature, sink, segment_ids, num_segments)
+    options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     form, params = _with_alpha(rows, scores, alpha)
     return _threshold.apply(form, rows, scores, *params)[0].astype(output_dtype(x))
@@ -97,6 +101,7 @@ def entmax15(
     sink: ArrayLike | None = None,
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*shape"]:
     r"""Half-way between softmax and sparsemax: sparse, with smooth edges.
 
@@ -117,6 +122,8 @@ def entmax15(
       segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
         Ids out of range take no part.
       num_segments: how many segments there are; needed if `segment_ids` is traced.
+      implementation: what computes it: None or "xla", or "pallas", which is a kernel on a TPU and
+        XLA elsewhere. It was compiled for TPUs and has not run on one.
 
     Returns:
       Probabilities of the shape and dtype of `x`.
@@ -135,7 +142,7 @@ def entmax15(
     References:
       Peters, Niculae & Martins, 2019: Sparse sequence-to-sequence models (arXiv:1905.05702).
     """
-    options = Options(where, temperature, sink, segment_ids, num_segments)
+    options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     return _threshold.apply(ENTMAX15, rows, scores)[0].astype(output_dtype(x))
 
@@ -151,6 +158,7 @@ def sparsemax(
     sink: ArrayLike | None = None,
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The point of the simplex nearest to the scores: few, exact non-zero probabilities.
 
@@ -171,6 +179,8 @@ def sparsemax(
       segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
         Ids out of range take no part.
       num_segments: how many segments there are; needed if `segment_ids` is traced.
+      implementation: what computes it: None or "xla", or "pallas", which is a kernel on a TPU and
+        XLA elsewhere. It was compiled for TPUs and has not run on one.
 
     Returns:
       Probabilities of the shape and dtype of `x`.
@@ -189,7 +199,7 @@ def sparsemax(
       Martins & Astudillo, 2016: From softmax to sparsemax (arXiv:1602.02068). Solved without a
       sort: Michelot, 1986; Condat, 2016.
     """
-    options = Options(where, temperature, sink, segment_ids, num_segments)
+    options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     return _threshold.apply(SPARSEMAX, rows, scores)[0].astype(output_dtype(x))
 

@@ -13,10 +13,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, two_sum
+from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
-from jaxsoftmax._reductions import Entries, Rows, indicator, rounded
+from jaxsoftmax._reductions import Entries, Rows, indicator
+from jaxsoftmax._row_choice import by_implementation, of_batch
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
 from jaxsoftmax._threshold import Solved, has_form
 
@@ -32,6 +34,7 @@ def softmax(
     sink: ArrayLike | None = None,
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The exponentials of the scores, divided by their sum: every probability is positive.
 
@@ -51,6 +54,8 @@ def softmax(
       segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
         Ids out of range take no part.
       num_segments: how many segments there are; needed if `segment_ids` is traced.
+      implementation: what computes it: None or "xla", or "pallas", which is a kernel on a TPU and
+        XLA elsewhere. It was compiled for TPUs and has not run on one.
 
     Returns:
       Probabilities of the shape and dtype of `x`. Tiny ones are accurate, too.
@@ -76,7 +81,7 @@ def softmax(
       Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
       Sinks: Miller, 2023: Attention is off by one; Xiao et al., 2023 (arXiv:2309.17453).
     """
-    options = Options(where, temperature, sink, segment_ids, num_segments)
+    options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
 
@@ -91,6 +96,7 @@ def log_softmax(
     sink: ArrayLike | None = None,
     segment_ids: Integer[ArrayLike, " length"] | None = None,
     num_segments: int | None = None,
+    implementation: Implementation | None = None,
 ) -> Float[Array, "*shape"]:
     r"""The logarithm of `softmax`. It is accurate even if one score dominates.
 
@@ -109,6 +115,8 @@ def log_softmax(
       segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
         Ids out of range take no part.
       num_segments: how many segments there are; needed if `segment_ids` is traced.
+      implementation: what computes it: None or "xla", or "pallas", which is a kernel on a TPU and
+        XLA elsewhere. It was compiled for TPUs and has not run on one.
 
     Returns:
       Log-probabilities of the shape and dtype of `x`.
@@ -130,7 +138,7 @@ def log_softmax(
     References:
       Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
     """
-    options = Options(where, temperature, sink, segment_ids, num_segments)
+    options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     return log_probabilities(rows, scores)[0].astype(output_dtype(x))
 
@@ -261,12 +269,16 @@ SOFTMAX = _Softmax(jnp.exp, jnp.log, slope=lambda p: p)
 @custom_vjp
 def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
+    return by_implementation(_log_probabilities, rows, scores)
+
+
+def _log_probabilities(rows: Rows, scores: Entries) -> Entries:
     total = total_of(rows, scores)
 
     def log_p(score: Array, top: Array, log: Array) -> Array:
         return _threshold.gap(score, top) - log
 
-    return rows.map(log_p, [rounded(scores)], [total.top, total.log])
+    return rows.map(log_p, [rows.rounded(scores)], [total.top, total.log])
 
 
 def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
@@ -299,7 +311,13 @@ def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
     )
 
 
+def _log_batch(size: int, is_batched: Any, *values: Any) -> Entries | None:
+    whole = of_batch(size, is_batched[1:], *values)
+    return None if whole is None else log_probabilities(*whole)
+
+
 log_probabilities.defvjp(_log_fwd, _log_bwd)
+log_probabilities.defbatch(_log_batch)
 
 
 @custom_vjp
@@ -352,7 +370,7 @@ def total_of(rows: Rows, scores: Entries) -> Total:
         return weight * (1 + lost_by_gap(score, top)), at_top
 
     top = _threshold.top_of(rows, scores)
-    others, tops = rows.sums(terms, [rounded(scores)], [top], exact_terms)
+    others, tops = rows.sums(terms, [rows.rounded(scores)], [top], exact_terms)
     total = tops + others
     # 1 is taken from what is there: a row in which nothing takes part has neither.
     return Total(top, total, log1p(others + (tops - jnp.minimum(total, 1))))

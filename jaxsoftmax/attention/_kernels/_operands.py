@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array
 
-from jaxsoftmax.attention._kernels._tiles import Call, like
+from jaxsoftmax._reductions import type_like
+from jaxsoftmax.attention._kernels._tiles import Call
 
 Arrays = Mapping[str, Array]
 Index = Callable[[Any, Any, Any], tuple[Any, ...]]
@@ -128,7 +129,9 @@ def run(
         grid=(call.sizes.batch, call.sizes.heads, blocks),
         in_specs=[{name: block for name, (block, _) in ins.items()}],
         out_specs={name: block for name, (block, _, _) in outs.items()},
-        out_shape={name: like(shape, dtype, query) for name, (_, shape, dtype) in outs.items()},
+        out_shape={
+            name: type_like(shape, dtype, query) for name, (_, shape, dtype) in outs.items()
+        },
         scratch_shapes=list(scratch.values()),
         interpret=call.interpret,
         compiler_params=params,

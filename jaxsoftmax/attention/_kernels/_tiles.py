@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -16,7 +15,6 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxsoftmax._form import Form
-from jaxsoftmax._reductions import vary_like
 from jaxsoftmax.attention._arguments import Sizes
 
 F32 = jnp.float32
@@ -267,8 +265,3 @@ def sum_of(x: Array) -> Array:
 def max_of(x: Array) -> Array:
     """The maximum over keys, a row value."""
     return jnp.max(x, 0, keepdims=True)
-
-
-def like(shape: tuple[int, ...], dtype: Any, x: Array) -> Any:
-    """The type of a result that varies over the devices that `x` does."""
-    return jax.eval_shape(lambda x: vary_like(jnp.zeros(shape, dtype), x), x)

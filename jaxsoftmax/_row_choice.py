@@ -1,0 +1,50 @@
+"""What computes rows: XLA, or kernels where they are named."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from jaxsoftmax._implementations import KERNELS, MEASURED, NoKernelError
+from jaxsoftmax._reductions import Entries, Rows
+
+
+def by_implementation(
+    function: Callable[..., Entries], rows: Rows, scores: Entries, *params: Array
+) -> Entries:
+    """`function(rows, scores, *params)`, by kernels if they are named and there is a TPU."""
+    by_xla = functools.partial(function, rows)
+    is_chosen = rows.implementation is None and MEASURED.get("tpu") == "pallas"
+    if (rows.implementation not in KERNELS and not is_chosen) or 0 in scores[0].shape:
+        return by_xla(scores, *params)
+    # Pallas is imported by those who use it.
+    from jaxsoftmax._row_kernels import in_kernels
+
+    interpret = KERNELS.get(rows.implementation or "", False)
+    by_kernels = functools.partial(in_kernels, function, rows, interpret=interpret)
+    try:
+        if interpret:
+            return by_kernels(scores, *params)
+        return lax.platform_dependent(scores, *params, tpu=by_kernels, default=by_xla)
+    except NoKernelError:
+        if is_chosen:
+            return by_xla(scores, *params)
+        raise
+
+
+def of_batch(size: int, is_batched: Any, rows: Rows, *values: Any) -> Any:
+    """Rows and their values with a new axis in front; None where no kernel is named.
+
+    To a kernel a batch of rows is more rows. As it comes from `vmap`, each would be a block.
+    """
+    if rows.implementation not in KERNELS:
+        return None
+    rows = dataclasses.replace(rows, axes=tuple(axis + 1 for axis in rows.axes))
+    (first, *sink), *params = jax.tree.map(lambda x, b: x if b else x[None], values, is_batched)
+    first = jnp.broadcast_to(first, (size, *first.shape[1:]))
+    return rows, (first, *sink), *params
