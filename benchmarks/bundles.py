@@ -59,8 +59,22 @@ PROGRAMS = {
 }
 
 
+MAPPINGS = {
+    "softmax of rows": jsm.softmax,
+    "log_softmax of rows": jsm.log_softmax,
+    "sparsemax of rows": jsm.sparsemax,
+    "entmax15 of rows": jsm.entmax15,
+    "entmax(1.3) of rows": functools.partial(jsm.entmax, alpha=1.3),
+}
+ROWS = jax.ShapeDtypeStruct((4096, 1024), jnp.float32)
+
+
 def compile_for_tpu(name: str, features: int) -> None:
-    """Compiles the value and the gradients of a program."""
+    """Compiles a mapping of rows, or the value and the gradients of attention."""
+    if name in MAPPINGS:
+        mapping = functools.partial(MAPPINGS[name], implementation="pallas")
+        ahead.compiled(mapping, (ROWS,), ahead.TARGETS["v5e"])
+        return
     x = jax.ShapeDtypeStruct((1, LENGTH, HEADS, features), jnp.bfloat16)
 
     def both(args: Sequence[Any], ct: Any) -> Any:
@@ -86,11 +100,11 @@ def loops(text: str) -> list[int]:
     return [last - first + 1 for first, last in sorted(found)]
 
 
-def programs_in(folder: Path) -> Iterator[tuple[str, list[int]]]:
-    """The kernels of Pallas that a compiler wrote down, with their loops."""
+def programs_in(folder: Path, instruction: str) -> Iterator[tuple[str, list[int]]]:
+    """The kernels with some instruction that a compiler wrote down, with their loops."""
     for path in sorted(folder.glob("*-final_bundles.txt")):
         text = path.read_text()
-        if "schedule" not in path.name and "vmatmul" in text:
+        if "schedule" not in path.name and instruction in text:
             yield path.name.split("-")[1], loops(text)
 
 
@@ -101,7 +115,8 @@ def written(name: str, features: int = FEATURES) -> list[tuple[str, list[int]]]:
         flags = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         command = [sys.executable, "-m", "benchmarks.bundles", name, str(features)]
         subprocess.run(command, check=True, env=os.environ | {"LIBTPU_INIT_ARGS": flags})
-        return list(programs_in(Path(folder)))
+        # What tells kernels from what XLA makes beside them: they multiply, or turn.
+        return list(programs_in(Path(folder), "vxpose" if name in MAPPINGS else "vmatmul"))
 
 
 def of_a_row(loops: Sequence[int], tiles: int) -> int:
@@ -131,7 +146,7 @@ def main() -> None:
     """Prints the loops of all programs."""
     print("| program | kernel | bundles of the grid's loop | of the loops in it |")
     print("|---|---|--:|---|")
-    for name in PROGRAMS:
+    for name in (*PROGRAMS, *MAPPINGS):
         for kernel, (grid, *inner) in written(name):
             print(f"| {name} | {kernel} | {grid} | {', '.join(map(str, inner))} |")
 

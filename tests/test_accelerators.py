@@ -17,6 +17,7 @@ from benchmarks import ahead
 from benchmarks.ahead import TARGETS
 from benchmarks.collectives import collectives
 from tests.calls import CALLS, value_and_gradients
+from tests.cases import entmax43
 
 
 class Bound(NamedTuple):
@@ -207,6 +208,45 @@ def test_kernels_fit(device, name):
     assert all(VMEM / 2 < int(size[1]) <= VMEM for size in asked)
     of_scores = 4 * 2 * 1024 * 1024
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * of_scores
+
+
+def of_rows(mapping, shape, dtype=jnp.float32, **options):
+    """A mapping by a kernel, and what it takes."""
+    f = functools.partial(mapping, implementation="pallas", **options)
+    return f, (jax.ShapeDtypeStruct(shape, dtype),)
+
+
+PER_ROW = {"temperature": jnp.ones((70, 1)), "sink": jnp.zeros((70, 1))}
+MASKED = {"where": jnp.ones(300, bool), **PER_ROW}
+ROW_KERNELS = {
+    "softmax": of_rows(jsm.softmax, X.shape),
+    "log_softmax": of_rows(jsm.log_softmax, X.shape),
+    "sparsemax": of_rows(jsm.sparsemax, X.shape),
+    "entmax15": of_rows(jsm.entmax15, X.shape),
+    "entmax": of_rows(ALPHA, X.shape),
+    "one's own": of_rows(entmax43, (700, 1000)),
+    "bfloat16": of_rows(jsm.sparsemax, X.shape, jnp.bfloat16),
+    "options": of_rows(jsm.entmax, (70, 300), alpha=jnp.full((70, 1), 1.7), **MASKED),
+    "one row": of_rows(jsm.log_softmax, (50_001,)),
+    "long rows": of_rows(jsm.entmax15, (16, 2**18)),
+    "another axis": of_rows(jsm.sparsemax, (50, 30, 4), axis=1),
+}
+FITTED_ROWS = [
+    *(("v5e", name) for name in ROW_KERNELS),
+    *((device, name) for device in ("v5p", "v6e") for name in ("entmax15", "options")),
+]
+
+
+@pytest.mark.parametrize(("device", "name"), FITTED_ROWS)
+def test_kernels_of_rows_fit(device, name):
+    fun, args = ROW_KERNELS[name]
+    assert ahead.compiled(fun, args, TARGETS[device]).as_text().count('"tpu_custom_call"') == 1
+
+
+@pytest.mark.parametrize("name", ["softmax", "log_softmax", "sparsemax", "entmax15"])
+def test_rows_are_read_and_written_once(name):
+    found = ahead.figures(*ROW_KERNELS[name], TARGETS["v5e"])
+    assert (found.kernels, found.traffic, found.memory) == (1, 2 * 4 * ROWS * CLASSES, 0)
 
 
 @on_both
