@@ -27,17 +27,18 @@ State = tuple[Array, ...]
 class Form:
     """The equations of a mapping `p_i = g(z_i - tau)`, for `threshold_mapping`.
 
-    All are elementwise functions in `jax.numpy`. `params` are the mapping's own parameters, such as
-    the `alpha` of `entmax`, under the names that `weight` gives them.
+    All are elementwise functions in `jax.numpy`, whose results `threshold_mapping` casts to the
+    dtype of their first argument. `params` are the mapping's own parameters, such as the `alpha` of
+    `entmax`, under the names that `weight` gives them.
 
     Args:
       weight: `(u, *params) -> p`, the function `g`: increasing, never negative.
       score: `(p, *params) -> u`, its inverse for `p` above 0.
       slope: `(p, *params) -> s`, the derivative of `g` where its value is `p`. None: JAX finds it.
-      partials: `(p, *params) -> (dp/dparam, ...)`, the derivatives in the parameters at fixed `u`.
-        None: JAX finds them.
-      tau: a threshold that is the same for all rows, such as 0, so that nothing is solved for and
-        rows have any sum. None: rows sum to 1.
+      partials: `(p, *params) -> (dp/dparam, ...)`, the derivatives in the parameters at fixed `u`,
+        a tuple, also of one. None: JAX finds them.
+      tau: a finite number, a threshold that is the same for all rows, such as 0, so that nothing is
+        solved for and rows have any sum. None: rows sum to 1.
 
     Example:
       The function of sparsemax, and what it makes of scores:
@@ -77,14 +78,8 @@ class Form:
 
     def moved_by_params(self, p: Array, *params: Array) -> tuple[Array, ...]:
         """The derivatives of the probabilities in the parameters, at fixed `tau`."""
-        if self.partials is not None or not params:
-            found = () if self.partials is None else self.partials(p, *params)
-            if len(found) != len(params):
-                raise ValueError(
-                    f"form.partials must return one array per parameter, {len(params)}, got "
-                    f"{len(found)}."
-                )
-            return found
+        if self.partials is not None:
+            return self.partials(p, *params)
         inside = jnp.where(p > 0, p, 1)
         u = self.score(inside, *params)
         found = []

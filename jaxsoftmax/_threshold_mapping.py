@@ -6,20 +6,21 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import core
 from jaxtyping import Array
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._form import Form
 from jaxsoftmax._implementations import KERNELS, refuse
-from jaxsoftmax._public import PARAMETER, public
+from jaxsoftmax._public import PARAMETER, is_array, public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Options, check_per_row, output_dtype, prepare
+from jaxsoftmax._scores import Options, check_per_row, check_real, output_dtype, prepare
 from jaxsoftmax.mappings import softmax
 
 
@@ -46,9 +47,11 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
       The mapping. Rows in which nothing takes part are 0. `testing.check_mapping` checks it.
 
     Raises:
-      TypeError: if `form` is not a `Form`.
-      ValueError: if `form.weight` has parameters without a name of their own; when the mapping is
-        called, if it has none and is not the inverse of `form.score`, or never reaches 1.
+      TypeError: if `form` is not a `Form`, or a function in it is none in `jax.numpy`, takes other
+        parameters, or returns no array.
+      ValueError: if such a function is not elementwise, or `form.weight` has parameters without a
+        name of their own; when the mapping is called with no parameters but its defaults, if
+        `form.weight` is not the inverse of `form.score`, or never reaches 1.
 
     Example:
       Entmax at alpha = 4/3, :math:`[u / 3]_+^3`:
@@ -63,15 +66,12 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     References:
       Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
     """
-    if not isinstance(form, Form):
-        raise TypeError(f"form must be a jaxsoftmax.Form, got {type(form).__name__}.")
-    for part in ("weight", "score"):
-        if not callable(getattr(form, part)):
-            found = type(getattr(form, part)).__name__
-            raise TypeError(f"form.{part} must be a function, got {found}.")
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {type(name).__name__}.")
+    _check_members(form)
     signature = _signature(form)
     own = [p for p in signature.parameters if p not in ("x", *_OPTIONS)]
-    safe = dataclasses.replace(form, weight=_keeping_nan(form.weight))
+    safe = _checked(form, own)
     # Nothing is solved for: JAX's own derivatives do, at the score rather than at `p`.
     by_jax = form.tau is not None and form.slope is None
 
@@ -87,9 +87,8 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     def mapping(*args: Any, **kwargs: Any) -> Array:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        if not own:
-            _check_inverse(form)
         given = bound.arguments
+        _check_inverse(safe, *(given[p] for p in own))
         x, axis = given.pop("x"), given.pop("axis")
         rows, scores = prepare(x, axis, Options(**{o: given.pop(o) for o in _OF_ROWS}))
         _, params = of_rows(rows, scores, **given)
@@ -107,15 +106,128 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
 
 _OF_ROWS = tuple(field.name for field in dataclasses.fields(Options))
 _OPTIONS = ("axis", *_OF_ROWS)
+_FUNCTIONS = ("weight", "score", "slope", "partials")
 
 
-def _check_inverse(form: Form) -> None:
+def _check_members(form: Any) -> None:
+    """Refuses what can be refused before anything is called."""
+    if not isinstance(form, Form):
+        raise TypeError(f"form must be a jaxsoftmax.Form, got {type(form).__name__}.")
+    for part in _FUNCTIONS:
+        fun = getattr(form, part)
+        is_needed = part in ("weight", "score")
+        if isinstance(fun, np.ufunc):
+            raise TypeError(
+                f"form.{part} must be a function in jax.numpy, got numpy.{fun.__name__}."
+            )
+        if not callable(fun) and (is_needed or fun is not None):
+            wanted = "a function" if is_needed else "a function or None"
+            raise TypeError(f"form.{part} must be {wanted}, got {type(fun).__name__}.")
+
+
+def _check_takes(part: str, fun: Callable[..., Any], own: Sequence[str]) -> None:
+    of = "u" if part == "weight" else "p"
+    signature = _signature_of(part, fun)
+    try:
+        signature.bind(of, *own)
+    except TypeError:
+        raise TypeError(
+            f"form.{part} must take {of} and the parameters of form.weight, "
+            f"({', '.join((of, *own))}), got a function of {signature}."
+        ) from None
+
+
+def _checked(form: Form, own: Sequence[str]) -> Form:
+    """The form, whose functions say clearly if they return anything but what they have to."""
+    functions = {part: fun for part in _FUNCTIONS if (fun := getattr(form, part)) is not None}
+    for part, fun in functions.items():
+        _check_takes(part, fun, own)
+        returns = _one_per_parameter if part == "partials" else _as_entries
+        functions[part] = _returning(functools.partial(returns, part), part, fun)
+    entries, row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1)))
+    for fun in functions.values():
+        jax.eval_shape(fun, entries, *[row] * len(own))  # computes nothing
+    functions["weight"] = _keeping_nan(functions["weight"])
+    return dataclasses.replace(form, tau=_number_or_none(form.tau), **functions)
+
+
+def _returning(
+    result: Callable[..., Any], part: str, fun: Callable[..., Any]
+) -> Callable[..., Any]:
+    """The function of a form, followed by a look at its result."""
+
+    @functools.wraps(fun)
+    def checked(x: Array, *params: Array) -> Any:
+        try:
+            found = fun(x, *params)
+        except TypeError as error:
+            why = str(error).split("\n", 1)[0]
+            raise TypeError(
+                f"form.{part} must be written in jax.numpy for arrays, got an error: {why}"
+            ) from error
+        return result(found, x, params)
+
+    return checked
+
+
+def _as_entries(part: str, found: Any, x: Array, params: Sequence[Array]) -> Array:
+    """The result of an elementwise function, in the dtype of its argument."""
+    if not is_array(found):
+        raise TypeError(f"form.{part} must return an array, got {type(found).__name__}.")
+    found = jnp.asarray(found)
+    if found.dtype != jnp.bool_:  # a comparison counts as 0 or 1
+        check_real(f"form.{part}", found)
+    wanted = jnp.broadcast_shapes(x.shape, *(param.shape for param in params))
+    if found.shape not in (x.shape, wanted):
+        raise ValueError(
+            f"form.{part} must be elementwise, and return shape {wanted} for that shape, got shape "
+            f"{found.shape}."
+        )
+    return found.astype(x.dtype)
+
+
+def _one_per_parameter(
+    part: str, found: Any, x: Array, params: Sequence[Array]
+) -> tuple[Array, ...]:
+    wanted = f"form.{part} must return a tuple of one array per parameter, {len(params)}"
+    if not isinstance(found, tuple | list):
+        raise TypeError(f"{wanted}, got {_said(found)} in place of the tuple.")
+    if len(found) != len(params):
+        raise ValueError(f"{wanted}, got {len(found)}.")
+    return tuple(_as_entries(part, partial, x, params) for partial in found)
+
+
+def _number_or_none(tau: Any) -> Any:
+    """The fixed threshold of a form; as a Python number it leaves dtypes as they are."""
+    if tau is None:
+        return None
+    real = is_array(tau) and jnp.issubdtype(jnp.result_type(tau), jnp.number)
+    if not real or jnp.iscomplexobj(tau) or jnp.shape(tau) != ():
+        raise TypeError(f"form.tau must be a finite number or None, got {_said(tau)}.")
+    if isinstance(tau, core.Tracer):
+        return tau
+    if not math.isfinite(tau):
+        raise ValueError(f"form.tau must be a finite number or None, got {tau}.")
+    return float(tau)
+
+
+def _said(value: Any) -> str:
+    """What came, in an error message."""
+    if hasattr(value, "dtype"):
+        return f"an array of shape {jnp.shape(value)} and dtype {value.dtype}"
+    return repr(value)
+
+
+def _check_inverse(form: Form, *params: Any) -> None:
+    if any(isinstance(param, core.Tracer) or jnp.shape(param) for param in params):
+        return  # only numbers that are known while tracing
     # Rows that sum to 1 may have an entry of 1; others need not.
     for p in (1.0, 0.25) if form.tau is None else (0.25,):
         with jax.ensure_compile_time_eval():
-            u = form.score(jnp.float32(p))
-            found = form.weight(u)
-            below = [form.weight(u - far) for far in (100.0, 10.0, 1.0, 0.1, 0.0)]
+            own = [jnp.float32(param) for param in params]
+            u = form.score(jnp.float32(p), *own)
+            found = form.weight(u, *own)
+            below = [form.weight(u - far, *own) for far in (100.0, 10.0, 1.0, 0.1, 0.0)]
         if isinstance(found, core.Tracer):  # it closes over something that is traced
             return
         u, found, *below = map(float, (u, found, *below))
@@ -138,15 +250,24 @@ def _keeping_nan(weight: Callable[..., Array]) -> Callable[..., Array]:
     return kept
 
 
+def _signature_of(part: str, fun: Callable[..., Any]) -> inspect.Signature:
+    try:
+        return inspect.signature(fun)
+    except ValueError:
+        raise TypeError(f"form.{part} must be a function in jax.numpy, got {fun!r}.") from None
+
+
 def _signature(form: Form) -> inspect.Signature:
     """That of the mapping: scores, the parameters of the form, and the options of all mappings."""
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    _, *own = inspect.signature(form.weight).parameters.values()
+    own = [*_signature_of("weight", form.weight).parameters.values()][1:]
     for p in own:
         if p.name in ("x", *_OPTIONS) or p.kind is not kind:
             raise ValueError(
                 f"form.weight must name its parameters, and not as the mapping's own, got {p}."
             )
+        if p.default is not p.empty and not is_array(p.default):
+            raise TypeError(f"form.weight must have numbers as defaults, got {p}.")
     own = [p.replace(annotation=p.empty) for p in own]
     of_all = [p for name, p in inspect.signature(softmax).parameters.items() if name != "x"]
     return inspect.Signature([inspect.Parameter("x", kind), *own, *of_all])

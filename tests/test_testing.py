@@ -1,6 +1,8 @@
 """A form from outside the package, and the contract that it and ours are checked by."""
 
 import functools
+import math
+import re
 from typing import Any
 
 import jax
@@ -71,6 +73,16 @@ def test_too_few_scores():
 def weight(u, alpha):
     """That of entmax, with the edge of the support at 0."""
     return jnp.where(u > 0, jnp.where(u > 0, (alpha - 1) * u, 1) ** (1 / (alpha - 1)), 0)
+
+
+def sharpened(partials):
+    """Softmax of `rate * x`, its derivative in the rate as given."""
+    form = jsm.Form(
+        weight=lambda u, rate: jnp.exp(rate * u),
+        score=lambda p, rate: jnp.log(p) / rate,
+        partials=partials,
+    )
+    return jsm.threshold_mapping(form, name="sharpened")
 
 
 power = jsm.threshold_mapping(
@@ -222,20 +234,8 @@ def test_wrong_forms():
     for falls in (lambda u: u**2, lambda u: jnp.exp(-u), lambda u: u):
         with pytest.raises(ValueError, match=r"form\.weight must be increasing"):
             jsm.threshold_mapping(jsm.Form(falls, lambda p: p))(np.ones(3))
-    few = jsm.threshold_mapping(
-        jsm.Form(weight, lambda p, alpha: p ** (alpha - 1) / (alpha - 1), partials=lambda *_: ())
-    )
-    no_function: Any = 3
     q = np.ones((1, 2, 1, 2))
     for call, sentence in [
-        (
-            lambda: jax.grad(lambda a: few(np.ones(3), a)[0])(1.5),
-            "per parameter, 1, got 0",
-        ),
-        (
-            lambda: jsm.threshold_mapping(jsm.Form(no_function, no_function)),
-            "must be a function",
-        ),
         (
             lambda: jsm.dot_product_attention(q, q, q, normalizer=power),
             "power takes the parameter alpha, which has no default",
@@ -247,3 +247,87 @@ def test_wrong_forms():
     ]:
         with pytest.raises((TypeError, ValueError), match=sentence):
             call()
+
+
+_WRONG_MEMBERS = [
+    ({"weight": None}, "form.weight must be a function, got NoneType"),
+    ({"weight": np.exp}, "form.weight must be a function in jax.numpy, got numpy.exp"),
+    ({"weight": math.exp}, "form.weight must be written in jax.numpy for arrays, got an error"),
+    ({"score": math.log}, "form.score must be "),  # has parameters since Python 3.13 only
+    ({"weight": lambda u, rate="x": u}, "form.weight must have numbers as defaults, got rate='x'"),
+    ({"weight": lambda: 1}, "form.weight must take u and the parameters"),
+    ({"score": lambda: 1}, "form.score must take p and the parameters of form.weight, (p), got"),
+    ({"score": lambda p: np.log(p)}, "form.score must be written in jax.numpy for arrays"),
+    ({"score": lambda p: p.sum()}, "form.score must be elementwise, and return shape (2, 3)"),
+    ({"slope": lambda p: p.sum()}, "form.slope must be elementwise, and return shape (2, 3)"),
+    ({"slope": lambda p: None}, "form.slope must return an array, got NoneType"),
+    ({"slope": lambda p: p.astype(complex)}, "form.slope must be real numbers, got dtype complex"),
+    ({"slope": [1]}, "form.slope must be a function or None, got list"),
+    ({"slope": "a"}, "form.slope must be a function or None, got str"),
+    ({"slope": 1.0}, "form.slope must be a function or None, got float"),
+    ({"partials": 3}, "form.partials must be a function or None, got int"),
+    ({"tau": "0"}, "form.tau must be a finite number or None, got '0'"),
+    ({"tau": True}, "form.tau must be a finite number or None, got True"),
+    ({"tau": 1j}, "form.tau must be a finite number or None, got 1j"),
+    ({"tau": np.zeros(2)}, "form.tau must be a finite number or None, got an array of shape (2,)"),
+    ({"tau": math.nan}, "form.tau must be a finite number or None, got nan"),
+]
+
+
+@pytest.mark.parametrize(("members", "sentence"), _WRONG_MEMBERS)
+def test_wrong_members(members, sentence):
+    given: Any = {"weight": jnp.exp, "score": jnp.log, **members}
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(sentence)}"):
+        jsm.threshold_mapping(jsm.Form(**given))
+
+
+@pytest.mark.parametrize(
+    ("partials", "sentence"),
+    [
+        (lambda p, rate: p, "one array per parameter, 1, got an array of shape (2, 3)"),
+        (lambda p, rate: None, "one array per parameter, 1, got None"),
+        (lambda p, rate: (p, p), "one array per parameter, 1, got 2"),
+        (lambda p, rate: (), "one array per parameter, 1, got 0"),
+        (lambda p, rate: (p[0],), "form.partials must be elementwise"),
+        (lambda p: (p,), "form.partials must take p and the parameters of form.weight, (p, rate)"),
+    ],
+)
+def test_wrong_partials(partials, sentence):
+    with pytest.raises((TypeError, ValueError), match=re.escape(sentence)):
+        sharpened(partials)
+
+
+def test_wrong_name():
+    name: Any = 3
+    with pytest.raises(TypeError, match="name must be a string, got int"):
+        jsm.threshold_mapping(jsm.Form(jnp.exp, jnp.log), name=name)
+
+
+def test_the_score_at_defaults():
+    """A wrong score is found there, and nowhere else: other parameters are not known."""
+    form = jsm.Form(lambda u, rate=2.0: jnp.exp(rate * u), lambda p, rate=2.0: jnp.log(p))
+    mapping = jsm.threshold_mapping(form)
+    with pytest.raises(
+        ValueError, match=r"inverse of form\.score, got 0.0625 for the score of 0.25"
+    ):
+        mapping(np.ones(3))
+    mapping(np.ones(3), 1.0)
+
+
+def test_dtypes_of_a_form_follow_its_argument(rng):
+    """Whatever its functions return: slopes in half precision, weights in double, a comparison."""
+    x, ct = rng.normal(size=(2, 2, 5)).astype(np.float32)
+    forms = [
+        jsm.Form(lambda u: jnp.maximum(u, 0), lambda p: p, slope=lambda p: p > 0),
+        jsm.Form(
+            lambda u: jnp.maximum(u, 0).astype(float),
+            lambda p: p.astype(float),
+            slope=lambda p: jnp.sign(p).astype(jnp.bfloat16),
+        ),
+    ]
+    wanted, wanted_back = jax.vjp(jsm.sparsemax, x)
+    for form in forms:
+        p, pull_back = jax.vjp(jsm.threshold_mapping(form), x)
+        np.testing.assert_allclose(p, wanted, atol=1e-6)
+        np.testing.assert_allclose(pull_back(ct)[0], wanted_back(ct)[0], atol=1e-6)
+        assert p.dtype == pull_back(ct)[0].dtype == np.float32
