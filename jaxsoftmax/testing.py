@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from jaxsoftmax._public import is_public
+from jaxsoftmax._public import is_public, kinds_of
 from jaxsoftmax._scores import has_parameter
 
 __all__ = ["check_mapping"]
@@ -43,17 +45,19 @@ def check_mapping(
 ) -> None:
     r"""Checks that a mapping keeps the promises that those of this package keep.
 
-    These are its values in all dtypes, `axis`, `where`, `temperature`, ties, infinite scores, NaN,
-    rows in which nothing takes part; first derivatives against differences of the reference, in
-    both modes; second derivatives; `jit`, `vmap`, `scan`. If it is made by `threshold_mapping`, or
-    is one of this package, also `sink` and `segment_ids`, where it takes them.
+    These are its values in all dtypes, `axis`, `where`, `temperature`, both of these, ties,
+    infinite scores, NaN, rows in which nothing takes part; first derivatives in scores and
+    temperature against differences of the reference, in both modes; second derivatives in scores;
+    `jit`, `vmap`, `scan`. If it is made by `threshold_mapping`, or is one of this package, also
+    `sink` and `segment_ids`, where it takes them, the derivative in the sink, and those in its
+    parameters, against differences of its own values in float64.
 
     Args:
       mapping: called as `mapping(x, axis=-1, where=None, temperature=1.0)`; a `functools.partial`
-        fixes its parameters, whose derivatives are not checked. Its rows sum to 1, and are 0 if
-        nothing takes part.
-      reference: the same along the last axis, by another method, in NumPy: of finite float64
-        scores, also huge ones. Best the formula, or a solver by bisection.
+        gives its parameters by name. Those of a mapping of any other origin are taken as fixed:
+        their derivatives are not checked. Its rows sum to 1, and are 0 if nothing takes part.
+      reference: the same of one row, by another method, in NumPy: of finite float64 scores, also
+        huge ones, in float64. Best the formula, or a solver by bisection.
       scores: rows of at least three scores, shape `(rows, entries)`, at which the mapping has
         derivatives: no entry is at the edge of its support. None: two rows of four.
       tolerance: how far values may be from the reference, relative to 1, in float32. Derivatives
@@ -61,7 +65,10 @@ def check_mapping(
 
     Raises:
       AssertionError: with one sentence, if a promise is not kept.
-      ValueError: if `scores` are not rows of three or more.
+      TypeError: if `mapping` or `reference` is no function, `tolerance` no number, `scores` are no
+        numbers, or the reference returns less than float64.
+      ValueError: if `scores` are not finite rows of three or more, `tolerance` is not positive, or
+        the reference returns another shape, or NaN or infinity.
 
     Example:
       >>> import functools, jax.numpy as jnp, jaxsoftmax as jsm, scipy.special
@@ -74,15 +81,45 @@ def check_mapping(
     References:
       Griewank & Walther, 2008: Evaluating Derivatives (forward, reverse and differences).
     """
-    x = np.asarray(_SCORES if scores is None else scores, np.float32)
-    if x.ndim != 2 or x.shape[1] < 3:
-        raise ValueError(f"scores must be rows of three or more, got shape {x.shape}.")
-    check = _Check(mapping, reference, tolerance)
-    for part in (_values, _options, _edges, _derivatives, _transformations):
+    for name, function in (("mapping", mapping), ("reference", reference)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
+    x = _rows_of_scores(_SCORES if scores is None else scores)
+    check = _Check(mapping, reference, _positive(tolerance))
+    for part in (
+        _values,
+        _options,
+        _pairs_of_options,
+        _edges,
+        _derivatives,
+        _derivatives_in_options,
+        _derivatives_in_parameters,
+        _transformations,
+    ):
         part(check, x)
 
 
 _SCORES = [[1.0, 0.6, -0.9, 0.1], [0.2, -2.0, 1.4, 1.1]]
+
+
+def _rows_of_scores(scores: Any) -> np.ndarray:
+    try:
+        x = np.asarray(scores, np.float32)
+    except (TypeError, ValueError):
+        raise TypeError(f"scores must be rows of numbers, got {scores!r}.") from None
+    if x.ndim != 2 or x.shape[0] < 1 or x.shape[1] < 3:
+        raise ValueError(f"scores must be rows of three or more, got shape {x.shape}.")
+    if not np.all(np.isfinite(x)):
+        raise ValueError(f"scores must be finite, got {x[~np.isfinite(x)][0]}.")
+    return x
+
+
+def _positive(tolerance: Any) -> float:
+    if not isinstance(tolerance, numbers.Real) or isinstance(tolerance, bool):
+        raise TypeError(f"tolerance must be a positive number, got {tolerance!r}.")
+    if not 0 < float(tolerance) < math.inf:
+        raise ValueError(f"tolerance must be a positive number, got {tolerance}.")
+    return float(tolerance)
 
 
 class _Check:
@@ -91,11 +128,16 @@ class _Check:
     def __init__(self, mapping: Mapping, reference: Reference, tolerance: float) -> None:
         self.mapping, self.reference, self.tolerance = mapping, reference, tolerance
 
-    def exact(self, x: Any) -> np.ndarray:
+    def exact(
+        self, x: Any, where: Any = True, temperature: Any = 1.0, sink: float | None = None
+    ) -> np.ndarray:
         """The reference along the last axis, also of infinite scores."""
-        x = np.asarray(x, np.float64)
-        rows = [_of_row(self.reference, row) for row in x.reshape(-1, x.shape[-1])]
-        return np.reshape(rows, x.shape)
+        x = np.where(where, np.asarray(x, np.float64) / temperature, -np.inf)
+        rows = x.reshape(-1, x.shape[-1])
+        if sink is not None:
+            rows = np.concatenate([rows, np.full_like(rows[:, :1], sink)], -1)
+        p = [_of_row(self.reference, row)[: x.shape[-1]] for row in rows]
+        return np.reshape(p, x.shape)
 
     def near(self, found: Any, wanted: Any, what: str, tolerance: float | None = None) -> None:
         """Fails where two arrays differ, or the shapes do."""
@@ -109,6 +151,22 @@ class _Check:
             at = f" at {tuple(map(int, i))}" if i else ""
             raise AssertionError(f"{what}: got {found[i]:.7g}{at}, wanted {wanted[i]:.7g}.")
 
+    def slope(
+        self, f: Callable[[Any], Any], wanted: np.ndarray, at: float, what: str, tolerance: float
+    ) -> None:
+        """Fails where the derivative of `f` in one number is not the wanted one, in either mode."""
+        what = f"derivatives in {what}"
+        weights = np.cos(np.arange(wanted.size)).reshape(wanted.shape)
+
+        def total(number: Any) -> Any:
+            p = f(number)
+            return jnp.sum(p * jnp.asarray(weights, p.dtype))
+
+        _, forward = jax.jvp(f, (at,), (1.0,))
+        self.near(forward, wanted, f"{what} in forward mode", tolerance)
+        reverse = jax.grad(total)(at)
+        self.near(reverse, np.sum(weights * wanted), f"{what} in reverse mode", tolerance)
+
 
 def _of_row(reference: Reference, row: np.ndarray) -> np.ndarray:
     """What the contract says of one row, in which -inf takes no part."""
@@ -118,7 +176,27 @@ def _of_row(reference: Reference, row: np.ndarray) -> np.ndarray:
         return (row == np.inf) / np.sum(row == np.inf)
     p, finite = np.zeros_like(row), row > -np.inf
     if np.any(finite):
-        p[finite] = reference(row[finite])
+        p[finite] = _of_finite(reference, row[finite])
+    return p
+
+
+def _of_finite(reference: Reference, row: np.ndarray) -> np.ndarray:
+    """The reference, if it can be one."""
+    p = np.asarray(reference(row))
+    if not np.issubdtype(p.dtype, np.floating) or np.finfo(p.dtype).bits < 64:
+        raise TypeError(
+            "reference must return float64, since it is the truth that the mapping is compared "
+            f"with, got {p.dtype}."
+        )
+    if p.shape != row.shape:
+        raise ValueError(
+            f"reference must return the shape of its scores, {row.shape}, got shape {p.shape}."
+        )
+    if not np.all(np.isfinite(p)):
+        raise ValueError(
+            f"reference must return finite numbers of finite scores, also of huge ones, got "
+            f"{p[~np.isfinite(p)][0]} of {row.tolist()}."
+        )
     return p
 
 
@@ -145,23 +223,36 @@ def _options(check: _Check, x: np.ndarray) -> None:
         check.near(mapping(cube, axis=axis), moved, f"axis={axis}")
     flat = check.exact(cube.reshape(len(cube), -1)).reshape(cube.shape)
     check.near(mapping(cube, axis=(1, 2)), flat, "axis=(1, 2)")
-    where = np.arange(x.size).reshape(x.shape) % 3 != 0
-    hidden = np.where(where, x, -np.inf)
-    check.near(mapping(x, where=where), check.exact(hidden), "where")
+    where = _where(x)
+    check.near(mapping(x, where=where), check.exact(x, where), "where")
     spoiled = np.where(where, x, np.nan)
-    check.near(mapping(spoiled, where=where), check.exact(hidden), "NaN that where excludes")
+    check.near(mapping(spoiled, where=where), check.exact(x, where), "NaN that where excludes")
     for t in (0.5, 2.0, np.float32(3.0), np.array([[0.5], [2.0]], np.float32)[: len(x)]):
         if np.ndim(t) == 0 or len(x) == 2:
-            check.near(mapping(x, temperature=t), check.exact(x / t), f"temperature={t!r}")
+            wanted = check.exact(x, temperature=t)
+            check.near(mapping(x, temperature=t), wanted, f"temperature={t!r}")
     coldest = np.where(x == x.max(-1, keepdims=True), np.inf, -np.inf)
     check.near(mapping(x, temperature=0.0), check.exact(coldest), "temperature=0")
     if _takes(mapping, "sink"):
-        with_sink = check.exact(np.concatenate([x, np.full_like(x[:, :1], 0.3)], -1))[:, :-1]
-        check.near(mapping(x, sink=0.3), with_sink, "sink")
+        check.near(mapping(x, sink=0.3), check.exact(x, sink=0.3), "sink")
     if _takes(mapping, "segment_ids"):
         ids = np.array([0] * 2 + [1] * (x.shape[1] - 2))
         apart = np.concatenate([check.exact(x[:, :2]), check.exact(x[:, 2:])], -1)
         check.near(mapping(x, segment_ids=ids, num_segments=2), apart, "segment_ids")
+
+
+def _where(x: np.ndarray) -> np.ndarray:
+    return np.arange(x.size).reshape(x.shape) % 3 != 0
+
+
+def _pairs_of_options(check: _Check, x: np.ndarray) -> None:
+    """Each option may be right alone, and wrong beside another."""
+    given = {"where": _where(x), "temperature": 0.5, "sink": 0.3}
+    if not _takes(check.mapping, "sink"):
+        del given["sink"]
+    for one, other in itertools.combinations(given, 2):
+        options = {one: given[one], other: given[other]}
+        check.near(check.mapping(x, **options), check.exact(x, **options), f"{one} and {other}")
 
 
 def _edges(check: _Check, x: np.ndarray) -> None:
@@ -197,6 +288,56 @@ def _derivatives(check: _Check, x: np.ndarray) -> None:
     where = np.arange(x.shape[1]) != 1
     slopes = jax.grad(lambda x: jnp.sum(check.mapping(x, where=where)[:, 0]))(x)
     check.near(np.asarray(slopes)[:, 1], np.zeros(len(x)), "derivatives of what where excludes")
+
+
+def _derivatives_in_options(check: _Check, x: np.ndarray) -> None:
+    mapping, far, where = check.mapping, 100 * check.tolerance, _where(x)
+    spoiled = np.where(where, x, np.nan)
+    t, sink = 0.7, 0.3
+    wanted = _difference(lambda t: check.exact(x, temperature=t), t)
+    check.slope(lambda t: mapping(x, temperature=t), wanted, t, "temperature", far)
+    wanted = _difference(lambda t: check.exact(x, where, t), t)
+    check.slope(
+        lambda t: mapping(spoiled, where=where, temperature=t),
+        wanted,
+        t,
+        "temperature beside where",
+        far,
+    )
+    if _takes(mapping, "sink"):
+        wanted = _difference(lambda sink: check.exact(x, sink=sink), sink)
+        check.slope(lambda sink: mapping(x, sink=sink), wanted, sink, "sink", far)
+
+
+def _derivatives_in_parameters(check: _Check, x: np.ndarray) -> None:
+    """Against the mapping's own values, for the reference knows no parameters."""
+    for name, value in _parameters(check.mapping).items():
+        with jax.enable_x64(True):
+            at, x = jnp.asarray(value, jnp.float64), x.astype(np.float64)
+
+            def moved(by: Any, x: Any = x, at: Any = at, name: str = name) -> Any:
+                return check.mapping(x, **{name: at + by})
+
+            wanted = _difference(lambda by, f=moved: np.asarray(f(by)), 0.0)
+            # At the edge of what a parameter may be there are no such differences.
+            if np.all(np.isfinite(wanted)):
+                check.slope(moved, wanted, 0.0, name, check.tolerance)
+
+
+def _parameters(mapping: Mapping) -> dict[str, Any]:
+    """What one of our mappings has parameters for, and the values given or taken by default."""
+    kinds = kinds_of(getattr(mapping, "func", mapping))
+    given = inspect.signature(mapping).parameters if kinds else {}
+    return {
+        name: p.default
+        for name, p in given.items()
+        if name in kinds and kinds[name].is_traced and p.default is not p.empty
+    }
+
+
+def _difference(f: Callable[[float], np.ndarray], at: float) -> np.ndarray:
+    """The derivative in one number, in float64, by a central difference."""
+    return (f(at + 1e-6) - f(at - 1e-6)) / 2e-6
 
 
 def _jacobian(f: Callable[[np.ndarray], np.ndarray], row: np.ndarray) -> np.ndarray:

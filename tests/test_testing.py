@@ -1,5 +1,6 @@
 """A form from outside the package, and the contract that it and ours are checked by."""
 
+import contextlib
 import functools
 import math
 import re
@@ -13,7 +14,8 @@ import scipy.special
 
 import jaxsoftmax as jsm
 from jaxsoftmax import testing
-from tests.cases import MAPPINGS, entmax_by_bisection, fixed, named
+from jaxsoftmax._public import Fixed, Positive, public
+from tests.cases import MAPPINGS, entmax_by_bisection, named
 
 ours = [c for c in MAPPINGS if c.simplex and c.gives == "probabilities" and c.smooth != "nowhere"]
 
@@ -21,6 +23,10 @@ ours = [c for c in MAPPINGS if c.simplex and c.gives == "probabilities" and c.sm
 @pytest.mark.parametrize("case", **named(ours))
 def test_ours_keep_the_contract(case):
     testing.check_mapping(case.fun, case.reference)
+
+
+def softmax_by_formula(x):
+    return scipy.special.softmax(x, -1)
 
 
 def softmax(x, axis=-1, where=None, temperature=1.0):
@@ -53,21 +59,94 @@ FAULTS = {
     "temperature=0": lambda x, a, w, t: softmax(x, a, w, jnp.maximum(t, 0.1)),
     "rows of extreme scores": lambda x, a, w, t: softmax(jnp.nan_to_num(x, nan=0.0), a, w, t),
     "derivatives in reverse mode": lambda x, a, w, t: softmax(_half(x), a, w, t),
+    "where and temperature": lambda x, a, w, t: softmax(x, a, w, 1.0 if w is not None else t),
+    "derivatives in temperature in forward mode": lambda x, a, w, t: softmax(
+        x, a, w, jax.lax.stop_gradient(t)
+    ),
+    # In reverse mode the quotient multiplies 0 by NaN.
+    "derivatives in temperature beside where in reverse mode": lambda x, a, w, t: (
+        softmax(x, a, w, t) if isinstance(t, float) and t == 0 else softmax(x / t, a, w)
+    ),
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_faults_are_found(name):
-    def reference(x):
-        return scipy.special.softmax(x, -1)
+    with pytest.raises(AssertionError, match=f"^{name}"):
+        testing.check_mapping(_in_place_of_softmax(FAULTS[name]), softmax_by_formula)
+
+
+SINK_FAULTS = {
+    "where and sink": lambda where, t, sink: (where, t, sink if where is None else None),
+    "temperature and sink": lambda where, t, sink: (where, t, None if sink is None else sink / t),
+    "derivatives in sink": lambda where, t, sink: (where, t, jax.lax.stop_gradient(sink)),
+}
+
+
+@pytest.mark.parametrize("name", SINK_FAULTS)
+def test_faults_of_sinks_are_found(name):
+    @public
+    def faulty(x, axis=-1, where=None, temperature=1.0, sink=None):
+        if isinstance(temperature, Fixed):
+            return jsm.softmax(x, axis, where, temperature=temperature.value, sink=sink)
+        t = temperature.value if isinstance(temperature, Positive) else temperature
+        where, t, sink = SINK_FAULTS[name](where, t, sink)
+        return jsm.softmax(x, axis, where, temperature=t, sink=sink)
 
     with pytest.raises(AssertionError, match=f"^{name}"):
-        testing.check_mapping(_in_place_of_softmax(FAULTS[name]), reference)
+        testing.check_mapping(faulty, softmax_by_formula)
 
 
-def test_too_few_scores():
-    with pytest.raises(ValueError, match="rows of three or more"):
-        testing.check_mapping(jsm.softmax, lambda x: x, scores=[[1.0, 2.0]])
+def _partial(p, rate):
+    return jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)) / rate, 0)
+
+
+@pytest.mark.parametrize("times", [0, 1, 1.01, 3])
+def test_faults_of_parameters_are_found(times):
+    mapping = functools.partial(sharpened(lambda p, rate: (times * _partial(p, rate),)), rate=2.0)
+    wrong = pytest.raises(AssertionError, match=r"^derivatives in rate in forward mode")
+    with contextlib.nullcontext() if times == 1 else wrong:
+        testing.check_mapping(mapping, lambda x: softmax_by_formula(2 * x))
+
+
+def test_the_edge_of_a_parameter():
+    """Where there are no differences of values, nothing is compared with them."""
+    testing.check_mapping(functools.partial(jsm.entmax, alpha=1.0), softmax_by_formula)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ({"scores": [[1.0, 2.0]]}, "scores must be rows of three or more, got shape (1, 2)"),
+        ({"scores": np.zeros((0, 4))}, "scores must be rows of three or more, got shape (0, 4)"),
+        ({"scores": "a"}, "scores must be rows of numbers, got 'a'"),
+        ({"scores": [[1.0, np.inf, 0.0]]}, "scores must be finite, got inf"),
+        ({"mapping": None}, "mapping must be a function, got NoneType"),
+        ({"reference": None}, "reference must be a function, got NoneType"),
+        ({"tolerance": "a"}, "tolerance must be a positive number, got 'a'"),
+        ({"tolerance": True}, "tolerance must be a positive number, got True"),
+        ({"tolerance": math.nan}, "tolerance must be a positive number, got nan"),
+        ({"tolerance": 0}, "tolerance must be a positive number, got 0"),
+        (
+            {"reference": lambda x: scipy.special.softmax(x)[None]},
+            "reference must return the shape of its scores, (4,), got shape (1, 4)",
+        ),
+        (
+            {"reference": lambda x: jax.nn.softmax(x.astype(np.float32))},
+            "reference must return float64, since it is the truth that the mapping is compared "
+            "with, got float32",
+        ),
+        ({"reference": lambda x: None}, "reference must return float64"),
+        (
+            {"reference": lambda x: x * np.nan},
+            "reference must return finite numbers of finite scores, also of huge ones, got nan",
+        ),
+    ],
+)
+def test_wrong_arguments(arguments, sentence):
+    arguments = {"mapping": jsm.softmax, "reference": softmax_by_formula, **arguments}
+    with pytest.raises((TypeError, ValueError), match=f"^{re.escape(sentence)}"):
+        testing.check_mapping(**arguments)
 
 
 def weight(u, alpha):
@@ -103,7 +182,9 @@ def test_parameters_of_a_form(rng):
     ours = jax.jacfwd(jax.grad(lambda a: jnp.sum(ct * jsm.entmax(x, a))))(1.7)
     np.testing.assert_allclose(hessian, ours, rtol=1e-7)
     np.testing.assert_allclose(power(x, 1.3, 0), jsm.entmax(x, 1.3, 0), atol=1e-12)
-    testing.check_mapping(fixed(power, alpha=1.4), lambda x: entmax_by_bisection(x, 1.4))
+    testing.check_mapping(
+        functools.partial(power, alpha=1.4), lambda x: entmax_by_bisection(x, 1.4)
+    )
 
 
 def test_parameters_are_not_compiled_for():
