@@ -293,7 +293,7 @@ def _derivatives(check: _Check, x: np.ndarray) -> None:
 def _derivatives_in_options(check: _Check, x: np.ndarray) -> None:
     mapping, far, where = check.mapping, 100 * check.tolerance, _where(x)
     spoiled = np.where(where, x, np.nan)
-    t, sink = 0.7, 0.3
+    t, sink = 0.7, float(x.max()) + 0.07  # a sink surely inside of the support
     wanted = _difference(lambda t: check.exact(x, temperature=t), t)
     check.slope(lambda t: mapping(x, temperature=t), wanted, t, "temperature", far)
     wanted = _difference(lambda t: check.exact(x, where, t), t)
