@@ -197,17 +197,19 @@ def _segments(name: str, ids: ArrayLike, batch: int, length: int) -> Array:
     return with_ndim(ids, 2)
 
 
-def check_window(window: int | tuple[int, int] | None) -> tuple[int | None, int | None]:
+def check_window(
+    window: int | tuple[int, int] | None, is_causal: bool
+) -> tuple[int | None, int | None]:
     """How far queries see before and after their own position."""
     if window is None:
-        return None, None
+        return None, 0 if is_causal else None
     pair = window if isinstance(window, tuple | list) else (window, window)
     if len(pair) != 2 or not all(is_int(n) and n >= 0 for n in pair):
         raise ValueError(
             "local_window_size must be one or two ints, before and after, not negative, got "
             f"{window!r}."
         )
-    return int(pair[0]), int(pair[1])
+    return int(pair[0]), 0 if is_causal else int(pair[1])
 
 
 def check_dropout(rate: float, key: Array | None) -> Array | None:

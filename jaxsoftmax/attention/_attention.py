@@ -6,14 +6,14 @@ from typing import Literal, Unpack, overload
 
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax._public import known_number, refuse_what_is_no_array
+from jaxsoftmax._public import known_number
 from jaxsoftmax._scores import (
     as_int,
     check_size,
     check_soft_cap,
 )
 from jaxsoftmax.attention import _arguments
-from jaxsoftmax.attention._call import Static, compiled
+from jaxsoftmax.attention._call import Static, call
 from jaxsoftmax.attention._options import (
     AxisName,
     Implementation,
@@ -216,12 +216,10 @@ def dot_product_attention(
       tangent: Lu & Song, 2024 (arXiv:2410.11081), appendix F.
     """
     _arguments.check_callables(normalizer=normalizer, score_mod=score_mod, mask_mod=mask_mod)
-    before, after = _arguments.check_window(local_window_size)
     static = Static(
         score_mod=score_mod,
         mask_mod=mask_mod,
-        before=before,
-        after=0 if is_causal else after,
+        window=_arguments.check_window(local_window_size, is_causal),
         scale=known_number(scale),
         soft_cap=check_soft_cap(logits_soft_cap),
         dropout_rate=dropout_rate,
@@ -247,8 +245,4 @@ def dot_product_attention(
         "scale": None if static.scale is not None else scale,
         "soft_cap": None if static.soft_cap is not None else logits_soft_cap,
     }
-    try:
-        return compiled(static, normalizer)(arrays)
-    except TypeError:
-        refuse_what_is_no_array(arrays)
-        raise
+    return call(static, normalizer, arrays)

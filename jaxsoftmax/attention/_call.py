@@ -13,6 +13,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._configured import Configured, configured
+from jaxsoftmax._public import refuse_what_is_no_array
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import check_mask, wide
 from jaxsoftmax.attention import _arguments, _shared
@@ -38,8 +39,7 @@ class Static:
 
     score_mod: ScoreMod | None
     mask_mod: MaskMod | None
-    before: int | None
-    after: int | None
+    window: tuple[int | None, int | None]
     scale: float | None
     soft_cap: float | None
     dropout_rate: float
@@ -152,7 +152,7 @@ def _by_cudnn(static: Static, normalizer: Normalizer, given: dict[str, Any]) -> 
         arrays,
         normalizer,
         scale=given.get("scale", static.scale),
-        window=(static.before, static.after),
+        window=static.window,
         others=others,
     )
     return out.reshape(*jnp.shape(given["query"])[:-1], -1)
@@ -162,13 +162,18 @@ def _by_cudnn(static: Static, normalizer: Normalizer, given: dict[str, Any]) -> 
 _attend_compiled = jax.jit(attend, static_argnums=0)
 
 
-def compiled(static: Static, normalizer: Normalizer) -> Callable[[dict[str, Any]], Any]:
-    """`attend` of arrays, compiled once and for all where no function holds a state."""
+def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
+    """`attend`, compiled once and for all where no function holds a state."""
     ours = configured(normalizer)
     if ours is not None and static.score_mod is None and static.mask_mod is None:
-        return functools.partial(_attend_compiled, static, ours)
-    # For this call alone: what the functions close over may be other arrays at the next.
-    return jax.jit(functools.partial(attend, static, ours or normalizer))
+        compiled = functools.partial(_attend_compiled, static, ours)
+    else:  # for this call alone: what the functions close over may be other arrays at the next
+        compiled = jax.jit(functools.partial(attend, static, ours or normalizer))
+    try:
+        return compiled(arrays)
+    except TypeError:
+        refuse_what_is_no_array(arrays)
+        raise
 
 
 def _operands(
@@ -232,8 +237,8 @@ def _rules(
         row_value=_log_sum(normalizer) if static.return_residual else None,
         score_mod=static.score_mod,
         mask_mod=static.mask_mod,
-        before=static.before,
-        after=static.after,
+        before=static.window[0],
+        after=static.window[1],
         scale=scale,
         soft_cap=soft_cap,
         dropout_rate=static.dropout_rate,

@@ -20,7 +20,7 @@ from jaxsoftmax.losses._targets import (
     prepare_scores,
     without_ignored,
 )
-from jaxsoftmax.mappings import _softmax
+from jaxsoftmax.mappings import _log_softmax
 
 
 @public(label_smoothing=NUMBER, z_loss=NUMBER, ignore_index=INTEGER_OR_NONE)
@@ -161,7 +161,7 @@ def _surprise(rows: Rows, scores: Entries, target: Classes | Entries) -> Array:
     def term(target: Array, log_p: Array) -> Array:
         return target * -jnp.where((log_p == -jnp.inf) & (target == 0), 0, log_p)
 
-    log_p = _softmax.log_probabilities(rows, scores)
+    log_p = _log_softmax.log_probabilities(rows, scores)
     return rows.sum(rows.map(term, [target, log_p]))
 
 
@@ -173,7 +173,7 @@ def _uniform(rows: Rows, scores: Entries) -> Entries:
 
 
 def _squared_log_sum(rows: Rows, scores: Entries) -> Array:
-    log_sum = _softmax.log_sum(rows, scores)
+    log_sum = _log_softmax.log_sum(rows, scores)
     # A row in which nothing takes part cannot drift.
     return jnp.square(jnp.where(log_sum == -jnp.inf, 0, log_sum))
 
@@ -206,14 +206,14 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     """
     own = classes.pick(rows, scores[0])
     hits = (classes.hits(rows, scores[0]),)
-    total = _softmax.total_at_once(rows, scores)
+    total = _log_softmax.total_at_once(rows, scores)
     own_gap = _threshold.gap(own, total.top)
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(total.log)
     surprise = jnp.where(absent, jnp.inf, total.log - own_gap)
 
     def excess(score: Array, hit: Array, top: Array, log: Array, own: Array) -> Array:
         gap = _threshold.gap(score, top)
-        return jnp.where(hit, own, jnp.exp(gap + (_softmax.lost_by_gap(score, top) - log)))
+        return jnp.where(hit, own, jnp.exp(gap + (_log_softmax.lost_by_gap(score, top) - log)))
 
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))

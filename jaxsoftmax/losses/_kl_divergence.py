@@ -8,7 +8,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 from jaxsoftmax._public import public
 from jaxsoftmax._scores import Axis, Options, as_scores
 from jaxsoftmax.losses._targets import one_per_row, prepare_scores
-from jaxsoftmax.mappings import _softmax
+from jaxsoftmax.mappings import _log_softmax
 
 
 @public
@@ -69,7 +69,7 @@ def kl_divergence(
     rows, x = prepare_scores(scores, axis, options)
     targets = as_scores(target_scores, "target_scores").astype(x[0].dtype)
     _, z = prepare_scores(targets, axis, options)
-    log_p, log_q = (_softmax.log_probabilities(rows, s) for s in (x, z))
+    log_p, log_q = (_log_softmax.log_probabilities(rows, s) for s in (x, z))
     return one_per_row(rows, rows.sum(rows.map(_term, [log_p, log_q])), None, scores)
 
 

@@ -13,12 +13,12 @@ from jaxsoftmax.mappings._entmax import entmax as entmax
 from jaxsoftmax.mappings._entmax import entmax15 as entmax15
 from jaxsoftmax.mappings._entmax import sparsemax as sparsemax
 from jaxsoftmax.mappings._hardmax import hardmax as hardmax
+from jaxsoftmax.mappings._log_softmax import log_softmax as log_softmax
+from jaxsoftmax.mappings._log_softmax import logsumexp as logsumexp
 from jaxsoftmax.mappings._normmax import normmax as normmax
 from jaxsoftmax.mappings._sinkhorn import log_sinkhorn as log_sinkhorn
 from jaxsoftmax.mappings._sinkhorn import sinkhorn as sinkhorn
 from jaxsoftmax.mappings._sinkhorn import sinkhorn_residual as sinkhorn_residual
-from jaxsoftmax.mappings._softmax import log_softmax as log_softmax
-from jaxsoftmax.mappings._softmax import logsumexp as logsumexp
 from jaxsoftmax.mappings._softmax import softmax as softmax
 from jaxsoftmax.mappings._softpick import softpick as softpick
 from jaxsoftmax.mappings._stick_breaking import stick_breaking as stick_breaking

@@ -28,7 +28,7 @@ from jaxsoftmax._scores import (
     split_axis,
 )
 from jaxsoftmax._sharding import share_like
-from jaxsoftmax.mappings._softmax import log_sum
+from jaxsoftmax.mappings._log_softmax import log_sum
 
 OneOrMore = int | str | tuple[int | str, ...]
 Axes = tuple[OneOrMore, OneOrMore]

@@ -31,7 +31,8 @@ from jaxsoftmax.mappings._balancing import (
     scaled,
     wanted_sums,
 )
-from jaxsoftmax.mappings._softmax import SOFTMAX, log_probabilities
+from jaxsoftmax.mappings._log_softmax import log_probabilities
+from jaxsoftmax.mappings._softmax import SOFTMAX
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -1,25 +1,18 @@
-"""Softmax, its logarithm, and the logarithm of its denominator."""
+"""Softmax: its exponentials, none of which overflows, and its form."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
-from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import log1p, two_sum
 from jaxsoftmax._implementations import Implementation
-from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
-from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._row_choice import by_implementation, of_batch
-from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
+from jaxsoftmax._reductions import Entries, Rows
+from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
 from jaxsoftmax._threshold import Solved, has_form
 
 
@@ -84,115 +77,6 @@ def softmax(
     options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
-
-
-@public
-def log_softmax(
-    x: Real[ArrayLike, "*shape"],
-    axis: Axis = -1,
-    where: Bool[ArrayLike, "*#shape"] | None = None,
-    *,
-    temperature: ArrayLike = 1.0,
-    sink: ArrayLike | None = None,
-    segment_ids: Integer[ArrayLike, " length"] | None = None,
-    num_segments: int | None = None,
-    implementation: Implementation | None = None,
-) -> Float[Array, "*shape"]:
-    r"""The logarithm of `softmax`. It is accurate even if one score dominates.
-
-    .. math:: \log p_i = x_i / t - \log \sum_j e^{x_j / t}
-
-    Jacobian in `x/t`: :math:`I - 1 p^\top`.
-
-    Args:
-      x: scores of any shape and real dtype.
-      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
-        all array axes.
-      where: which entries take part; a boolean mask that broadcasts to `x`. The others get -inf.
-      temperature: divides the scores; a number or one value per row, not negative.
-      sink: one more score in each row, added after the division by the temperature. Its share is
-        dropped. A number or one value per row.
-      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
-        Ids out of range take no part.
-      num_segments: how many segments there are; needed if `segment_ids` is traced.
-      implementation: what computes it: None or "xla", or "pallas", which is a kernel on a TPU and
-        XLA elsewhere. It was compiled for TPUs and has not run on one.
-
-    Returns:
-      Log-probabilities of the shape and dtype of `x`.
-
-    Raises:
-      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
-      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
-        `temperature` is a negative number.
-
-    Example:
-      The probability of the first class is 1 - 2.9e-20, which float32 rounds to 1. Its logarithm
-      is not rounded to 0.
-
-      >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> log_p = jsm.log_softmax(jnp.array([45.0, 0.0]))
-      >>> print(f"{log_p[0]:.4e}")
-      -2.8625e-20
-
-    References:
-      Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
-    """
-    options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
-    rows, scores = prepare(x, axis, options)
-    return log_probabilities(rows, scores)[0].astype(output_dtype(x))
-
-
-@public
-def logsumexp(
-    x: Real[ArrayLike, "*shape"],
-    axis: Axis = -1,
-    where: Bool[ArrayLike, "*#shape"] | None = None,
-    *,
-    temperature: ArrayLike = 1.0,
-    sink: ArrayLike | None = None,
-    segment_ids: Integer[ArrayLike, " length"] | None = None,
-    num_segments: int | None = None,
-) -> Float[Array, "*rows"]:
-    r"""The logarithm of the sum of the exponentials: a smooth maximum.
-
-    .. math:: \log \sum_i e^{x_i / t}
-
-    The gradient in `x/t` is `softmax(x, temperature=t)`. The result is not multiplied by the
-    temperature: the smooth maximum at temperature `t` is `t * logsumexp(x, temperature=t)`.
-
-    Args:
-      x: scores of any shape and real dtype.
-      axis: the axes to normalize over: array axes, mesh axis names, both in a tuple, or None for
-        all array axes.
-      where: which entries take part; a boolean mask that broadcasts to `x`.
-      temperature: divides the scores; a number or one value per row, not negative.
-      sink: one more score in each row, added after the division by the temperature. It counts
-        in the sum. A number or one value per row.
-      segment_ids: integers, as many as `axis` is long. Scores with the same number form one row.
-        Ids out of range take no part.
-      num_segments: how many segments there are; needed if `segment_ids` is traced.
-
-    Returns:
-      One value per row, in the dtype of `x`. It is -inf for a row in which no entry takes part.
-      With segments, `axis` has the length `num_segments`.
-
-    Raises:
-      TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
-      ValueError: if an axis is out of range, shapes do not fit, `num_segments` is missing, or
-        `temperature` is a negative number.
-
-    Example:
-      >>> import jax.numpy as jnp, jaxsoftmax as jsm
-      >>> jsm.logsumexp(jnp.array([1000.0, 1000.0])).round(2)
-      Array(1000.69, dtype=float32)
-
-    References:
-      Blanchard, Higham & Higham, 2021: Accurately computing the log-sum-exp and softmax functions.
-    """
-    options = Options(where, temperature, sink, segment_ids, num_segments)
-    rows, scores = prepare(x, axis, options, at_zero=divided_by_zero)
-    return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
 def pivot(rows: Rows, scores: Entries, top: Array) -> Array:
@@ -264,137 +148,3 @@ def _as_number(score: Array) -> Array:
 
 
 SOFTMAX = _Softmax(jnp.exp, jnp.log, slope=lambda p: p)
-
-
-@custom_vjp
-def log_probabilities(rows: Rows, scores: Entries) -> Entries:
-    """Log-softmax of prepared scores."""
-    return by_implementation(_log_probabilities, rows, scores)
-
-
-def _log_probabilities(rows: Rows, scores: Entries) -> Entries:
-    total = total_of(rows, scores)
-
-    def log_p(score: Array, top: Array, log: Array) -> Array:
-        return _threshold.gap(score, top) - log
-
-    return rows.map(log_p, [rows.rounded(scores)], [total.top, total.log])
-
-
-def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
-    log_p = log_probabilities(rows, scores)
-    return log_p, (rows, log_p)
-
-
-def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    return None, linear_pair(_log_pulled_back, _log_pushed_forward, residuals, ct)
-
-
-def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
-    """`ct - p sum(ct)`, of which the entry that dominates is minus the sum of the others."""
-    rows, log_p = residuals
-    p = rows.map(jnp.exp, [log_p])
-    dominates = _threshold.dominating(rows, p)
-    ct = rows.map(lambda c, lp: jnp.where(lp == -jnp.inf, 0, c), [ct, log_p])
-    others = rows.map(lambda c, p, d, s: (1 - d) * (c - p * s), [ct, p, dominates], [rows.sum(ct)])
-    return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
-
-
-def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
-    """`dz - sum(p dz)`, 0 where no score takes part."""
-    rows, log_p = residuals
-    p = rows.map(jnp.exp, [log_p])
-    relative = _threshold.relative_to_dominating(rows, p, tangents)
-    mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
-    return rows.map(
-        lambda dz, lp, m: jnp.where(lp == -jnp.inf, 0, dz - m), [relative, log_p], [mean]
-    )
-
-
-def _log_batch(size: int, is_batched: Any, *values: Any) -> Entries | None:
-    whole = of_batch(size, is_batched[1:], *values)
-    return None if whole is None else log_probabilities(*whole)
-
-
-log_probabilities.defvjp(_log_fwd, _log_bwd)
-log_probabilities.defbatch(_log_batch)
-
-
-@custom_vjp
-def log_sum(rows: Rows, scores: Entries) -> Array:
-    """Log-sum-exp of prepared scores, one value per row."""
-    total = total_at_once(rows, scores)
-    return jnp.where(total.sum == 0, -jnp.inf, total.top + total.log)
-
-
-def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
-    return log_sum(rows, scores), (rows, _threshold.apply(SOFTMAX, rows, scores))
-
-
-def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
-    rows, p = residuals
-    return None, rows.map(jnp.multiply, [p], [rows.summed_cotangent(ct)])
-
-
-log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
-
-
-class Total(NamedTuple):
-    """The sum of exponentials of each row, as row values.
-
-    Attributes:
-      top: the maximum, finite in a row in which nothing takes part.
-      sum: the sum of the exponentials of the scores less the maximum; 0 in such a row.
-      log: its logarithm; 0 in such a row.
-    """
-
-    top: Array
-    sum: Array
-    log: Array
-
-
-def total_of(rows: Rows, scores: Entries) -> Total:
-    """The sum of exponentials, of which the maxima count 1 each and are kept apart.
-
-    Where one score dominates, all the digits of the answer are in the sum of the others.
-    """
-
-    def terms(score: Array, top: Array) -> tuple[Array, Array]:
-        gap = _threshold.gap(score, top)
-        weight = jnp.where(gap == 0, 0, jnp.exp(score - top))
-        return weight, indicator(gap == 0, weight.dtype)
-
-    # What rounding takes is a second use of score and maximum: four kernels more on a GPU.
-    def exact_terms(score: Array, top: Array) -> tuple[Array, Array]:
-        weight, at_top = terms(score, top)
-        return weight * (1 + lost_by_gap(score, top)), at_top
-
-    top = _threshold.top_of(rows, scores)
-    others, tops = rows.sums(terms, [rows.rounded(scores)], [top], exact_terms)
-    total = tops + others
-    # 1 is taken from what is there: a row in which nothing takes part has neither.
-    return Total(top, total, log1p(others + (tops - jnp.minimum(total, 1))))
-
-
-def total_at_once(rows: Rows, scores: Entries) -> Total:
-    """What `total_of` returns, in one pass where a platform takes maximum and sum together.
-
-    Not for who goes through the scores once more: a GPU makes one kernel of all three passes.
-    """
-
-    def at_once(scores: Entries) -> Total:
-        top, others = rows.top_and_others(scores)
-        none = top == -jnp.inf
-        total, log = (jnp.where(none, 0, x) for x in (1 + others, log1p(others)))
-        return Total(jnp.where(none, jnp.finfo(top.dtype).min, top), total, log)
-
-    in_two = functools.partial(total_of, rows)
-    if not rows.can_be_joined(scores[0]):
-        return in_two(scores)
-    return chosen("log_total", at_once, scores, in_two=in_two)
-
-
-def lost_by_gap(score: Array, top: Array) -> Array:
-    """What rounding takes from the score less the maximum."""
-    _, lost = two_sum(score, -top)
-    return jnp.where(jnp.isfinite(lost), lost, 0)
