@@ -6,9 +6,9 @@ Implementation = Literal["xla", "pallas"]
 
 # The implementations that are kernels, and whether those are interpreted: the second is for tests.
 KERNELS = {"pallas": False, "pallas, interpreted": True}
-# Where an implementation was measured to be right, and faster than XLA's: None chooses it there,
-# for what it knows. No kernel has run on a device yet.
-MEASURED: dict[str, str] = {}
+# The platforms on which an implementation of attention, or of rows, was measured to be right, and
+# faster than XLA's: None chooses it there, for what it knows. No kernel has run on a device yet.
+MEASURED: dict[tuple[str, Literal["attention", "rows"]], str] = {}
 
 
 class NoKernelError(ValueError):

@@ -19,7 +19,7 @@ def by_implementation(
 ) -> Entries:
     """`function(rows, scores, *params)`, by kernels if they are named and there is a TPU."""
     by_xla = functools.partial(function, rows)
-    is_chosen = rows.implementation is None and MEASURED.get("tpu") == "pallas"
+    is_chosen = rows.implementation is None and MEASURED.get(("tpu", "rows")) == "pallas"
     if (rows.implementation not in KERNELS and not is_chosen) or 0 in scores[0].shape:
         return by_xla(scores, *params)
     # Pallas is imported by those who use it.

@@ -518,7 +518,7 @@ def test_kernels_are_chosen_where_they_were_measured(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 130, 2, 16), jnp.bfloat16)
     attend = jsm.dot_product_attention
     assert "tpu_custom_call" not in lowered(attend, "tpu", x, x, x)
-    monkeypatch.setitem(_arguments.MEASURED, "tpu", "pallas")
+    monkeypatch.setitem(_arguments.MEASURED, ("tpu", "attention"), "pallas")
     jax.clear_caches()
     assert lowered(attend, "tpu", x, x, x).count("tpu_custom_call") == 2
     others = functools.partial(attend, normalizer=jsm.softpick)

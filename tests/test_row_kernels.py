@@ -207,7 +207,7 @@ def test_a_program_for_a_tpu_is_one_kernel(name):
 def test_kernels_are_chosen_where_they_were_measured(monkeypatch):
     """So far nowhere: nothing has run on a device."""
     assert "tpu_custom_call" not in lowered(jsm.sparsemax, "tpu", X)
-    monkeypatch.setitem(_implementations.MEASURED, "tpu", "pallas")
+    monkeypatch.setitem(_implementations.MEASURED, ("tpu", "rows"), "pallas")
     jax.clear_caches()
     assert lowered(jsm.sparsemax, "tpu", X).count("tpu_custom_call") == 1
     wide = jax.ShapeDtypeStruct((2, 2**20), jnp.float32)

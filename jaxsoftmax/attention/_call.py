@@ -126,7 +126,7 @@ def _by(
     sizes: Sizes,
 ) -> tuple[Array, ...]:
     """The outputs, by what is named or else by what was measured to be the best."""
-    is_chosen = implementation is None and MEASURED.get("tpu") == "pallas"
+    is_chosen = implementation is None and MEASURED.get(("tpu", "attention")) == "pallas"
     if implementation not in KERNELS and not is_chosen:
         return in_blocks(rules, operands, sizes)
     # Pallas is imported by those who use it.
