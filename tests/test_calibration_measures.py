@@ -469,6 +469,15 @@ def test_no_measure_depends_on_the_unit_of_weights(scale, predictions, rng):
         jax.tree.map(close, actual, measure(probs, labels, weights=weights))
 
 
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize("measure", [expected_calibration_error, classwise_calibration_error])
+def test_debiased_errors_of_nothing_are_nan(measure):
+    probs, labels = np.array([[0.9, 0.1], [0.2, 0.8]]), np.array([0, 0])
+    assert np.isnan(measure(probs, labels, np.zeros(2, bool), norm=2, debiased=True))
+    with pytest.raises(ValueError, match="weights must not be negative, got -1"):
+        measure(probs, labels, weights=-np.ones(2), norm=2, debiased=True)
+
+
 def test_debiased_square_of_weights_is_right_on_average(rng):
     """Weights make bins as uncertain as fewer predictions would."""
     probs = np.tile([0.8, 0.2], (4000, 20, 1))

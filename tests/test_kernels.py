@@ -316,14 +316,18 @@ def test_scan_with_remat(rng):
     both(of, *args, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["softmax", "entmax15"])
-def test_what_sees_nothing_is_0_and_padding_may_be_nan(name, rng):
+@pytest.mark.parametrize(
+    "normalizer",
+    [jsm.softmax, jsm.entmax15, functools.partial(jsm.entmax, alpha=1.3)],
+    ids=["softmax", "entmax15", "entmax"],
+)
+def test_what_sees_nothing_is_0_and_padding_may_be_nan(normalizer, rng):
     q, k, v = small(rng, shape=(2, 100, 2, 16))
     padded = [x.at[0, 60:].set(np.nan) for x in (q, k, v)]
     lengths = jnp.asarray([60, 0])
     attend = functools.partial(
         kernels,
-        normalizer=getattr(jsm, name),
+        normalizer=normalizer,
         query_seq_lengths=lengths,
         key_value_seq_lengths=lengths,
     )
@@ -334,6 +338,25 @@ def test_what_sees_nothing_is_0_and_padding_may_be_nan(name, rng):
         np.testing.assert_array_equal(x[1], 0)
         assert np.all(np.isfinite(x))
         assert np.any(x[0, :60] != 0)
+
+
+@pytest.mark.parametrize("alpha", [1.3, 2.5])
+def test_gradients_beside_a_query_that_sees_nothing(alpha, rng):
+    q, k, v = small(rng, shape=(1, 100, 1, 16))
+    mask = np.ones((100, 100), bool)
+    mask[2] = False
+    entmax = functools.partial(jsm.entmax, alpha=alpha)
+
+    def gradients(attend):
+        def total(*args):
+            return jnp.sum(jnp.sin(attend(*args, mask=mask, normalizer=entmax)))
+
+        return jax.grad(total, (0, 1, 2))(q, k, v)
+
+    for actual, wanted in zip(
+        gradients(kernels), gradients(jsm.dot_product_attention), strict=True
+    ):
+        np.testing.assert_allclose(actual, wanted, rtol=2e-4, atol=2e-5)
 
 
 @pytest.mark.parametrize("of", ["products", "bias"])

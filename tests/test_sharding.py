@@ -412,6 +412,36 @@ def test_ring_of_half_precision_that_jax_does_not_check(rng):
     assert np.all(np.asarray(log_sum[:, 0]) == -np.inf)
 
 
+@pytest.mark.parametrize("normalizer", [jsm.softmax, jsm.entmax15])
+def test_ring_of_infinite_scores(normalizer, rng):
+    """Several of +inf, on two devices, share their row; the query that has none is as ever."""
+    query, key, value = rng.normal(size=(3, 1, 8, 1, 4))
+    infinite = np.zeros((8, 8), bool)
+    infinite[0, [1, 2, 7]] = infinite[5, 6] = True
+
+    def attend(query, key, value, bias, **names):
+        options = {"normalizer": normalizer, "return_residual": normalizer is jsm.softmax}
+        found = jsm.dot_product_attention(query, key, value, bias, **options, **names)
+        return found if isinstance(found, tuple) else (found, found[..., 0])
+
+    def with_gradients(attend, query, key, value):
+        def total(*args):
+            return jnp.sum(jnp.sin(attend(*args, np.where(infinite, np.inf, 0.0))[0]))
+
+        bias = np.where(infinite, np.inf, 0.0)
+        return attend(query, key, value, bias), jax.grad(total, (0, 1, 2))(query, key, value)
+
+    ring = in_ring(
+        functools.partial(attend, kv_axis_name="a", query_axis_name="a"), bias=P("a", None)
+    )
+    actual, wanted = (
+        jax.jit(functools.partial(with_gradients, f))(query, key, value) for f in (ring, attend)
+    )
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
+    jax.tree.map(close, actual, wanted)
+    close(actual[0][0][0, 0, 0], value[0, [1, 2, 7], 0].mean(0))
+
+
 @pytest.mark.parametrize(
     ("kind", "normalizer"),
     [("grad", jsm.softmax), ("hvp", jsm.softmax), ("grad", jsm.entmax15)],

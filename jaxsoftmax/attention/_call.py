@@ -62,8 +62,8 @@ class Static:
         if not has_thresholds(normalizer, jnp.zeros((*sizes.scores[:3], 1))):
             raise ValueError(
                 "query_axis_name must name other mesh axes than kv_axis_name but for a normalizer "
-                "with one threshold per row (softmax, sparsemax, entmax15, entmax, that of a Form; "
-                "at a temperature other than 0), got "
+                "with one threshold per row (softmax, sparsemax, entmax15, entmax, that of a Form, "
+                "with its slope if it has a tau; at a temperature other than 0), got "
                 f"{self.places.queries} and {_arguments.function_name(normalizer)}."
             )
         return True

@@ -55,13 +55,13 @@ class Parts(NamedTuple):
     Attributes:
       mix: `(staying, first key, moving, threshold)`, of the thresholds of whole rows: the part's
         share of the output, (B, N, T, V), and of the sum of the weights, (B, N, T).
-      stream: `(staying, first key, moving)`: the output and the log-sum-exp of the part, if those
-        of all parts make those of the whole.
+      stream: `(staying, first key, moving)`: the output, the largest score, and the logarithm of
+        the sum of exponentials relative to that, if those of all parts make those of the whole.
       search: how thresholds are found, if they have to be.
     """
 
     mix: Callable[..., tuple[Array, Array]]
-    stream: Callable[..., tuple[Array, Array]] | None = None
+    stream: Callable[..., tuple[Array, Array, Array]] | None = None
     search: Search | None = None
 
 
@@ -148,7 +148,7 @@ def attend(ring: Ring, moving: Arrays, staying: Arrays) -> tuple[Array, Array]:
 
     A threshold is what `_threshold.solve` returns: the number that is subtracted from scores, `tau`
     relative to that, and a factor. Derivatives are those in `tau`; to them, the other two are
-    constants. Those of softmax are 0, the log-sum-exp, and 1.
+    constants. Those of softmax are the largest score, a log-sum-exp relative to it, and 1.
     """
     mix, stream, search = ring.parts
     if stream is not None:
@@ -166,20 +166,23 @@ def attend(ring: Ring, moving: Arrays, staying: Arrays) -> tuple[Array, Array]:
 
 
 def _streamed(
-    ring: Ring, stream: Callable[..., tuple[Array, Array]], moving: Arrays, staying: Arrays
+    ring: Ring, stream: Callable[..., Any], moving: Arrays, staying: Arrays
 ) -> tuple[Array, Array]:
-    def visit(first_key: Array, moving: Arrays, state: tuple[Array, Array]) -> Any:
-        out, log_sum = state
-        part, log_sum_of_part = stream(staying, first_key, moving)
-        total = jnp.logaddexp(log_sum, log_sum_of_part)
+    def visit(first_key: Array, moving: Arrays, state: tuple[Array, Array, Array]) -> Any:
+        parts = state, stream(staying, first_key, moving)
+        top = jnp.maximum(state[1], parts[1][1])
+        # The same infinity is no distance.
+        logs = [log + jnp.where(own == top, 0, own - top) for _, own, log in parts]
+        total = jnp.logaddexp(*logs)
         finite = jnp.where(total == -jnp.inf, 0, total)
-        before, now = (jnp.exp(x - finite)[..., None] for x in (log_sum, log_sum_of_part))
-        return (before * out + now * part).astype(out.dtype), total
+        before, now = (jnp.exp(log - finite)[..., None] for log in logs)
+        return (before * state[0] + now * parts[1][0]).astype(state[0].dtype), top, total
 
     shapes = jax.eval_shape(stream, staying, ring.first_key(0), moving)
-    out, log_sum = (_zeros(x, staying) for x in shapes)
-    out, log_sum = ring.round(visit, moving, (out, log_sum - jnp.inf))
-    return out, jnp.stack([jnp.zeros_like(log_sum), log_sum, jnp.ones_like(log_sum)], -1)
+    out, top, log = (_zeros(x, staying) for x in shapes)
+    start = out, top + jnp.finfo(top.dtype).min, log - jnp.inf
+    out, top, log = ring.round(visit, moving, start)
+    return out, jnp.stack([top, log, jnp.ones_like(log)], -1)
 
 
 def _searched(ring: Ring, search: Search, moving: Arrays, staying: Arrays) -> Array:
@@ -223,7 +226,7 @@ def _attend_fwd(ring: Ring, moving: Arrays, staying: Arrays) -> tuple[tuple[Arra
 def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Arrays, Arrays]:
     moving, staying, out, threshold = residuals
     ct_out, ct_threshold = ct
-    # Where a row sees nothing, there is nothing that `tau` could be subtracted from.
+    # Where a row sees nothing, there is nothing that `tau` would be subtracted from.
     threshold = jnp.where(threshold == -jnp.inf, 0, threshold)
     of_out, total = _sums_of_slopes(ring, moving, staying, out, threshold)
     # What each weight is worth beside its share of the output: all weights sum to 1.

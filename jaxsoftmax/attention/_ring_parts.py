@@ -26,7 +26,8 @@ from jaxsoftmax.attention._bands import Reach
 from jaxsoftmax.attention._operands import KEY_AXIS
 from jaxsoftmax.attention._prepared import Rules
 from jaxsoftmax.attention._ring import Arrays, Parts, Ring, Search, attend
-from jaxsoftmax.mappings import logsumexp, softmax
+from jaxsoftmax.mappings import softmax
+from jaxsoftmax.mappings._log_softmax import total_of
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
 InBlocks = Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]]
@@ -107,7 +108,7 @@ def in_ring(
     ring = Ring(names, sizes.queries, sizes.keys, reach, parts)
     named = {_CLOSED.format(i): x for i, x in enumerate(closed)}
     out, threshold = attend(ring, moving, staying | named)
-    return (out,) if rules.row_value is None else (out, threshold[..., 1])
+    return (out,) if rules.row_value is None else (out, threshold[..., 0] + threshold[..., 1])
 
 
 # The names of what functions close over, beside those of operands.
@@ -177,7 +178,7 @@ class _Here:
         return self.in_blocks(rules, part | {"threshold": threshold}, self.sizes)
 
     def stream(self, staying: Arrays, first_key: Array, moving: Arrays) -> Any:
-        """The output of the part and its log-sum-exp."""
+        """The output of the part and its log-sum-exp, in two numbers."""
         rules, part = self.of_part(_log_sum, staying, first_key, moving)
         return self.in_blocks(rules, part, self.sizes)
 
@@ -240,9 +241,12 @@ class _Here:
 RowValue = Callable[..., Any]
 
 
-def _log_sum(normalizer: Callable[..., Array], scores: Array, **options: Any) -> Array:
-    del normalizer
-    return logsumexp(scores, **options)
+def _log_sum(normalizer: Callable[..., Array], scores: Array, **options: Any) -> Any:
+    """The largest score, and the logarithm of the sum of exponentials relative to it."""
+    _, rows, entries, _ = _prepared(normalizer, scores, options)
+    total = total_of(rows, entries)
+    log = jnp.where(total.sum == 0, -jnp.inf, total.log)
+    return total.top[..., 0], log[..., 0]
 
 
 def _total(normalizer: Callable[..., Array], scores: Array, **options: Any) -> Array:

@@ -236,7 +236,8 @@ def _debiased_square(binned: Binned) -> Array:
     size = binned.size
     several = size > 1
     variance = binned.share * (1 - binned.share) / jnp.where(several, size - 1, 1)
-    return jnp.sum(jnp.where(several, binned.weight * (binned.gap**2 - variance), 0))
+    squares = jnp.where(several, binned.weight * (binned.gap**2 - variance), 0)
+    return jnp.sum(squares + 0 * binned.weight)  # NaN without rows
 
 
 def _nan_max(x: Array) -> Array:

@@ -391,5 +391,6 @@ def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
         by = 1 / jnp.where(total == 0, 1, total)
         out, kept = acc[...] * by, (tau, by)
     origin = jnp.where(search.unseeing, NOWHERE, search.top)
-    rows = origin, *(jnp.where(search.unseeing, 0, x) for x in kept)
+    # What is kept may multiply -inf, which 0 would make NaN.
+    rows = origin, *(jnp.where(search.unseeing, 1, x) for x in kept)
     return {"out": out, "mean": mean, "rows": rows}
