@@ -26,11 +26,12 @@ class Closed:
         `arrays` may go on with what functions close over that are opened later.
         """
         pure, consts, _ = _jax.hoist(fun, *args)
-        places = [self._place(x) if isinstance(x, core.Tracer) else None for x in consts]
-        pairs = list(zip(places, consts, strict=True))
+        places = {i: self._place(x) for i, x in enumerate(consts) if isinstance(x, core.Tracer)}
+        constants = [None if i in places else x for i, x in enumerate(consts)]
 
         def of_arrays(arrays: Sequence[Any], *args: Any) -> Any:
-            return pure([x if i is None else arrays[i] for i, x in pairs], *args)
+            given = [arrays[places[i]] if i in places else x for i, x in enumerate(constants)]
+            return pure(given, *args)
 
         return of_arrays
 

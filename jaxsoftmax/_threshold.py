@@ -21,6 +21,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._form import Form
+from jaxsoftmax._implementations import KERNELS
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import looked_at
@@ -154,9 +155,19 @@ def probabilities(form: Form, rows: Rows, scores: Entries, *params: Array) -> En
     return weights(form, rows, scores, solve(form, rows, scores, *params), params)
 
 
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
 def apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
     """The probabilities that `form` gives to `scores`, with the rule of the family."""
+    with_rule = _apply_in_kernels if rows.implementation in KERNELS else _apply
+    return with_rule(form, rows, scores, *params)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
+    return by_implementation(functools.partial(probabilities, form), rows, scores, *params)
+
+
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _apply_in_kernels(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
     return by_implementation(functools.partial(probabilities, form), rows, scores, *params)
 
 
@@ -274,8 +285,9 @@ def _apply_batch(size: int, is_batched: Any, form: Form, *values: Any) -> Entrie
     return None if whole is None else apply(form, *whole)
 
 
-apply.defvjp(_apply_fwd, apply_bwd)
-apply.defbatch(_apply_batch)
+_apply.defvjp(_apply_fwd, apply_bwd)
+_apply_in_kernels.defvjp(_apply_fwd, apply_bwd)
+_apply_in_kernels.defbatch(_apply_batch)
 
 
 def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:

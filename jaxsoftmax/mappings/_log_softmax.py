@@ -11,7 +11,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, two_sum
-from jaxsoftmax._implementations import Implementation
+from jaxsoftmax._implementations import KERNELS, Implementation
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
@@ -130,9 +130,19 @@ def logsumexp(
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
-@custom_vjp
 def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
+    with_rule = _log_in_kernels if rows.implementation in KERNELS else _log
+    return with_rule(rows, scores)
+
+
+@custom_vjp
+def _log(rows: Rows, scores: Entries) -> Entries:
+    return by_implementation(_log_probabilities, rows, scores)
+
+
+@custom_vjp
+def _log_in_kernels(rows: Rows, scores: Entries) -> Entries:
     return by_implementation(_log_probabilities, rows, scores)
 
 
@@ -180,8 +190,9 @@ def _log_batch(size: int, is_batched: Any, *values: Any) -> Entries | None:
     return None if whole is None else log_probabilities(*whole)
 
 
-log_probabilities.defvjp(_log_fwd, _log_bwd)
-log_probabilities.defbatch(_log_batch)
+_log.defvjp(_log_fwd, _log_bwd)
+_log_in_kernels.defvjp(_log_fwd, _log_bwd)
+_log_in_kernels.defbatch(_log_batch)
 
 
 @custom_vjp
