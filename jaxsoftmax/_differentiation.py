@@ -302,8 +302,10 @@ class _Pullback:
     def push(self, points: Sequence[Any], tangents: Sequence[Any]) -> Sequence[Any]:
         """The tangents of the output: the transpose.
 
-        There is none of a `bwd` that is not linear. JAX says so by any of four errors, two of them
-        without a word that a user could understand; here they become one that names `bwd`.
+        There is none of a `bwd` that is not linear, and so the right answer is to refuse. JAX
+        refuses by one of four errors, depending on the primitive that it meets first; for one
+        without a transpose it is `NotImplementedError`. Two of them say nothing that a user could
+        understand. All become a `TypeError` that names `bwd`.
         """
 
         def pull(*cts: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """What computes rows: XLA, or kernels where they are named."""
 
+import copy
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._implementations import KERNELS, MEASURED, NoKernelError
 from jaxsoftmax._reductions import Entries, Rows
 
@@ -37,14 +39,31 @@ def by_implementation(
         raise
 
 
-def of_batch(size: int, is_batched: Any, rows: Rows, *values: Any) -> Any:
-    """Rows and their values with a new axis in front; None where no kernel is named.
+def batched_in_kernels(rule: custom_vjp, place: int) -> Callable[..., Entries]:
+    """`rule`, for which in kernels a batch of rows is more rows.
 
-    To a kernel a batch of rows is more rows. As it comes from `vmap`, each would be a block.
+    As they come from `vmap`, each would be a block. JAX asks nobody before it maps a function whose
+    rule is its own, so that only calls that name a kernel have a rule for `vmap`.
+
+    Args:
+      rule: a function of rows, scores and row values, after `place` arguments without derivatives.
+      place: where the rows are.
     """
-    if rows.implementation not in KERNELS:
-        return None
-    rows = dataclasses.replace(rows, axes=tuple(axis + 1 for axis in rows.axes))
-    (first, *sink), *params = jax.tree.map(lambda x, b: x if b else x[None], values, is_batched)
-    first = jnp.broadcast_to(first, (size, *first.shape[1:]))
-    return rows, (first, *sink), *params
+    in_kernels = copy.copy(rule)
+
+    def batch(size: int, is_batched: Any, *args: Any) -> Entries:
+        rows, *values = args[place:]
+        rows = dataclasses.replace(rows, axes=tuple(axis + 1 for axis in rows.axes))
+        (first, *sink), *params = jax.tree.map(
+            lambda x, b: x if b else x[None], values, list(is_batched[1:])
+        )
+        first = jnp.broadcast_to(first, (size, *first.shape[1:]))
+        return in_kernels(*args[:place], rows, (first, *sink), *params)
+
+    in_kernels.defbatch(batch)
+
+    @functools.wraps(rule)
+    def applied(*args: Any) -> Entries:
+        return (in_kernels if args[place].implementation in KERNELS else rule)(*args)
+
+    return applied

@@ -21,7 +21,6 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._form import Form
-from jaxsoftmax._implementations import KERNELS
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import looked_at
@@ -30,7 +29,7 @@ from jaxsoftmax._reductions import (
     Rows,
     sum_to,
 )
-from jaxsoftmax._row_choice import by_implementation, of_batch
+from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
 from jaxsoftmax._scores import Options, prepare
 
 P = ParamSpec("P")
@@ -155,19 +154,9 @@ def probabilities(form: Form, rows: Rows, scores: Entries, *params: Array) -> En
     return weights(form, rows, scores, solve(form, rows, scores, *params), params)
 
 
-def apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
-    """The probabilities that `form` gives to `scores`, with the rule of the family."""
-    with_rule = _apply_in_kernels if rows.implementation in KERNELS else _apply
-    return with_rule(form, rows, scores, *params)
-
-
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
-    return by_implementation(functools.partial(probabilities, form), rows, scores, *params)
-
-
-@functools.partial(custom_vjp, nondiff_argnums=(0,))
-def _apply_in_kernels(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
+    """The probabilities that `form` gives to `scores`, with the rule of the family."""
     return by_implementation(functools.partial(probabilities, form), rows, scores, *params)
 
 
@@ -280,14 +269,8 @@ def mean_at_once(
     return weighted / jnp.where(total == 0, 1, total)
 
 
-def _apply_batch(size: int, is_batched: Any, form: Form, *values: Any) -> Entries | None:
-    whole = of_batch(size, is_batched[1:], *values)
-    return None if whole is None else apply(form, *whole)
-
-
 _apply.defvjp(_apply_fwd, apply_bwd)
-_apply_in_kernels.defvjp(_apply_fwd, apply_bwd)
-_apply_in_kernels.defbatch(_apply_batch)
+apply = batched_in_kernels(_apply, 1)
 
 
 def _transposed(entries: tuple[tuple[Array, ...], ...]) -> list[Entries]:

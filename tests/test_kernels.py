@@ -18,7 +18,7 @@ from jax import export
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from jaxsoftmax.attention import _arguments
+from jaxsoftmax import _implementations
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -541,7 +541,7 @@ def test_kernels_are_chosen_where_they_were_measured(monkeypatch):
     x = jax.ShapeDtypeStruct((1, 130, 2, 16), jnp.bfloat16)
     attend = jsm.dot_product_attention
     assert "tpu_custom_call" not in lowered(attend, "tpu", x, x, x)
-    monkeypatch.setitem(_arguments.MEASURED, ("tpu", "attention"), "pallas")
+    monkeypatch.setitem(_implementations.MEASURED, ("tpu", "attention"), "pallas")
     jax.clear_caches()
     assert lowered(attend, "tpu", x, x, x).count("tpu_custom_call") == 2
     others = functools.partial(attend, normalizer=jsm.softpick)

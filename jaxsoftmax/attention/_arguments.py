@@ -10,11 +10,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._implementations import KERNELS as KERNELS
-from jaxsoftmax._implementations import MEASURED as MEASURED
-from jaxsoftmax._implementations import NoKernelError as NoKernelError
-from jaxsoftmax._implementations import check_implementation as check_implementation
-from jaxsoftmax._implementations import refuse as refuse
 from jaxsoftmax._public import is_int
 from jaxsoftmax._scores import (
     broadcasts,

@@ -6,6 +6,7 @@ from typing import Literal, Unpack, overload
 
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
+from jaxsoftmax._implementations import check_implementation
 from jaxsoftmax._public import known_number
 from jaxsoftmax._scores import (
     as_int,
@@ -226,7 +227,7 @@ def dot_product_attention(
         places=Places.named(query_axis_name, kv_axis_name),
         block_size=check_size("block_size", block_size),
         offset=as_int(query_offset) or 0,
-        implementation=_arguments.check_implementation(implementation, "cudnn"),
+        implementation=check_implementation(implementation, "cudnn"),
         return_residual=bool(return_residual),
     )
     arrays = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,13 +12,14 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._configured import Configured, configured
+from jaxsoftmax._implementations import KERNELS, MEASURED, NoKernelError, refuse
 from jaxsoftmax._public import refuse_what_is_no_array
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import check_mask, wide
 from jaxsoftmax.attention import _arguments, _shared
-from jaxsoftmax.attention._arguments import KERNELS, MEASURED, NoKernelError, Sizes
+from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._cudnn import by_cudnn
-from jaxsoftmax.attention._cutting import cut_and_attend
+from jaxsoftmax.attention._cutting import InBlocks, cut_and_attend
 from jaxsoftmax.attention._options import (
     MaskMod,
     Normalizer,
@@ -29,8 +29,6 @@ from jaxsoftmax.attention._prepared import Rules
 from jaxsoftmax.attention._ring_parts import has_thresholds, in_ring
 from jaxsoftmax.attention._shared import Places
 from jaxsoftmax.mappings import logsumexp, softmax
-
-InBlocks = Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +97,7 @@ def _here(
         outs = _nothing(sizes, rules, operands.get("sink"), dtype)
     elif static.in_ring(normalizer, sizes):
         if static.implementation in KERNELS:
-            _arguments.refuse("pallas", "a kv_axis_name that is query_axis_name")
+            refuse("pallas", "a kv_axis_name that is query_axis_name")
         outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)
     else:
         outs = _by(static.implementation, in_blocks, static.block_size, rules, operands, sizes)

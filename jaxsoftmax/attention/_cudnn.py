@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoftmax._configured import Configured
+from jaxsoftmax._implementations import refuse
 from jaxsoftmax._scores import check_mask, known_number
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._prepared import Rules, visible
@@ -39,7 +40,7 @@ def by_cudnn(
     )
     _check(given, normalizer, others, query.dtype, sizes)
     if scale is not None and known_number(scale) is None:
-        _arguments.refuse("cudnn", "a scale that is an array")
+        refuse("cudnn", "a scale that is an array")
     (query, key, value), lengths = _arguments.unpadded(given, (query, key, value), sizes)
     mask, bias = given.get("mask"), given.get("bias")
     seen = dict(lengths)
@@ -75,13 +76,13 @@ def _check(
 ) -> None:
     is_plain = isinstance(normalizer, Configured) and normalizer.function is softmax
     if not is_plain or normalizer.options or normalizer.arrays:
-        _arguments.refuse("cudnn", f"the normalizer {_arguments.function_name(normalizer)}")
+        refuse("cudnn", f"the normalizer {_arguments.function_name(normalizer)}")
     for name in (*(name for name, x in others.items() if x), *({*given} - {*_TAKEN})):
-        _arguments.refuse("cudnn", name)
+        refuse("cudnn", name)
     if dtype not in (jnp.bfloat16, jnp.float16):
-        _arguments.refuse("cudnn", f"the dtype {dtype}")
+        refuse("cudnn", f"the dtype {dtype}")
     if sizes.features != sizes.value_features:
-        _arguments.refuse("cudnn", "values of other features than keys")
+        refuse("cudnn", "values of other features than keys")
 
 
 def _flat(x: Array | None) -> Array | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -21,6 +22,9 @@ from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
 from jaxsoftmax.attention._prepared import OF_NORMALIZER, First, Prepared, Rules, prepare
 from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling
+
+# What `cut_and_attend` is of an unknown size of blocks.
+InBlocks = Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]]
 
 
 def cut_and_attend(

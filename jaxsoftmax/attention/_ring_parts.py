@@ -23,14 +23,13 @@ from jaxsoftmax._scores import wide
 from jaxsoftmax._threshold import Solved, form_of
 from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._bands import Reach
+from jaxsoftmax.attention._cutting import InBlocks
 from jaxsoftmax.attention._operands import KEY_AXIS
 from jaxsoftmax.attention._prepared import Rules
 from jaxsoftmax.attention._ring import Arrays, Parts, Ring, Search, attend
 from jaxsoftmax.mappings import softmax
 from jaxsoftmax.mappings._log_softmax import total_of
 from jaxsoftmax.mappings._softmax import SOFTMAX
-
-InBlocks = Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]]
 
 
 def streams(normalizer: Any) -> bool:

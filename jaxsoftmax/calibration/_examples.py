@@ -167,7 +167,9 @@ def as_examples(
     if where is not None:
         takes_part = jnp.broadcast_to(check_mask(where, rows), rows)
         counted = jnp.where(takes_part.reshape(n), counted, 0)
-    return Examples(scores, labels, in_unit(counted)[0])
+    if weights is not None or class_weights is not None:
+        counted, _ = in_unit(counted)
+    return Examples(scores, labels, counted)
 
 
 def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype: Any) -> Array:

@@ -206,7 +206,10 @@ def as_predictions(
     Rows that count and hold a number outside of [0, 1], or have a class out of range, are NaN.
     """
     probs, labels, rows = _checked(probs, labels)
-    counted, unit = in_unit(_weights(rows, where, weights, probs.dtype))
+    counted = _weights(rows, where, weights, probs.dtype)
+    unit = jnp.ones((), probs.dtype)
+    if weights is not None:
+        counted, unit = in_unit(counted)
     counts = counted != 0
     classes = probs.shape[-1]
     labels = jnp.where(counts, labels, 0)

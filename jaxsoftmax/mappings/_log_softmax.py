@@ -11,12 +11,12 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, two_sum
-from jaxsoftmax._implementations import KERNELS, Implementation
+from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._row_choice import by_implementation, of_batch
+from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
 from jaxsoftmax.mappings._softmax import SOFTMAX
 
@@ -130,19 +130,9 @@ def logsumexp(
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
-def log_probabilities(rows: Rows, scores: Entries) -> Entries:
-    """Log-softmax of prepared scores."""
-    with_rule = _log_in_kernels if rows.implementation in KERNELS else _log
-    return with_rule(rows, scores)
-
-
 @custom_vjp
 def _log(rows: Rows, scores: Entries) -> Entries:
-    return by_implementation(_log_probabilities, rows, scores)
-
-
-@custom_vjp
-def _log_in_kernels(rows: Rows, scores: Entries) -> Entries:
+    """Log-softmax of prepared scores."""
     return by_implementation(_log_probabilities, rows, scores)
 
 
@@ -185,14 +175,8 @@ def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
     )
 
 
-def _log_batch(size: int, is_batched: Any, *values: Any) -> Entries | None:
-    whole = of_batch(size, is_batched[1:], *values)
-    return None if whole is None else log_probabilities(*whole)
-
-
 _log.defvjp(_log_fwd, _log_bwd)
-_log_in_kernels.defvjp(_log_fwd, _log_bwd)
-_log_in_kernels.defbatch(_log_batch)
+log_probabilities = batched_in_kernels(_log, 0)
 
 
 @custom_vjp

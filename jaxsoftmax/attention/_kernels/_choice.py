@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -14,9 +14,11 @@ from jaxtyping import Array
 from jaxsoftmax import _jax
 from jaxsoftmax._configured import Configured
 from jaxsoftmax._form import Form
+from jaxsoftmax._implementations import refuse
 from jaxsoftmax._scores import known_number, with_ndim
 from jaxsoftmax._threshold import form_of
-from jaxsoftmax.attention._arguments import Sizes, function_name, refuse
+from jaxsoftmax.attention._arguments import Sizes, function_name
+from jaxsoftmax.attention._cutting import InBlocks
 from jaxsoftmax.attention._kernels import _operands
 from jaxsoftmax.attention._kernels._forms import has_kernel
 from jaxsoftmax.attention._kernels._rule import Attention, attend
@@ -25,8 +27,6 @@ from jaxsoftmax.attention._prepared import OF_NORMALIZER, Rules, of_normalizer
 
 # What a program may take of the VMEM that it asks for; the rest is the compiler's.
 _ROOM = _operands.VMEM * 7 // 8
-
-InBlocks = Callable[[Rules, dict[str, Array], Sizes], tuple[Array, ...]]
 
 
 def by_kernels(
