@@ -13,16 +13,16 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxsoftmax.attention._kernels import _operands
-from jaxsoftmax.attention._kernels._forms import gaps, shares
+from jaxsoftmax.attention._kernels._forms import gaps, shares, terms_of_numbers, with_slope
 from jaxsoftmax.attention._kernels._operands import Arrays, turned
 from jaxsoftmax.attention._kernels._scores import scores
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
-    LEAST,
     MOST,
     Call,
     Place,
     Refs,
+    RowsInLanes,
     product,
     queries_seeing,
     slice_of,
@@ -48,9 +48,7 @@ def backward(
     """
     rows = kept["rows"]
     delta = jnp.sum(turned(ct) * kept["mean"], 2, keepdims=True)
-    sums = [name for name in wanted if name == "temperature" or name.startswith("param")]
-    if sums or "sink" in wanted:
-        sums = ["slopes", *sums]
+    sums = summed(wanted)
     of_rows = {"rows": jnp.concatenate([delta, rows], 2), "ct": ct}
     if "seen" in kept:
         of_rows["seen"] = kept["seen"]
@@ -58,32 +56,37 @@ def backward(
     sizes = call.sizes
     cts = {
         "query": turned(found["query"][..., : sizes.queries]),
-        "key": _of_group(call, turned(found["key"][:, :, : sizes.keys])),
-        "value": _of_group(call, turned(found["value"][:, :, : sizes.keys])),
+        "key": of_group(call, turned(found["key"][:, :, : sizes.keys])),
+        "value": of_group(call, turned(found["value"][:, :, : sizes.keys])),
     }
     if "bias" in found:
         cts["bias"] = turned(found["bias"][:, :, : sizes.keys, : sizes.queries])
     if sums:
-        pairs = _pairs(found["sums"][..., : sizes.queries])
-        sums_of = dict(zip(sums, pairs, strict=True))
-        cts |= _of_numbers(call, arrays, rows, delta, sums_of)
+        pairs = pairs_of(sums, found["sums"][..., : sizes.queries])
+        cts |= of_numbers(call, arrays, rows, delta, pairs)
     return cts
 
 
-def _pairs(sums: Array) -> list[State]:
-    """What `_add_sums` added up, (B, N, T, 1) each."""
+def summed(wanted: Sequence[str]) -> list[str]:
+    """The numbers that get a cotangent by a sum over scores, and "slopes" if there are any."""
+    names = [name for name in wanted if name == "temperature" or name.startswith("param")]
+    return ["slopes", *names] if names or "sink" in wanted else []
+
+
+def pairs_of(names: Sequence[str], sums: Array) -> dict[str, State]:
+    """By name, what was added up, (B, N, T, 1) each, of (B, N, sums, T)."""
     parts = [sums[:, :, i, :, None] for i in range(sums.shape[2])]
-    return list(zip(parts[::2], parts[1::2], strict=True))
+    return dict(zip(names, zip(parts[::2], parts[1::2], strict=True), strict=True))
 
 
-def _of_group(call: Call, x: Array) -> Array:
+def of_group(call: Call, x: Array) -> Array:
     """(B, N, ...) summed over the heads that share keys, (B, K, ...)."""
     batch, heads, *rest = x.shape
     groups = call.sizes.key_heads
     return x if heads == groups else jnp.sum(x.reshape(batch, groups, -1, *rest), 2)
 
 
-def _of_numbers(
+def of_numbers(
     call: Call, arrays: Arrays, rows: Array, delta: Array, sums: Mapping[str, State]
 ) -> dict[str, Array]:
     """The cotangents of numbers, one for each query.
@@ -104,7 +107,8 @@ def _of_numbers(
     off, slopes = sums.pop("slopes")
     share = slope = jnp.zeros_like(off)
     if "sink" in arrays:  # its value is 0, and so what it is worth is `-delta`
-        share, slope = shares(call.form, gaps(call.form, arrays["sink"], kept), kept, params)
+        of_rows = with_slope(call.form, kept, params)
+        share, slope = shares(call.form, gaps(call.form, arrays["sink"], kept), of_rows, params)
     all_slopes = slopes + slope
     shift = (off + slope * worth) / jnp.where(all_slopes == 0, 1, all_slopes)
     worth = worth - shift
@@ -191,7 +195,7 @@ def _outs(call: Call, dtype: Any, sums: int, bias: bool) -> dict[str, Any]:
 
 def _kernel(call: Call, sums: Sequence[str], ins: Refs, outs: Refs, scratch: Refs) -> None:
     keys = pl.program_id(2)
-    place = Place(call, ins, pl.program_id(0), pl.program_id(1))
+    place = Place(call, ins, pl.program_id(0), pl.program_id(1), RowsInLanes(call.block))
 
     @pl.when(keys == 0)
     def _() -> None:
@@ -239,10 +243,11 @@ def _tile(
         return ref[0, 0, :, at] if ref.shape[3] > 1 else ref[0, 0]
 
     products = product(refs["key"][0, 0], refs["turned query"][0, 0, :, at])
-    made = scores(place, keys, queries, read, is_cut, products)
+    first = keys * call.block, queries * call.block
+    made = scores(place, *first, read, is_cut, products)
     delta, *kept = (refs["rows"][0, 0, i : i + 1, at] for i in range(refs["rows"].shape[2]))
     gap, params = gaps(call.form, made.scores, kept), place.params
-    share, slope = shares(call.form, gap, kept, params)
+    share, slope = shares(call.form, gap, with_slope(call.form, kept, params), params)
     ct = refs["ct"][0, 0, at, :]
     worth = product(refs["value"][0, 0], refs["turned ct"][0, 0, :, at]) - delta
     scratch["value"][...] += product(share.astype(ct.dtype), ct)
@@ -259,11 +264,8 @@ def _tile(
 
 def _add_sums(place: Place, sums: Sequence[str], out: Any, made: State) -> None:
     """Adds what keys are worth by slopes and for each number, and what if each were worth 1."""
-    gap, share, slope, worth = made
-    terms = {"slopes": slope, "temperature": slope * jnp.maximum(gap, LEAST)}
-    if any("param" in name for name in sums):
-        partials = place.call.form.moved_by_params(share, *place.params)
-        terms |= {f"param {i}": partial for i, partial in enumerate(partials)}
-    for i, name in enumerate(sums):
-        out[2 * i : 2 * i + 1] += sum_of(terms[name] * worth)
-        out[2 * i + 1 : 2 * i + 2] += sum_of(terms[name])
+    *of_weights, worth = made
+    terms = terms_of_numbers(place.call.form, sums, of_weights, place.params)
+    for i, term in enumerate(terms):
+        out[2 * i : 2 * i + 1] += sum_of(term * worth)
+        out[2 * i + 1 : 2 * i + 2] += sum_of(term)

@@ -13,6 +13,9 @@ from jaxtyping import Array
 from jaxsoftmax._form import Form
 from jaxsoftmax._threshold import Solved
 
+# The score of what takes no part: exp of it is 0, and so is any difference with it.
+LEAST = float(jnp.finfo(jnp.float32).min)
+
 
 def has_kernel(form: Form) -> bool:
     """Whether sums, which a kernel adds up tile by tile, are all that its threshold takes."""
@@ -45,18 +48,46 @@ def gaps(form: Form, scores: Array, kept: Sequence[Array]) -> Array:
     return jnp.minimum(scores - origin, of_infinite if form.only_scales else 0)
 
 
+def with_slope(form: Form, kept: Sequence[Array], params: Sequence[Array]) -> tuple[Array, ...]:
+    """What is kept and, where weights have a factor, the one of their slopes."""
+    if form.only_scales or sums_to_one(form):
+        return tuple(kept)
+    _, tau, by = kept
+    # Terms may have slopes in other units; the factor is the same for all entries.
+    largest, of_largest, *_ = form.terms(jnp.zeros_like(tau), tau, *params)
+    ratio = form.slopes(largest * by, *params) / jnp.where(of_largest == 0, 1, of_largest)
+    return *kept, ratio
+
+
 def shares(
     form: Form, gap: Array, kept: Sequence[Array], params: Sequence[Array]
 ) -> tuple[Array, Array]:
-    """The probabilities and their slopes, given `gaps` and what is kept."""
+    """The probabilities and their slopes, given `gaps` and `with_slope`."""
     if form.only_scales:
         p = form.weight(gap)
         return p, p
-    _, tau, *by = kept
+    _, tau, *factors = kept
     weight, slope, *_ = form.terms(gap, tau, *params)
-    if not by:
+    if not factors:
         return weight, slope
-    # Terms may have slopes in other units; the factor is the same for all entries.
-    largest, of_largest, *_ = form.terms(jnp.zeros_like(tau), tau, *params)
-    ratio = form.slopes(largest * by[0], *params) / jnp.where(of_largest == 0, 1, of_largest)
-    return weight * by[0], slope * ratio
+    by, of_slope = factors
+    return weight * by, slope * of_slope
+
+
+def terms_of_numbers(
+    form: Form, names: Sequence[str], made: Sequence[Array], params: Sequence[Array]
+) -> list[Array]:
+    """What a cotangent of each probability is multiplied by, for what numbers get, by name.
+
+    Args:
+      form: the mapping.
+      names: of the numbers, and "slopes".
+      made: gaps, probabilities and slopes.
+      params: the parameters.
+    """
+    gap, share, slope = made
+    terms = {"slopes": slope, "temperature": slope * jnp.maximum(gap, LEAST)}
+    if any("param" in name for name in names):
+        partials = form.moved_by_params(share, *params)
+        terms |= {f"param {i}": partial for i, partial in enumerate(partials)}
+    return [terms[name] for name in names]

@@ -2,22 +2,20 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import indicator
 from jaxsoftmax.attention._kernels import _operands
-from jaxsoftmax.attention._kernels._forms import row_values, squares_errors, sums_to_one
+from jaxsoftmax.attention._kernels._forms import row_values
 from jaxsoftmax.attention._kernels._operands import Arrays, turned
 from jaxsoftmax.attention._kernels._scores import scores
+from jaxsoftmax.attention._kernels._search import NOWHERE, Search, State
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
     LEAST,
@@ -27,6 +25,7 @@ from jaxsoftmax.attention._kernels._tiles import (
     Place,
     Range,
     Refs,
+    RowsInLanes,
     keys_seen,
     max_of,
     product,
@@ -36,16 +35,6 @@ from jaxsoftmax.attention._kernels._tiles import (
 
 # Keys fall into this many classes, of each of which the two largest scores start the search.
 CLASSES = 128
-STEPS_OF_FEW = 6
-# The same where steps are fast, and how far the sum of a row may be off there before the last step
-# but one: that brings it to the square, and the last, which is free, to that of it.
-FAST_STEPS_OF_FEW = 4
-ENOUGH = 1e-2
-PASSES = 40
-# The origin of a row that sees nothing: no score reaches it.
-NOWHERE = -LEAST
-
-State = tuple[Array, ...]
 
 
 def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
@@ -119,7 +108,7 @@ def _scratch(call: Call, features: int) -> dict[str, Any]:
 
 
 def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
-    place = Place(call, ins, pl.program_id(0), pl.program_id(1))
+    place = Place(call, ins, pl.program_id(0), pl.program_id(1), RowsInLanes(call.block))
     keys = Keys(place, scratch, pl.program_id(2), outs.get("seen"))
     sink = None
     if "sink" in ins:
@@ -185,7 +174,8 @@ class Keys:
 
         products = product(refs["key"][0, 0, at, :], self.query)
         call = self.place.call
-        x = scores(self.place, tile, self.block, read, is_cut, products).scores
+        first = tile * call.block, self.block * call.block
+        x = scores(self.place, *first, read, is_cut, products).scores
         # Softmax, which reads a score once, bounds differences; that is one instruction less.
         return x if call.form.only_scales else jnp.minimum(x, MOST)
 
@@ -238,77 +228,6 @@ def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
     return {"out": acc[...] * (1 / total), "rows": (origin, of_infinite)}
 
 
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """The search for the thresholds of a block of queries.
-
-    Attributes:
-      form: the mapping.
-      params: the parameters of the form.
-      top: the maxima of the rows, 0 in rows that see nothing.
-      unseeing: which rows those are.
-      sink: one more entry of each row, if there is one.
-    """
-
-    form: Form
-    params: State
-    top: Array
-    unseeing: Array
-    sink: Array | None
-
-    def terms(self, x: Array, state: State) -> State:
-        """What scores add to the sums."""
-        tau = self.form.of_row(state[0], *self.params)
-        return self.form.terms(x - self.top, tau, *self.params)
-
-    def with_sink(self, sums: State, state: State) -> State:
-        """The sums with what the sink adds."""
-        if self.sink is None:
-            return sums
-        return tuple(x + y for x, y in zip(sums, self.terms(self.sink, state), strict=True))
-
-    def of_tiles(self, tiles: Sequence[Array], state: State) -> State:
-        """The sums of tiles that are at hand."""
-        parts = [self.terms(x, state) for x in tiles]
-        sums = tuple(sum_of(functools.reduce(jnp.add, t)) for t in zip(*parts, strict=True))
-        return self.with_sink(sums, state)
-
-    def of_all(self, keys: Keys, state: State) -> State:
-        """The sums of all scores: one pass."""
-
-        def body(_: Any, x: Array, sums: State) -> State:
-            return tuple(s + sum_of(t) for s, t in zip(sums, self.terms(x, state), strict=True))
-
-        return self.with_sink(keys.loop(body, self.zeros(state)), state)
-
-    def zeros(self, state: State) -> State:
-        """What sums begin with."""
-        return tuple(map(jnp.zeros_like, jax.eval_shape(self.terms, self.top, state)))
-
-    def start(self, keys: int) -> State:
-        """The first state, of rows of as many keys and a sink."""
-        return self.form.start(jnp.full_like(self.top, keys + 1), *self.params)
-
-    def step(self, sums: State, state: State) -> tuple[State, Array]:
-        """The next state, and 1 in rows for which another pass is due."""
-        new, moved = self.form.update(sums, state, *self.params)
-        is_off = jnp.abs(sums[0] - 1) > ENOUGH
-        return new, indicator(moved & (is_off | ~self.is_fast()), F32)
-
-    def is_fast(self) -> Array:
-        """In which rows steps are fast."""
-        return squares_errors(self.form, self.params, self.top)
-
-    def steps_of_few(self) -> Array:
-        """How many steps the largest scores are worth."""
-        all_fast = jnp.min(indicator(self.is_fast(), F32)) > 0
-        return jnp.where(all_fast, np.int32(FAST_STEPS_OF_FEW), np.int32(STEPS_OF_FEW))
-
-    def any_seeing(self, due: Array) -> Array:
-        """Whether a row that sees something has more than 0."""
-        return jnp.max(jnp.where(self.unseeing, 0, due)) > 0
-
-
 def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
     """Any other form: a threshold is found, and then all is added up at once."""
     few = _largest(keys)
@@ -317,32 +236,9 @@ def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
     unseeing = keys.unseeing(top)
     call = keys.place.call
     seen_top = jnp.where(unseeing, 0, top)
-    search = Search(call.form, keys.place.params, seen_top, unseeing, sink)
-    start = search.start(call.sizes.keys)
-    state, due = lax.fori_loop(
-        np.int32(0),
-        search.steps_of_few(),
-        lambda _, carry: _step_of_few(search, few, carry[0]),
-        (start, jnp.zeros_like(top)),
-    )
-    # Bounds that hold for few do not hold for all.
-    state = state[0], *start[1:]
-    # Only in a class whose second largest takes part may there be another that does.
-    hidden = max_of(search.terms(few[1][...], state)[0])
-    most = jnp.int32(PASSES)
-
-    def one_pass(carry: Any) -> Any:
-        passes, state = carry
-        state, due = search.step(search.of_all(keys, state), state)
-        return jnp.where(search.any_seeing(due), passes + 1, most), state
-
-    passes = jnp.where(search.any_seeing(due + hidden), jnp.int32(0), most)
-    _, state = lax.while_loop(lambda carry: carry[0] < most, one_pass, (passes, state))
+    search = Search(call.form, keys.place.params, seen_top, unseeing, sink, keys.place.rows)
+    state = search.solve(lambda: [x[...] for x in few], keys.loop, call.sizes.keys)
     return _mix(keys, search, state)
-
-
-def _step_of_few(search: Search, few: Sequence[Any], state: State) -> tuple[State, Array]:
-    return search.step(search.of_tiles([x[...] for x in few], state), state)
 
 
 def _largest(keys: Keys) -> tuple[Any, Any]:
@@ -365,11 +261,7 @@ def _largest(keys: Keys) -> tuple[Any, Any]:
 
 
 def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
-    """The output, the mean of values by slopes, and what is kept of rows.
-
-    The sums tell how far the threshold is off, and the mean what the output gains by the step that
-    is left: no pass more is needed for it.
-    """
+    """The output, the mean of values by slopes, and what is kept of rows."""
     acc, of_slopes = keys.scratch["out"], keys.scratch["mean"]
     acc[...] = jnp.zeros_like(acc)
     of_slopes[...] = jnp.zeros_like(of_slopes)
@@ -379,18 +271,9 @@ def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
         acc[...] += product(value, terms[0].astype(value.dtype))
         of_slopes[...] += product(value, terms[1].astype(value.dtype))
         keys.see(tile, max_of(terms[0]))
-        return tuple(total + sum_of(t) for total, t in zip(sums, terms, strict=True))
+        return search.added(sums, terms[:2])
 
-    total, slopes, *_ = search.with_sink(keys.loop(body, search.zeros(state)), state)
-    by_slopes = 1 / jnp.where(slopes == 0, 1, slopes)
-    mean = of_slopes[...] * by_slopes
-    tau = search.form.of_row(state[0], *search.params)
-    if sums_to_one(search.form):
-        out, kept = acc[...] - (total - 1) * mean, (tau + (total - 1) * by_slopes,)
-    else:
-        by = 1 / jnp.where(total == 0, 1, total)
-        out, kept = acc[...] * by, (tau, by)
-    origin = jnp.where(search.unseeing, NOWHERE, search.top)
-    # What is kept may multiply -inf, which 0 would make NaN.
-    rows = origin, *(jnp.where(search.unseeing, 1, x) for x in kept)
-    return {"out": out, "mean": mean, "rows": rows}
+    sums = search.with_sink(keys.loop(body, search.zeros(2)), state)
+    mean = search.mean(sums, of_slopes[...])
+    out = search.output(sums, acc[...], mean)
+    return {"out": out, "mean": mean, "rows": search.kept(sums, state)}

@@ -17,7 +17,7 @@ from jaxsoftmax.attention._prepared import mapped_mask, modified
 
 @dataclasses.dataclass(frozen=True)
 class Scores:
-    """The scores of a tile, (keys, queries), and what their derivative needs.
+    """The scores of a tile and what their derivative needs.
 
     Attributes:
       scores: with `LEAST` where a key takes no part.
@@ -34,15 +34,15 @@ class Scores:
         return ct
 
 
-def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: bool, product: Any) -> Scores:
+def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: Any, product: Any) -> Scores:
     """The scores of a tile, given the products of its keys and queries.
 
     Args:
       place: where a program works.
-      keys: which tile of keys.
-      queries: which tile of queries.
+      keys: the first key of the tile.
+      queries: the first query.
       read: gives the part of an array over (keys, queries) that belongs to the tile, by name.
-      is_cut: whether positions may exclude some of it.
+      is_cut: whether positions may exclude some of it; may be known only when it runs.
       product: the products.
     """
     call, refs, pulls = place.call, place.refs, []
@@ -57,8 +57,8 @@ def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: bool, produ
         x = jnp.where(x == -jnp.inf, x, bounded) if "bias" in refs else bounded
         pulls.append(lambda ct: ct * (1 - capped * capped))
     if call.score_mod is not None:
-        modify = functools.partial(tile.modified, call.score_mod)
-        pulls.append(functools.partial(_pull_back, modify, x))
+        modify = place.rows.plain(functools.partial(tile.modified, call.score_mod))
+        pulls.append(place.rows.plain(functools.partial(_pull_back, modify, x)))
         x = modify(x)
     if "temperature" in refs:
         by = place.number("temperature")
@@ -66,8 +66,17 @@ def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: bool, produ
         pulls.append(lambda ct: ct * by)
     if "bias" in refs or call.score_mod is not None:
         x = jnp.maximum(x, LEAST)
-    seen = _seen(tile, read, is_cut)
-    return Scores(x if seen is None else jnp.where(seen, x, LEAST), tuple(pulls))
+    conditions = _conditions(tile, read)
+    if is_cut is True:
+        conditions += _by_position(tile)
+    x = _where(conditions, x)
+    if not isinstance(is_cut, bool):
+        x = lax.cond(is_cut, lambda x: _where(_by_position(tile), x), lambda x: x, x)
+    return Scores(x, tuple(pulls))
+
+
+def _where(conditions: list[Array], x: Array) -> Array:
+    return jnp.where(functools.reduce(operator.and_, conditions), x, LEAST) if conditions else x
 
 
 def _pull_back(function: Callable[[Array], Array], x: Array, ct: Array) -> Array:
@@ -77,12 +86,12 @@ def _pull_back(function: Callable[[Array], Array], x: Array, ct: Array) -> Array
 
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Which tile of keys and of queries, and how it reads the functions of a call.
+    """Where a tile lies among keys and queries, and how it reads the functions of a call.
 
     Attributes:
       place: where a program works.
-      keys: which tile of keys.
-      queries: which tile of queries.
+      keys: the first key.
+      queries: the first query.
       shape: how many there are of both.
     """
 
@@ -94,15 +103,16 @@ class Tile:
     @property
     def key(self) -> Array:
         """The positions of the keys."""
-        return self._indices(self.keys, 0)
+        return self._indices(self.keys, self.place.rows.key_axis)
 
     @property
     def query(self) -> Array:
         """Which queries there are, from 0."""
-        return self._indices(self.queries, 1)
+        return self._indices(self.queries, 1 - self.place.rows.key_axis)
 
-    def _indices(self, tile: Any, axis: int) -> Array:
-        return tile * self.place.call.block + lax.broadcasted_iota(jnp.int32, self.shape, axis)
+    def _indices(self, first: Any, axis: int) -> Array:
+        index = self.place.rows.settled(lax.broadcasted_iota(jnp.int32, self.shape, axis))
+        return first + index
 
     def modified(self, score_mod: Callable[..., Array], x: Array) -> Array:
         """What a function makes of scores."""
@@ -119,17 +129,23 @@ class Tile:
         return *alike, self.query + place.offset, self.key
 
 
-def _seen(tile: Tile, read: Any, is_cut: bool) -> Array | None:
+def _by_position(tile: Tile) -> list[Array]:
+    """What must hold of positions for a key to take part."""
+    place, conditions = tile.place, []
+    call, key, query = place.call, tile.key, tile.query + place.offset
+    if not (isinstance(place.keys, int) and place.keys == call.keys):
+        conditions.append(key < place.keys)
+    if call.after is not None:
+        conditions.append(key <= query + call.after)
+    if call.before is not None:
+        conditions.append(key >= query - call.before)
+    return conditions
+
+
+def _conditions(tile: Tile, read: Any) -> list[Array]:
+    """What else must hold."""
     place, conditions = tile.place, []
     call, refs = place.call, place.refs
-    if is_cut:
-        key, query = tile.key, tile.query + place.offset
-        if not (isinstance(place.keys, int) and place.keys == call.keys):
-            conditions.append(key < place.keys)
-        if call.after is not None:
-            conditions.append(key <= query + call.after)
-        if call.before is not None:
-            conditions.append(key >= query - call.before)
     if "query_segments" in refs:
         same = read("query_segments") == read("key_segments")
         conditions.append(jnp.broadcast_to(same, tile.shape))
@@ -137,8 +153,8 @@ def _seen(tile: Tile, read: Any, is_cut: bool) -> Array | None:
         mask = read("mask").astype(jnp.int32) != 0
         conditions.append(jnp.broadcast_to(mask, tile.shape))
     if call.mask_mod is not None:
-        conditions.append(tile.mapped(call.mask_mod))
+        conditions.append(place.rows.plain(functools.partial(tile.mapped, call.mask_mod))())
     if call.score_mod is not None and call.queries > call.sizes.queries:
         # A function may return anything for queries that are none.
         conditions.append(tile.query < call.sizes.queries)
-    return functools.reduce(operator.and_, conditions) if conditions else None
+    return conditions

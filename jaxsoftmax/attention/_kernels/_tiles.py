@@ -1,12 +1,9 @@
-"""Which tiles a kernel goes through, keys down the sublanes and queries across the lanes.
-
-So a number per query is one row of lanes, and a sum over keys adds up registers.
-"""
+"""Which tiles a kernel goes through, and how rows of scores lie in them."""
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,10 +13,9 @@ from jaxtyping import Array
 
 from jaxsoftmax._form import Form
 from jaxsoftmax.attention._arguments import Sizes
+from jaxsoftmax.attention._kernels._forms import LEAST as LEAST
 
 F32 = jnp.float32
-# The score of what takes no part: exp of it is 0, and so is any difference with it.
-LEAST = float(jnp.finfo(F32).min)
 # Scores of +inf count as this, so that differences tell which they are.
 MOST = float(np.nextafter(np.float32(-LEAST), np.float32(0)))
 # From here on a row has seen nothing.
@@ -34,7 +30,7 @@ class Call:
     Attributes:
       form: the mapping.
       sizes: those of the arrays, before anything is filled up.
-      block: how many queries and keys a tile has.
+      block: how many queries and keys a tile has, 0: as many as suit the kernels.
       before: how far a query sees before its own position, None: without limit.
       after: the same, after its own position.
       offset: the position of the first query.
@@ -44,7 +40,8 @@ class Call:
       mask_mod: tells whether a score takes part, given its indices.
       params: how many parameters the form has.
       whole: whether the scores of all keys stay in VMEM, or are made anew for each pass.
-      interpret: whether the kernels are interpreted, where there is no TPU.
+      interpret: whether the kernels are interpreted, where there is no such device.
+      part: how many columns of a tile are at work at once, where registers are few.
     """
 
     form: Form
@@ -60,6 +57,7 @@ class Call:
     params: int = 0
     whole: bool = True
     interpret: bool = False
+    part: int = 0
 
     @property
     def is_exact(self) -> bool:
@@ -90,6 +88,78 @@ class Call:
         return -(-n // self.block)
 
 
+class Rows(Protocol):
+    """How rows lie in tiles of scores; row values have one number a row."""
+
+    @property
+    def key_axis(self) -> int:
+        """The axis of a tile along which keys lie."""
+        ...
+
+    def full(self, value: Any) -> Array:
+        """A row value of one number."""
+        ...
+
+    def sum(self, tile: Array) -> Array:
+        """The sum over keys, a row value."""
+        ...
+
+    def max(self, tile: Array) -> Array:
+        """The maximum over keys, a row value."""
+        ...
+
+    def spread(self, row: Array, like: Array) -> Array:
+        """A row value that broadcasts to what is like."""
+        ...
+
+    def settled(self, x: Array) -> Array:
+        """The same where all of its kind lie, so that a loop can carry it."""
+        ...
+
+    def plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A function of forms or users, made of what the compiler knows."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RowsInLanes:
+    """Those of a TPU: keys down the sublanes, queries across the lanes.
+
+    So a number per query is one row of lanes, and a sum over keys adds up registers.
+
+    Attributes:
+      block: how many rows there are.
+    """
+
+    block: int
+    key_axis: int = 0
+
+    def full(self, value: Any) -> Array:
+        """A row value of one number."""
+        return jnp.full((1, self.block), value, F32)
+
+    def sum(self, tile: Array) -> Array:
+        """The sum over keys."""
+        return sum_of(tile)
+
+    def max(self, tile: Array) -> Array:
+        """The maximum over keys."""
+        return max_of(tile)
+
+    def spread(self, row: Array, like: Array) -> Array:
+        """The same: it broadcasts by itself."""
+        del like
+        return row
+
+    def settled(self, x: Array) -> Array:
+        """The same: the compiler finds a place."""
+        return x
+
+    def plain(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same."""
+        return function
+
+
 @dataclasses.dataclass(frozen=True)
 class Place:
     """Where a program of the grid works, and what it can read."""
@@ -98,6 +168,7 @@ class Place:
     refs: Refs
     batch: Any
     head: Any
+    rows: Rows
 
     def number(self, name: str) -> Any:
         """A number of the batch entry and head, from scalar memory."""
@@ -108,10 +179,8 @@ class Place:
     @property
     def params(self) -> tuple[Array, ...]:
         """The parameters of the form, a row value each."""
-        shape = 1, self.call.block
-        return tuple(
-            jnp.full(shape, self.number(f"param {i}"), F32) for i in range(self.call.params)
-        )
+        numbers = (self.number(f"param {i}") for i in range(self.call.params))
+        return tuple(map(self.rows.full, numbers))
 
     @property
     def offset(self) -> Any:
