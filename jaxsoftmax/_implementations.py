@@ -4,8 +4,13 @@ from typing import Any, Literal, NoReturn
 
 Implementation = Literal["xla", "pallas"]
 
-# The implementations that are kernels, and whether those are interpreted: the second is for tests.
-KERNELS = {"pallas": False, "pallas, interpreted": True}
+# The implementations that are kernels, and of which platform those are interpreted, if they are:
+# that is for tests.
+KERNELS: dict[str, str | None] = {
+    "pallas": None,
+    "pallas, interpreted": "tpu",
+    "pallas for CUDA, interpreted": "cuda",
+}
 # The platforms on which an implementation of attention, or of rows, was measured to be right, and
 # faster than XLA's: None chooses it there, for what it knows. No kernel has run on a device yet.
 MEASURED: dict[tuple[str, Literal["attention", "rows"]], str] = {}

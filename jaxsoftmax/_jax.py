@@ -5,7 +5,8 @@ Each function says what it uses, in which versions, and which public way would r
 
 import contextlib
 import functools
-from collections.abc import Callable, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import core
 from jax.experimental import checkify
-from jax.extend.core import Primitive, unmapped_aval
+from jax.extend.backend import get_default_device
+from jax.extend.core import Literal, Primitive, unmapped_aval
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array
 
@@ -29,9 +31,16 @@ def hoist(fun: Callable, *args: Any) -> tuple["Opened", list[Any], list[Any]]:
     takes them away since 0.11. `jax.closure_convert` would do if it hoisted integers and keys, too.
     """
     traced, out = jax.make_jaxpr(fun, return_shape=True)(*args)
-    closed: Any = traced
-    opened = closed.with_consts([]) if hasattr(closed, "with_consts") else closed.jaxpr
-    return Opened(opened, jax.tree.structure(out)), list(closed.consts), list(closed.out_avals)
+    jaxpr, consts = opened(traced)
+    return Opened(jaxpr, jax.tree.structure(out)), consts, list(traced.out_avals)
+
+
+def opened(closed: Any) -> tuple[Any, list[Any]]:
+    """A jaxpr without its constants, and those."""
+    if not hasattr(closed, "consts"):
+        return closed, []
+    jaxpr = closed.with_consts([]) if hasattr(closed, "with_consts") else closed.jaxpr
+    return jaxpr, list(closed.consts)
 
 
 class Opened(NamedTuple):
@@ -247,3 +256,90 @@ with contextlib.suppress(ImportError, AttributeError):
     from jax._src import checkify as _checkify
 
     _checkify.error_checks[_call] = _under_checkify
+
+
+def replaced(fun: Callable, rules: Mapping[str, Callable]) -> Callable:
+    """`fun`, with functions in the place of primitives of some names, and calls opened.
+
+    Uses equations of a jaxpr: `eqns`, their `invars`, `outvars`, `primitive` and `params`, in all
+    versions. It may go when Mosaic GPU lowers all of `jax.numpy` that is elementwise.
+    """
+
+    def evaluate(*args: Any) -> Any:
+        pure, consts, _ = hoist(fun, *args)
+        leaves = jax.tree.leaves(args)
+        return jax.tree.unflatten(pure.tree, _evaluate_replaced(rules, pure.jaxpr, consts, leaves))
+
+    return evaluate
+
+
+def _evaluate_replaced(
+    rules: Mapping[str, Callable], jaxpr: Any, consts: Values, args: Values
+) -> list[Any]:
+    env = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    for eqn in jaxpr.eqns:
+        given = [v.val if isinstance(v, Literal) else env[v] for v in eqn.invars]
+        if (rule := rules.get(eqn.primitive.name)) is not None:
+            out = rule(*given, **eqn.params)
+        elif eqn.primitive is _call:
+            pure, num = eqn.params["pure"], eqn.params["num"]
+            out = _evaluate_replaced(rules, pure.jaxpr, given[:num], given[num:])
+        elif (inner := _inner(eqn)) is not None:
+            out = _evaluate_replaced(rules, *opened(inner), given)
+        else:
+            out = eqn.primitive.bind(*given, **eqn.params)
+        out = out if eqn.primitive.multiple_results else [out]
+        env |= dict(zip(eqn.outvars, out, strict=True))
+    return [v.val if isinstance(v, Literal) else env[v] for v in jaxpr.outvars]
+
+
+def primitives(fun: Callable, *args: Any) -> set[str]:
+    """The names of the primitives that `fun` is made of, also in what it calls."""
+
+    def of(jaxpr: Any) -> set[str]:
+        return set().union(*map(of_equation, jaxpr.eqns))
+
+    def of_equation(eqn: Any) -> set[str]:
+        inner = _inner(eqn)
+        return {eqn.primitive.name} if inner is None else of(opened(inner)[0])
+
+    return of(hoist(fun, *args)[0].jaxpr)
+
+
+def _inner(eqn: Any) -> Any:
+    """What an equation calls, if it is a call."""
+    return eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+
+
+def transposed(ref: Any) -> Any:
+    """A tile of shared memory, read the other way round: `ref.transpose` since jax 0.11."""
+    if hasattr(ref, "transpose"):
+        return ref.transpose((1, 0))
+    from jax.experimental.pallas import mosaic_gpu
+
+    return mosaic_gpu.transpose_ref(ref, (1, 0))
+
+
+def load(ref: Any, layout: Any) -> Array:
+    """What lies in shared memory, in a layout: since jax 0.11 `load` needs no more indices."""
+    from jax.experimental.pallas import mosaic_gpu
+
+    index = inspect.signature(mosaic_gpu.load).parameters.get("idx")
+    indices = ((),) if index is not None and index.default is index.empty else ()
+    return mosaic_gpu.load(ref, *indices, layout=layout)
+
+
+def interpreter() -> Any:
+    """What interprets kernels for GPUs: it is public since jax 0.11."""
+    from jax._src.pallas.mosaic_gpu.interpret import params
+
+    return params.InterpretGPUParams()
+
+
+def may_be_hopper() -> bool:
+    """Whether the default device is an NVIDIA GPU of the Hopper kind, or no such GPU at all.
+
+    Where there is none, programs are lowered for others, as Mosaic GPU itself takes it. Uses
+    `jax.extend.backend.get_default_device`, in all versions.
+    """
+    return getattr(get_default_device(), "compute_capability", "9.0").startswith("9.")

@@ -27,7 +27,7 @@ def by_implementation(
     # Pallas is imported by those who use it.
     from jaxsoftmax._row_kernels import in_kernels
 
-    interpret = KERNELS.get(rows.implementation or "", False)
+    interpret = KERNELS.get(rows.implementation or "") is not None
     by_kernels = functools.partial(in_kernels, function, rows, interpret=interpret)
     try:
         if interpret:

@@ -210,6 +210,29 @@ def test_kernels_fit(device, name):
     assert compiled.memory_analysis().temp_size_in_bytes < 2 * of_scores
 
 
+GPU_KERNELS = {
+    "softmax": of_kernels(jnp.bfloat16, 64, is_causal=True),
+    "softmax, 128 features": of_kernels(jnp.float16, 128),
+    "sparsemax": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.sparsemax),
+    "entmax15": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.entmax15),
+    "entmax15, 128 features": of_kernels(jnp.bfloat16, 128, 1000, 700, normalizer=jsm.entmax15),
+    "entmax": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=ALPHA),
+}
+
+
+@pytest.mark.parametrize("name", GPU_KERNELS)
+def test_gpu_kernels_keep_to_registers(name, monkeypatch, capfd):
+    """The assembler tells what it spills to memory; a warp has 255 registers a thread."""
+    monkeypatch.setenv("MOSAIC_GPU_DUMP_PTXAS", "1")
+    capfd.readouterr()
+    compiled = ahead.compiled(*GPU_KERNELS[name], TARGETS["h100"])
+    told = "".join(capfd.readouterr())
+    assert len(re.findall(r"Used \d+ registers", told)) == 3
+    assert set(re.findall(r"(\d+) bytes spill stores", told)) == {"0"}
+    of_scores = 4 * 2 * 1024 * 1024
+    assert compiled.memory_analysis().temp_size_in_bytes < of_scores / 2
+
+
 def of_rows(mapping, shape, dtype=jnp.float32, **options):
     """A mapping by a kernel, and what it takes."""
     f = functools.partial(mapping, implementation="pallas", **options)

@@ -210,4 +210,4 @@ def test_one_module_alone_uses_what_jax_does_not_promise():
     )
     users = {p.name for p in package.rglob("*.py") if unstable.search(p.read_text("utf-8"))}
     assert users == {"_jax.py"}
-    assert len((package / "_jax.py").read_text("utf-8").splitlines()) < 250
+    assert len((package / "_jax.py").read_text("utf-8").splitlines()) < 350

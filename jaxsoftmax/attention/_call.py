@@ -124,19 +124,31 @@ def _by(
     sizes: Sizes,
 ) -> tuple[Array, ...]:
     """The outputs, by what is named or else by what was measured to be the best."""
-    is_chosen = implementation is None and MEASURED.get(("tpu", "attention")) == "pallas"
-    if implementation not in KERNELS and not is_chosen:
+    is_named = implementation in KERNELS
+    platforms = _platforms(implementation)
+    if not platforms:
         return in_blocks(rules, operands, sizes)
     # Pallas is imported by those who use it.
     from jaxsoftmax.attention._kernels import by_kernels
 
-    interpret = KERNELS.get(implementation or "", False)
+    interpret = is_named and KERNELS[implementation or ""] is not None
     try:
-        return by_kernels(interpret, block_size, in_blocks, rules, operands, sizes)
+        return by_kernels(platforms, interpret, block_size, in_blocks, rules, operands, sizes)
     except NoKernelError:
-        if is_chosen:
-            return in_blocks(rules, operands, sizes)
-        raise
+        if is_named:
+            raise
+        return in_blocks(rules, operands, sizes)
+
+
+def _platforms(implementation: str | None) -> tuple[str, ...]:
+    """Those whose kernels are to be used."""
+    both = "tpu", "cuda"
+    if implementation is None:
+        return tuple(p for p in both if MEASURED.get((p, "attention")) == "pallas")
+    if implementation not in KERNELS:
+        return ()
+    interpreted = KERNELS[implementation]
+    return both if interpreted is None else (interpreted,)
 
 
 def _by_cudnn(static: Static, normalizer: Normalizer, given: dict[str, Any]) -> Array:

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -14,14 +14,16 @@ from jaxtyping import Array
 from jaxsoftmax import _jax
 from jaxsoftmax._configured import Configured
 from jaxsoftmax._form import Form
-from jaxsoftmax._implementations import refuse
+from jaxsoftmax._implementations import NoKernelError, refuse
 from jaxsoftmax._scores import known_number, with_ndim
 from jaxsoftmax._threshold import form_of
 from jaxsoftmax.attention._arguments import Sizes, function_name
 from jaxsoftmax.attention._cutting import InBlocks
 from jaxsoftmax.attention._kernels import _operands
+from jaxsoftmax.attention._kernels._backward import backward
 from jaxsoftmax.attention._kernels._forms import has_kernel
-from jaxsoftmax.attention._kernels._rule import Attention, attend
+from jaxsoftmax.attention._kernels._forward import forward
+from jaxsoftmax.attention._kernels._rule import Attention, Kernels, attend
 from jaxsoftmax.attention._kernels._tiles import Call
 from jaxsoftmax.attention._prepared import OF_NORMALIZER, Rules, of_normalizer
 
@@ -30,6 +32,7 @@ _ROOM = _operands.VMEM * 7 // 8
 
 
 def by_kernels(
+    platforms: Sequence[str],
     interpret: bool,
     block_size: int | None,
     in_blocks: InBlocks,
@@ -37,25 +40,73 @@ def by_kernels(
     operands: dict[str, Array],
     sizes: Sizes,
 ) -> tuple[Array, ...]:
-    """What `in_blocks(rules, operands, sizes)` returns, by kernels where there is a TPU.
+    """What `in_blocks(rules, operands, sizes)` returns, by kernels on platforms that have one.
 
     Args:
-      interpret: whether kernels are interpreted, on any platform.
+      platforms: those whose kernels may be used.
+      interpret: whether those are interpreted, on any platform.
       block_size: how many queries make a block, None: as many as suit the kernels.
       in_blocks: attention by XLA, of which all derivatives are but for the first in reverse mode.
       rules: what happens between the two products.
       operands: the arrays.
       sizes: their sizes.
     """
-    _check(rules, operands)
+    _check(rules)
     normalizer: Any = rules.normalizer
-    form, params, temperature = _of_normalizer(normalizer, sizes)
+    call, temperature = _call(interpret, block_size, rules, sizes)
     own = {OF_NORMALIZER + name: jnp.asarray(x) for name, x in normalizer.arrays.items()}
+    still = functools.partial(_reference, in_blocks, _without_arrays(rules), sizes)
+    params_of = functools.partial(_params, normalizer.with_arrays({}), sizes)
+    of_kernels = {}
+    for platform, (kernels, fitted) in _found(platforms, call, operands).items():
+        attention = Attention(kernels, fitted, still, params_of, temperature)
+        of_kernels[platform] = functools.partial(attend, attention)
+    arrays = operands | own
+    if interpret:
+        (attend_interpreted,) = of_kernels.values()
+        return (attend_interpreted(arrays),)
+    return (lax.platform_dependent(arrays, default=still, **of_kernels),)
+
+
+def _found(
+    platforms: Sequence[str], call: Call, operands: dict[str, Array]
+) -> dict[str, tuple[Kernels, Call]]:
+    """The kernels of each platform that has some for the call, and the call as it suits them."""
+    found, errors = {}, []
+    for platform in platforms:
+        try:
+            found[platform] = {"tpu": _on_tpu, "cuda": _on_hopper}[platform](call, operands)
+        except NoKernelError as error:
+            errors.append(error)
+    if not found:
+        raise errors[0]
+    return found
+
+
+def _on_tpu(call: Call, operands: dict[str, Array]) -> tuple[Kernels, Call]:
+    if (dtype := operands["query"].dtype) not in (jnp.bfloat16, jnp.float32):
+        _refuse(f"the dtype {dtype}")
+    return Kernels(forward, backward), _fitted(_in_blocks(call), operands)
+
+
+def _on_hopper(call: Call, operands: dict[str, Array]) -> tuple[Kernels, Call]:
+    try:
+        from jaxsoftmax.attention._kernels import _hopper_choice
+    except ImportError:  # a jaxlib may come without what Mosaic GPU needs
+        _refuse("GPUs in this installation of JAX")
+    return _hopper_choice.found(call, operands)
+
+
+def _call(
+    interpret: bool, block_size: int | None, rules: Rules, sizes: Sizes
+) -> tuple[Call, float | None]:
+    """What is known of a call, and its temperature if that is a number."""
+    form, params, temperature = _of_normalizer(rules.normalizer, sizes)
     scale, cap = _number("scale", rules.scale), _number("logits_soft_cap", rules.soft_cap)
     call = Call(
         form=form,
         sizes=sizes,
-        block=_block(block_size, sizes),
+        block=block_size or 0,
         before=rules.before,
         after=rules.after,
         offset=rules.offset,
@@ -66,14 +117,7 @@ def by_kernels(
         params=params,
         interpret=interpret,
     )
-    still = functools.partial(_reference, in_blocks, _without_arrays(rules), sizes)
-    params_of = functools.partial(_params, normalizer.with_arrays({}), sizes)
-    attention = Attention(_fitted(call, operands), still, params_of, temperature)
-    arrays = operands | own
-    of_kernels = functools.partial(attend, attention)
-    if interpret:
-        return (of_kernels(arrays),)
-    return (lax.platform_dependent(arrays, tpu=of_kernels, default=still),)
+    return call, temperature
 
 
 def _without_arrays(rules: Rules) -> Rules:
@@ -94,7 +138,7 @@ def _reference(
 _refuse = functools.partial(refuse, "pallas")
 
 
-def _check(rules: Rules, operands: Mapping[str, Array]) -> None:
+def _check(rules: Rules) -> None:
     for name, given in {
         "return_residual": rules.row_value,
         "dropout_rate": rules.dropout_key,
@@ -107,8 +151,6 @@ def _check(rules: Rules, operands: Mapping[str, Array]) -> None:
     score, index = (jax.ShapeDtypeStruct((), dtype) for dtype in (jnp.float32, jnp.int32))
     _check_function("score_mod", rules, score, *[index] * 4)
     _check_function("mask_mod", rules, *[index] * 4)
-    if (dtype := operands["query"].dtype) not in (jnp.bfloat16, jnp.float32):
-        _refuse(f"the dtype {dtype}")
 
 
 def _check_function(name: str, rules: Rules, *args: Any) -> None:
@@ -163,12 +205,13 @@ def _params(normalizer: Configured, sizes: Sizes, own: dict[str, Array]) -> tupl
     return _form_and_params(normalizer.with_arrays(own), sizes)[1]
 
 
-def _block(block_size: int | None, sizes: Sizes) -> int:
-    if block_size is None:
-        return 128 if min(sizes.queries, sizes.keys) <= 128 else 256
-    if block_size % 128:
-        _refuse(f"a block_size that is no multiple of 128, {block_size}")
-    return block_size
+def _in_blocks(call: Call) -> Call:
+    if not call.block:
+        few = min(call.sizes.queries, call.sizes.keys) <= 128
+        return dataclasses.replace(call, block=128 if few else 256)
+    if call.block % 128:
+        _refuse(f"a block_size that is no multiple of 128, {call.block}")
+    return call
 
 
 def _fitted(call: Call, operands: Mapping[str, Array]) -> Call:

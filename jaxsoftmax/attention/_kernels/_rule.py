@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +15,22 @@ from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import sum_to
 from jaxsoftmax._scores import with_ndim
 from jaxsoftmax.attention._blocks import Wanted, instantiated
-from jaxsoftmax.attention._kernels._backward import backward
-from jaxsoftmax.attention._kernels._forward import forward
 from jaxsoftmax.attention._kernels._tiles import F32, Call
 from jaxsoftmax.attention._prepared import OF_NORMALIZER, of_normalizer
 
 Arrays = Mapping[str, Array]
+
+
+class Kernels(NamedTuple):
+    """Those of one platform; what is kept is theirs alone.
+
+    Attributes:
+      forward: `(call, arrays, keep) -> (output, what is kept)`.
+      backward: `(call, arrays, kept, cotangent, wanted) -> cotangents` by name.
+    """
+
+    forward: Callable[..., tuple[Array, dict[str, Array]]]
+    backward: Callable[..., dict[str, Array]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -28,12 +38,14 @@ class Attention:
     """All that is known while tracing.
 
     Attributes:
+      kernels: what computes it.
       call: what kernels know.
       reference: the same by XLA, of the arrays by name.
       params: gives the parameters of the form, given the arrays of the normalizer by name.
       temperature: divides the scores: a number; None: 1, or an array of the normalizer.
     """
 
+    kernels: Kernels
     call: Call
     reference: Callable[[Arrays], Array]
     params: Callable[[dict[str, Array]], tuple[Array, ...]]
@@ -50,7 +62,7 @@ class Attention:
 
     def forward(self, given: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
         """The output, and what is kept."""
-        return forward(self.call, self.arrays(given), keep)
+        return self.kernels.forward(self.call, self.arrays(given), keep)
 
     def pull_back(self, wanted: Sequence[str], point: tuple[Arrays, Any], ct: Array) -> list[Array]:
         """The cotangents of what is wanted."""
@@ -64,7 +76,7 @@ class Attention:
         names = {n for n in wanted if n in arrays}
         if any(name.startswith(OF_NORMALIZER) for name in wanted):
             names |= {n for n in arrays if n == "temperature" or n.startswith("param")}
-        found = backward(self.call, self.arrays(given), kept, ct, sorted(names))
+        found = self.kernels.backward(self.call, self.arrays(given), kept, ct, sorted(names))
         return list(pullback({n: _like(found.get(n), x) for n, x in arrays.items()}))
 
     def pull_reference(

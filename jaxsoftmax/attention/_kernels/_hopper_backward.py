@@ -1,0 +1,213 @@
+"""The gradients of attention on a Hopper GPU, in two kernels: those of queries, and of keys.
+
+Each makes the weights of a tile anew. So nothing is added up in main memory, and results do not
+depend on which program comes first.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from jaxsoftmax.attention._kernels import _hopper, _operands
+from jaxsoftmax.attention._kernels._backward import of_group, of_numbers, pairs_of, summed
+from jaxsoftmax.attention._kernels._forms import gaps, shares, terms_of_numbers, with_slope
+from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
+from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, operands
+from jaxsoftmax.attention._kernels._operands import Arrays
+from jaxsoftmax.attention._kernels._scores import scores
+from jaxsoftmax.attention._kernels._tiles import (
+    F32,
+    Call,
+    Place,
+    Refs,
+    keys_seen,
+    queries_seeing,
+)
+
+State = tuple[Array, ...]
+
+
+def backward(
+    call: Call, arrays: Arrays, kept: Arrays, ct: Array, wanted: Sequence[str]
+) -> dict[str, Array]:
+    """The cotangents of queries, keys, values, and of what else is wanted.
+
+    Those of numbers are one for each query, (B, N, T, 1), still to be summed.
+
+    Args:
+      call: what is known.
+      arrays: by name, as `forward` has them.
+      kept: what `forward` keeps.
+      ct: the cotangent of the output, (B, N, T, V).
+      wanted: what cotangents to return.
+    """
+    sizes = call.sizes
+    ct = _operands.lengthened(jnp.swapaxes(ct, 1, 2), 1, call.queries)
+    delta = jnp.transpose(jnp.sum(ct * kept["mean"], 3), (0, 2, 1))[:, :, None]
+    params = [arrays[f"param {i}"] for i in range(call.params)]
+    rows = [kept["rows"][:, :, i, None] for i in range(kept["rows"].shape[2])]
+    rows = [delta, *with_slope(call.form, rows, params)]
+    ins = operands(call, arrays)
+    ins |= {"ct": ct.astype(ins["query"].dtype), "rows": jnp.concatenate(rows, 2)}
+    names = summed(wanted)
+    of_queries, of_keys = _of_queries(call, ins, names), _of_keys(call, ins)
+
+    def turned(x: Array, length: int, order: tuple[int, ...]) -> Array:
+        return jnp.transpose(x[:, :length], order)
+
+    cts = {"query": turned(of_queries["query"], sizes.queries, (0, 2, 1, 3))}
+    for name, x in of_keys.items():
+        cts[name] = of_group(call, turned(x, sizes.keys, (0, 2, 3, 1)))
+    if names:
+        pairs = pairs_of(names, of_queries["sums"][..., : sizes.queries])
+        rows, delta = (x[..., : sizes.queries] for x in (kept["rows"], delta))
+        cts |= of_numbers(call, arrays, rows, delta, pairs)
+    return cts
+
+
+def _of_queries(call: Call, ins: Arrays, names: Sequence[str]) -> dict[str, Array]:
+    """The cotangents of queries, (B, T, N, H), and sums for those of numbers, (B, N, sums, T)."""
+    sizes, query = call.sizes, ins["query"]
+    outs: dict[str, Any] = {"query": (query.shape, query.dtype)}
+    if names:
+        outs["sums"] = (sizes.batch, sizes.heads, 2 * len(names), call.queries), F32
+    scratch = {
+        "query": _hopper.tiles(call, sizes.features, query.dtype),
+        "ct": _hopper.tiles(call, sizes.value_features, query.dtype),
+        "row": _hopper.row(),
+        "barrier": _hopper.barrier(),
+    }
+    kernel = functools.partial(_kernel_of_queries, call, tuple(names))
+    return _hopper.run(kernel, call, call.blocks_of(sizes.queries), ins, outs, scratch)
+
+
+def _of_keys(call: Call, ins: Arrays) -> dict[str, Array]:
+    """The cotangents of keys and values, (B, S, N, ...) of each head."""
+    sizes, dtype = call.sizes, ins["query"].dtype
+    widths = {"key": sizes.features, "value": sizes.value_features}
+    # What several heads add up to is not rounded before.
+    of_head = dtype if sizes.heads == sizes.key_heads else F32
+    shape = sizes.batch, call.keys, sizes.heads
+    outs = {name: ((*shape, width), of_head) for name, width in widths.items()}
+    scratch = {name: _hopper.tiles(call, width, dtype) for name, width in widths.items()}
+    scratch["barrier"] = _hopper.barrier()
+    if of_head != dtype:
+        scratch |= {
+            f"{name} out": _hopper.tiles(call, width, F32) for name, width in widths.items()
+        }
+    kernel = functools.partial(_kernel_of_keys, call)
+    return _hopper.run(kernel, call, call.blocks_of(sizes.keys), ins, outs, scratch)
+
+
+def _place(call: Call, ins: Refs, rows: RowsInRegisters) -> Place:
+    return Place(call, ins, _hopper.index("batch"), _hopper.index("heads"), rows)
+
+
+def _kernel_of_queries(
+    call: Call, names: Sequence[str], ins: Refs, outs: Refs, scratch: Refs
+) -> None:
+    rows = RowsInRegisters(1, BLOCK, call.interpret)
+    place = _place(call, ins, rows)
+    batch, head = place.batch, place.head
+    block = call.blocks_of(call.sizes.queries) - 1 - _hopper.index("blocks")
+    at = pl.ds(block * BLOCK, BLOCK)
+    for name in ("query", "ct"):
+        _hopper.fetch(ins[name].at[batch, at, head], scratch[name], scratch["barrier"])
+    of_rows = []
+    for i in range(ins["rows"].shape[2]):
+        _hopper.fetch(ins["rows"].at[batch, head, i, at], scratch["row"], scratch["barrier"])
+        of_rows += rows.read([scratch["row"]])
+        _hopper.release()
+
+    def body(keys: Any, is_cut: Any, parts: Any, carry: Any) -> Any:
+        key, value = parts
+        acc, sums = carry
+        products = _hopper.product(scratch["query"], key, call.interpret)
+        of_values = _hopper.product(scratch["ct"], value, call.interpret)
+        first = keys, block * BLOCK
+        made, ct_scores = _weights(place, first, is_cut, (products, of_values), of_rows)
+        *of_weights, worth = made
+        if names:
+            sums = _added(place, names, sums, of_weights, worth)
+        return _hopper.add_product(acc, ct_scores, key, call.interpret), sums
+
+    group = head_of_group(place)
+    carry = (
+        rows.settled(jnp.zeros((BLOCK, call.sizes.features), F32)),
+        (rows.full(0.0),) * (2 * len(names)),
+    )
+    refs = [ins[name].at[batch, :, group] for name in ("key", "value")]
+    acc, sums = _hopper.pipeline(body, keys_seen(place, block), call.part, refs, carry)
+    by = call.scale if call.is_exact else call.factor
+    _hopper.store(acc * by, scratch["query"], outs["query"].at[batch, at, head])
+    for i, x in enumerate(sums):
+        _hopper.store(x, scratch["row"], outs["sums"].at[batch, head, i, at])
+
+
+def _kernel_of_keys(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
+    """Keys down, so that weights can be the first factor of the products that are added up."""
+    rows = RowsInRegisters(0, call.part, call.interpret)
+    place = _place(call, ins, rows)
+    batch, head, group = place.batch, place.head, head_of_group(place)
+    keys = _hopper.index("blocks")
+    at = pl.ds(keys * BLOCK, BLOCK)
+    for name in ("key", "value"):
+        _hopper.fetch(ins[name].at[batch, at, group], scratch[name], scratch["barrier"])
+
+    def body(queries: Any, is_cut: Any, parts: Any, carry: State) -> State:
+        (query, ct, *of_rows), (key_out, value_out) = parts, carry
+        products = _hopper.product(scratch["key"], query, call.interpret)
+        of_values = _hopper.product(scratch["value"], ct, call.interpret)
+        of_rows, first = rows.read(of_rows), (keys * BLOCK, queries)
+        made, ct_scores = _weights(place, first, is_cut, (products, of_values), of_rows)
+        value_out = _hopper.add_product(value_out, made[1], ct, call.interpret)
+        return _hopper.add_product(key_out, ct_scores, query, call.interpret), value_out
+
+    sizes = call.sizes
+    widths = sizes.features, sizes.value_features
+    zeros = tuple(rows.settled(jnp.zeros((BLOCK, width), F32)) for width in widths)
+    refs = [ins[name].at[batch, :, head] for name in ("query", "ct")]
+    refs += [ins["rows"].at[batch, head, i] for i in range(ins["rows"].shape[2])]
+    over = queries_seeing(place, keys)
+    of_key, of_value = _hopper.pipeline(body, over, call.part, refs, zeros)
+    for name, x in {"key": of_key * call.factor, "value": of_value}.items():
+        through = scratch.get(f"{name} out", scratch[name])
+        _hopper.store(x, through, outs[name].at[batch, at, head])
+
+
+def _weights(
+    place: Place, first: tuple[Any, Any], is_cut: Any, products: State, of_rows: Sequence[Array]
+) -> tuple[State, Array]:
+    """Gaps, weights, slopes and what each is worth, and the cotangent of the products.
+
+    Args:
+      place: where the program works.
+      first: the first key and the first query.
+      is_cut: whether positions may exclude some of it.
+      products: those of queries and keys, and of cotangents and values.
+      of_rows: what the output is worth, and what is kept of rows.
+    """
+    call, rows = place.call, place.rows
+    made = scores(place, *first, None, is_cut, products[0])
+    delta, *kept = (rows.spread(row, made.scores) for row in of_rows)
+    params = [rows.spread(param, made.scores) for param in place.params]
+    gap = gaps(call.form, made.scores, kept)
+    share, slope = rows.plain(functools.partial(shares, call.form))(gap, kept, params)
+    worth = products[1] - delta
+    return (gap, share, slope, worth), made.pull_back(slope * worth)
+
+
+def _added(
+    place: Place, names: Sequence[str], sums: State, made: Sequence[Array], worth: Array
+) -> State:
+    """The sums for the cotangents of numbers, given one more tile."""
+    rows = place.rows
+    params = [rows.spread(param, worth) for param in place.params]
+    of_names = functools.partial(terms_of_numbers, place.call.form, names)
+    terms = rows.plain(of_names)(made, params)
+    new = (rows.sum(x) for term in terms for x in (term * worth, term))
+    return tuple(x + y for x, y in zip(sums, new, strict=True))

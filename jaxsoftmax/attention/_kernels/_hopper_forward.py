@@ -1,0 +1,249 @@
+"""The output of attention on a Hopper GPU, and what its reverse rule needs of each row.
+
+A program has a block of queries. Scores are made anew for each pass over the keys.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jaxtyping import Array
+
+from jaxsoftmax.attention._kernels import _hopper, _operands
+from jaxsoftmax.attention._kernels._forms import row_values
+from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
+from jaxsoftmax.attention._kernels._operands import Arrays
+from jaxsoftmax.attention._kernels._scores import scores
+from jaxsoftmax.attention._kernels._search import NOWHERE, Search, State
+from jaxsoftmax.attention._kernels._tiles import (
+    F32,
+    LEAST,
+    MOST,
+    NOTHING,
+    Call,
+    Place,
+    Range,
+    Refs,
+    keys_seen,
+)
+
+# Keys fall into this many classes, of each of which the two largest scores start the search: as
+# many as there are registers for.
+CLASSES = 32
+
+
+def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
+    """The output, (B, N, T, V), and what is kept.
+
+    That is of each row "rows", numbers, (B, N, R, T), and "mean", (B, T, N, V), both in whole
+    blocks.
+
+    Args:
+      call: what is known.
+      arrays: by name; queries (B, N, T, H), keys (B, K, H, S) and values (B, K, V, S).
+      keep: whether anything is kept.
+    """
+    sizes = call.sizes
+    ins = operands(call, arrays)
+    query, width = ins["query"], sizes.value_features
+    shape = sizes.batch, call.queries, sizes.heads, width
+    outs: dict[str, Any] = {"out": (shape, F32)}
+    if keep:
+        numbers = row_values(call.form)
+        outs["rows"] = (sizes.batch, sizes.heads, numbers, call.queries), F32
+        if not call.form.only_scales:
+            outs["mean"] = shape, F32
+    scratch = {
+        "query": _hopper.tiles(call, sizes.features, query.dtype),
+        "out": _hopper.tiles(call, width, F32),
+        "row": _hopper.row(),
+        "barrier": _hopper.barrier(),
+    }
+    kernel = functools.partial(_kernel, call)
+    found = _hopper.run(kernel, call, call.blocks_of(sizes.queries), ins, outs, scratch)
+    out = found.pop("out")
+    return jnp.swapaxes(out, 1, 2)[:, :, : sizes.queries], {"mean": out, **found} if keep else {}
+
+
+def operands(call: Call, arrays: Arrays) -> dict[str, Array]:
+    """Queries, keys and values, (B, length, heads, width) in whole blocks, and numbers."""
+
+    def laid(x: Array, order: tuple[int, ...], length: int) -> Array:
+        return _operands.lengthened(jnp.transpose(x, order), 1, length)
+
+    return {
+        "query": laid(call.scaled(arrays["query"]), (0, 2, 1, 3), call.queries),
+        "key": laid(arrays["key"], (0, 3, 1, 2), call.keys),
+        "value": laid(arrays["value"], (0, 3, 1, 2), call.keys),
+        **{name: x for name, (_, x) in _operands.numbers(call, arrays).items()},
+    }
+
+
+def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
+    rows = RowsInRegisters(1, BLOCK, call.interpret)
+    place = Place(call, ins, _hopper.index("batch"), _hopper.index("heads"), rows)
+    # Later blocks see more if they are causal: those come first.
+    block = call.blocks_of(call.sizes.queries) - 1 - _hopper.index("blocks")
+    at = pl.ds(block * BLOCK, BLOCK)
+    _hopper.fetch(
+        ins["query"].at[place.batch, at, place.head], scratch["query"], scratch["barrier"]
+    )
+    keys = Keys(place, scratch["query"], block)
+    sink = None
+    if "sink" in ins:
+        sink = jnp.minimum(rows.full(place.number("sink")), MOST)
+    attend = _online if call.form.only_scales else _searching
+    found = attend(keys, sink)
+    kept = found.pop("rows")
+    unseeing = kept[0] >= NOWHERE
+    for name, x in found.items():
+        if name in outs:
+            x = jnp.where(rows.spread(unseeing, x), 0, x)
+            _hopper.store(x, scratch["out"], outs[name].at[place.batch, at, place.head])
+    if "rows" in outs:
+        for i, row in enumerate(kept):
+            target = outs["rows"].at[place.batch, place.head, i, at]
+            _hopper.store(row, scratch["row"], target)
+
+
+def head_of_group(place: Place) -> Any:
+    """The head of the keys that a head of the queries has."""
+    sizes = place.call.sizes
+    return _operands.head_of(place.head, sizes.heads // sizes.key_heads)
+
+
+@dataclasses.dataclass
+class Keys:
+    """The keys that a block of queries sees, tile by tile.
+
+    Attributes:
+      place: where the program works.
+      query: the queries, in shared memory.
+      block: which block of queries.
+    """
+
+    place: Place
+    query: Any
+    block: Any
+
+    def __post_init__(self) -> None:
+        self.range: Range = keys_seen(self.place, self.block)
+        refs, group = self.place.refs, head_of_group(self.place)
+        self.key, self.value = (
+            refs[name].at[self.place.batch, :, group] for name in ("key", "value")
+        )
+
+    def loop(self, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry = body(first, scores, carry)`: one pass."""
+
+        def step(first: Any, is_cut: Any, parts: Any, carry: Any) -> Any:
+            return body(first, self._make(first, is_cut, parts[0]), carry)
+
+        return _hopper.pipeline(step, self.range, self.place.call.part, [self.key], carry)
+
+    def loop_with_values(self, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry = body(values, scores, carry)`: one pass."""
+
+        def step(first: Any, is_cut: Any, parts: Any, carry: Any) -> Any:
+            return body(parts[1], self._make(first, is_cut, parts[0]), carry)
+
+        refs, part = [self.key, self.value], self.place.call.part
+        return _hopper.pipeline(step, self.range, part, refs, carry)
+
+    def _make(self, first: Any, is_cut: Any, key: Any) -> Array:
+        call = self.place.call
+        products = _hopper.product(self.query, key, call.interpret)
+        x = scores(self.place, first, self.block * BLOCK, None, is_cut, products).scores
+        return x if call.form.only_scales else jnp.minimum(x, MOST)
+
+    def unseeing(self, top: Array) -> Array:
+        """Which queries get nothing, given the maximum of their scores."""
+        nothing, refs = top < NOTHING, self.place.refs
+        if "query_lengths" not in refs:
+            return nothing
+        rows = self.place.rows
+        index = rows.settled(lax.broadcasted_iota(jnp.int32, (BLOCK,), 0))
+        return nothing | (self.block * BLOCK + index >= self.place.queries)
+
+    def zeros(self) -> Array:
+        """What sums of values begin with."""
+        width = self.place.call.sizes.value_features
+        return self.place.rows.settled(jnp.zeros((BLOCK, width), F32))
+
+    def added(self, out: Array, weights: Array, value: Any) -> Array:
+        """A sum of values, given the weights of one more tile."""
+        return _hopper.add_product(out, weights, value, self.place.call.interpret)
+
+
+def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
+    """Softmax: what was added up is scaled down as the maximum rises."""
+    rows = keys.place.rows
+    top = rows.full(LEAST) if sink is None else sink
+    total = rows.full(0.0 if sink is None else 1.0)
+
+    def body(value: Any, x: Array, carry: State) -> State:
+        acc, top, total = carry
+        new = jnp.minimum(jnp.maximum(top, rows.max(x)), MOST)
+        weights = jnp.exp(jnp.minimum(x - rows.spread(new, x), 0))
+        old = jnp.exp(top - new)
+        acc = keys.added(acc * rows.spread(old, acc), weights, value)
+        return acc, new, total * old + rows.sum(weights)
+
+    acc, top, total = keys.loop_with_values(body, (keys.zeros(), top, total))
+    total = jnp.where(total > 0, total, 1)
+    log_total = jnp.log(total)
+    origin = jnp.where(keys.unseeing(top), NOWHERE, top + log_total)
+    of_infinite = jnp.where(top == MOST, -log_total, 0)
+    return {"out": acc * rows.spread(1 / total, acc), "rows": (origin, of_infinite)}
+
+
+def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
+    """Any other form: a threshold is found, and then all is added up at once."""
+    place, rows = keys.place, keys.place.rows
+    few = _largest(keys)
+    top = rows.max(few[0])
+    top = top if sink is None else jnp.maximum(top, sink)
+    unseeing = keys.unseeing(top)
+    seen_top = rows.settled(jnp.where(unseeing, 0, top))
+    search = Search(place.call.form, place.params, seen_top, unseeing, sink, rows)
+    state = search.solve(lambda: few, keys.loop, place.call.sizes.keys)
+    return _mix(keys, search, state)
+
+
+def _largest(keys: Keys) -> tuple[Array, Array]:
+    """The largest scores of each class of keys, and the second largest: one pass."""
+
+    def body(_: Any, x: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+        one, two = carry
+        for start in range(0, x.shape[1], CLASSES):
+            own = x[:, start : start + CLASSES]
+            two = jnp.maximum(two, jnp.minimum(one, own))
+            one = jnp.maximum(one, own)
+        return one, two
+
+    none = keys.place.rows.settled(jnp.full((BLOCK, CLASSES), LEAST, F32))
+    return keys.loop(body, (none, none))
+
+
+def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
+    """The output, the mean of values by slopes, and what is kept of rows."""
+
+    def body(value: Any, x: Array, carry: Any) -> Any:
+        out, of_slopes, sums = carry
+        terms = search.terms(x, state)
+        out, of_slopes = keys.added(out, terms[0], value), keys.added(of_slopes, terms[1], value)
+        return out, of_slopes, search.added(sums, terms[:2])
+
+    carry = keys.zeros(), keys.zeros(), search.zeros(2)
+    out, of_slopes, sums = keys.loop_with_values(body, carry)
+    sums = search.with_sink(sums, state)
+    mean = search.mean(sums, of_slopes)
+    return {
+        "out": search.output(sums, out, mean),
+        "mean": mean,
+        "rows": search.kept(sums, state),
+    }
