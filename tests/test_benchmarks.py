@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import bundles, charts, measuring, on_device, tables
+import jaxsoftmax as jsm
+from benchmarks import bundles, charts, measuring, on_device, passes, tables
 from benchmarks.accelerators import Program
 from benchmarks.measuring import Comparison, Entry, Missing, Result, Spread, relate
 
@@ -187,3 +188,10 @@ def test_bundles_of_a_kernel_are_those_of_its_loops():
     few, passes = bundles.STEPS_OF_FEW, bundles.PASSES
     search = 100 - (10 + 20 + 30 + 40) + 3 * 10 + few * 20 + passes * (30 - 5 + 3 * 5) + 3 * 40
     assert bundles.of_a_row([100, 10, 20, 30, 5, 40], tiles=3) == search
+
+
+def test_passes_of_a_search_are_counted():
+    """One score that has it all is where a search starts; equal scores are one step from there."""
+    one, equal = np.array([[9.0, 0, 0, 0]]), np.zeros((1, 4))
+    assert [passes.passes(jsm.sparsemax, scores, starts=True) for scores in (one, equal)] == [1, 2]
+    assert passes.passes(jsm.softmax, equal, starts=True) == 0

@@ -212,8 +212,7 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     surprise = jnp.where(absent, jnp.inf, total.log - own_gap)
 
     def excess(score: Array, hit: Array, top: Array, log: Array, own: Array) -> Array:
-        gap = _threshold.gap(score, top)
-        return jnp.where(hit, own, jnp.exp(gap + (_log_softmax.lost_by_gap(score, top) - log)))
+        return jnp.where(hit, own, jnp.exp(_threshold.gap(score, top) - log))
 
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
