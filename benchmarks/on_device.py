@@ -16,6 +16,8 @@ from benchmarks import accelerators, limits, tables
 from benchmarks.accelerators import ATTENTION, FORWARD, Program, Sizes
 from benchmarks.attention import OURS
 from benchmarks.environment import Environment
+from benchmarks.kernels_on_device import kernels
+from benchmarks.mappings import SAME
 from benchmarks.measuring import Comparison, Entry, Missing, Result, relate
 from benchmarks.peers import peer
 from tests.calls import CALLS, value_and_gradients
@@ -217,7 +219,7 @@ def measured(program: Program, quick: bool, deadline: float) -> list[Result]:
     if program.operation.startswith(ATTENTION):
         entries |= other_attention(program)
     if program.operation.startswith(accelerators.MAPPINGS):
-        entries |= limits.copy
+        entries |= limits.copy | row_kernels(program)
     costs: dict[str, dict[str, Any]] = {}
     ready = {
         name: _ready(entry, program, costs.setdefault(name, {}), deadline)
@@ -303,6 +305,22 @@ def other_attention(program: Program) -> Mapping[str, Entry | Missing]:
     }
 
 
+def row_kernels(program: Program) -> Mapping[str, Entry]:
+    """Our mappings by kernels, where there are any."""
+    if jax.default_backend() != "tpu":
+        return {}
+    is_forward = program.operation.endswith(FORWARD)
+    what = accelerators.PULLED_BACK[FORWARD if is_forward else accelerators.PULLBACK]
+    found = {}
+    for name in accelerators.MAPPED:
+        if name != "logsumexp":  # it has none
+            mapping = functools.partial(SAME[name][0], implementation="pallas")
+            entry = program.entries[f"jsm.{name}"]
+            ours = f"jsm.{name}{accelerators.KERNELS}"
+            found[ours] = dataclasses.replace(entry, function=what(mapping))
+    return found
+
+
 def by_torch(causal: bool, is_forward: bool, torch: Any) -> Function:
     """PyTorch's attention, on the device that JAX has; its arrays are turned round before."""
     on_gpu = jax.default_backend() == "gpu"
@@ -332,7 +350,7 @@ def by_torch(causal: bool, is_forward: bool, torch: Any) -> Function:
     return call
 
 
-PARTS = {"checks": checks, "times": times}
+PARTS = {"checks": checks, "kernels": kernels, "times": times}
 
 if __name__ == "__main__":
     main()

@@ -35,7 +35,8 @@ part() { # name, seconds
 }
 
 status=0
-part checks 190 || status=1
-part times 230 || status=1
+part checks 150 || status=1
+part kernels 110 || status=1
+part times 180 || status=1
 echo "$page"
 exit $status

@@ -170,7 +170,8 @@ def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     rows, p, params = residuals
     if form.only_scales:
         p = rows.map(functools.partial(_slopes, form), [p], params)
-        return None, linear_pair(_softmax_jacobian, _softmax_jacobian, (rows, p), ct)
+        pair = functools.partial(linear_pair, reference=_softmax_jacobian)
+        return None, pair(_softmax_jacobian_by_platform, _softmax_jacobian, (rows, p), ct)
     if params or form.tau is not None:
         return None, *pull_back(form, rows, p, params, ct)
     slow, fast = (functools.partial(_jacobian, form, at_once) for at_once in (False, True))
@@ -190,6 +191,26 @@ def _softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
     relative = relative_to_dominating(rows, p, ct)
     mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
     return rows.map(lambda p, c, m: p * (c - m), [p, relative], [mean])
+
+
+def _softmax_jacobian_by_platform(point: tuple[Rows, Entries], ct: Entries) -> Entries:
+    """The same, in as many passes as suit the platform."""
+    rows, p = point
+
+    def one_by_one(p: Entries, ct: Entries) -> Entries:
+        return _softmax_jacobian((rows, p), ct)
+
+    def at_once(p: Entries, ct: Entries) -> Entries:
+        def terms(p: Array, ct: Array) -> tuple[Array, Array, Array]:
+            dominates = jnp.round(p)
+            share = (1 - dominates) * p
+            return dominates * ct, share * ct, share
+
+        of_dominating, of_others, others = rows.sums(terms, [p, ct])
+        mean = of_others - others * of_dominating  # relative to the dominating
+        return rows.map(lambda p, c, d, m: p * ((c - d) - m), [p, ct], [of_dominating, mean])
+
+    return chosen("sums_at_once", at_once, p, ct, rows=rows, one_by_one=one_by_one)
 
 
 def relative_to_dominating(rows: Rows, p: Entries, x: Entries) -> Entries:

@@ -6,6 +6,16 @@ from typing import Any
 import jax.numpy as jnp
 
 
+# The longest row that XLA for GPU keeps in one kernel, of which it then is all that is read.
+_HELD = 16384
+
+
+def sums_at_once(general: Callable[..., Any], *args: Any, rows: Any, one_by_one: Any) -> Any:
+    """Sums one after the other where one kernel has all of a row; else each would be a pass."""
+    is_held = rows.length_in_memory(args[0][0]) <= _HELD
+    return (one_by_one if is_held else general)(*args)
+
+
 def dominating(general: Callable[..., Any], p: Any, *, rows: Any) -> Any:
     """1 where a probability is above 1/2, 0 elsewhere.
 

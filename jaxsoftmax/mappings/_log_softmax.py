@@ -151,7 +151,8 @@ def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
 
 
 def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    return None, linear_pair(_log_pulled_back, _log_pushed_forward, residuals, ct)
+    pair = functools.partial(linear_pair, reference=_log_pulled_back)
+    return None, pair(_log_pulled_back_by_platform, _log_pushed_forward, residuals, ct)
 
 
 def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
@@ -162,6 +163,33 @@ def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
     ct = rows.map(lambda c, lp: jnp.where(lp == -jnp.inf, 0, c), [ct, log_p])
     others = rows.map(lambda c, p, d, s: (1 - d) * (c - p * s), [ct, p, dominates], [rows.sum(ct)])
     return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
+
+
+def _log_pulled_back_by_platform(residuals: Any, ct: Entries) -> Entries:
+    """The same, in as many passes as suit the platform."""
+    rows, log_p = residuals
+
+    def one_by_one(log_p: Entries, ct: Entries) -> Entries:
+        return _log_pulled_back((rows, log_p), ct)
+
+    def parts(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
+        p = jnp.exp(log_p)
+        return p, jnp.round(p), jnp.where(log_p == -jnp.inf, 0, ct)
+
+    def at_once(log_p: Entries, ct: Entries) -> Entries:
+        def terms(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
+            p, dominates, ct = parts(log_p, ct)
+            return ct, (1 - dominates) * ct, (1 - dominates) * p
+
+        total, of_others, others = rows.sums(terms, [log_p, ct])
+
+        def pulled(log_p: Array, ct: Array, total: Array, left: Array) -> Array:
+            p, dominates, ct = parts(log_p, ct)
+            return (1 - dominates) * (ct - p * total) - dominates * left
+
+        return rows.map(pulled, [log_p, ct], [total, of_others - others * total])
+
+    return chosen("sums_at_once", at_once, log_p, ct, rows=rows, one_by_one=one_by_one)
 
 
 def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
