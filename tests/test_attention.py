@@ -423,8 +423,17 @@ def test_all_tilings_agree(tiling, tiled, rng):
 
 
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 2.0**-20), (jnp.bfloat16, 2.0**-7)])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_scores_that_are_made_again_are_the_same(dtype, rounding, is_causal, tiled, rng):
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"is_causal": True},
+        {"normalizer": functools.partial(jsm.softmax, temperature=2.0)},
+        {"normalizer": functools.partial(jsm.softmax, temperature=np.full((1, N, 1, 1), 2.0))},
+    ],
+    ids=["full", "causal", "temperature", "temperature of a head"],
+)
+def test_scores_that_are_made_again_are_the_same(dtype, rounding, options, tiled, rng):
     """As on GPUs. Scores far from 0, which the products have to subtract, and values that are."""
     q, k, v = inputs(rng)
     q, k, v, sink = 5 * q + 3, k + 2, v + 4, rng.normal(size=N)
@@ -433,7 +442,7 @@ def test_scores_that_are_made_again_are_the_same(dtype, rounding, is_causal, til
 
     def everything(q, k, v, ct, sink):
         def attention(q, k, v, sink):
-            return attend(q, k, v, is_causal=is_causal, sink=sink, scale=0.3)
+            return attend(q, k, v, sink=sink, scale=0.3, **options)
 
         out, pull_back = jax.vjp(attention, q, k, v, sink)
         return out, pull_back(ct)

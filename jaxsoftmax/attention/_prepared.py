@@ -138,6 +138,9 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
 
 
 def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
+    own = rules.normalizer
+    if not isinstance(own, Configured) or own.options or of_normalizer(part)[0]:
+        return None  # a temperature divides scores
     changes = rules.score_mod, rules.mask_mod, rules.before, rules.after, rules.soft_cap
     others = "bias", "mask", "query_lengths", "key_lengths", "query_segments"
     if any(x is not None for x in changes) or any(name in part for name in others):
