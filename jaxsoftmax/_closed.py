@@ -23,7 +23,7 @@ class Closed:
     def opened(self, fun: Callable[..., Any], *args: Any) -> Callable[..., Any]:
         """`fun`, for arguments like these, as a function `(arrays, *args)` that closes over none.
 
-        `arrays` may go on with what functions close over that are opened later.
+        `arrays` may be longer: what functions opened later close over comes at its end.
         """
         pure, consts, _ = _jax.hoist(fun, *args)
         places = {i: self._place(x) for i, x in enumerate(consts) if isinstance(x, core.Tracer)}

@@ -34,7 +34,7 @@ def linear_pair(
     of_given = [jax.typeof(x) for x in given]
     # Traced once, also where what it holds is evaluated, differentiated and mapped.
     pure, consts, out = _jax.hoist(fun, point, args)
-    of_out = jax.tree.structure(jax.eval_shape(functools.partial(pure, consts), point, args))
+    of_out = pure.tree
 
     there = _OfLeaves(functools.partial(pure, consts), of_points, of_args, of_given)
     smooth = there if reference is None else dataclasses.replace(there, function=reference)

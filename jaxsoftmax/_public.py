@@ -104,7 +104,7 @@ def _alpha(_: str, value: Any) -> Any:
     if not isinstance(value, numbers.Real):
         return value
     value = float(value)
-    # Some have a form of their own, others are refused while tracing.
+    # Some have a form of their own; most others are refused while tracing.
     return value if 1 < value < math.inf and value not in (1.5, 2) else Fixed(value)
 
 
@@ -226,4 +226,5 @@ def _count_segments(segment_ids: ArrayLike) -> int:
     if isinstance(segment_ids, core.Tracer):
         raise ValueError("num_segments must be given if segment_ids is traced, got None.")
     ids = np.asarray(segment_ids)
-    return max(int(ids.max(initial=-1)) + 1, min(ids.size, 1))  # one, if all are out of range
+    largest = int(ids.max()) if ids.size else -1
+    return max(largest + 1, min(ids.size, 1))  # one, if all are out of range

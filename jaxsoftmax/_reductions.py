@@ -273,8 +273,8 @@ _MOST = 2**31 - 1
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
     """`x`, seen by `shard_map` as varying over the mesh axes that `other` varies over.
 
-    What is differentiated, outside of a custom rule, so that the sum over devices that this asks of
-    the gradient is taken by JAX and not by the rule.
+    For what is differentiated, and outside of custom rules: the gradient's sum over devices is then
+    taken by JAX and not by the rule.
     """
     missing = varying(other) - varying(x) - frozenset(but)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x

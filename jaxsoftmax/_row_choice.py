@@ -21,8 +21,7 @@ def by_implementation(
 ) -> Entries:
     """`function(rows, scores, *params)`, by kernels if they are named and there is a TPU."""
     by_xla = functools.partial(function, rows)
-    is_chosen = rows.implementation is None and MEASURED.get(("tpu", "rows")) == "pallas"
-    if (rows.implementation not in KERNELS and not is_chosen) or 0 in scores[0].shape:
+    if not _may_be_kernels(rows) or 0 in scores[0].shape:
         return by_xla(scores, *params)
     # Pallas is imported by those who use it.
     from jaxsoftmax._row_kernels import in_kernels
@@ -34,9 +33,15 @@ def by_implementation(
             return by_kernels(scores, *params)
         return lax.platform_dependent(scores, *params, tpu=by_kernels, default=by_xla)
     except NoKernelError:
-        if is_chosen:
+        if rows.implementation is None:
             return by_xla(scores, *params)
         raise
+
+
+def _may_be_kernels(rows: Rows) -> bool:
+    """Whether kernels are named, or chosen where nothing is."""
+    is_chosen = rows.implementation is None and MEASURED.get(("tpu", "rows")) == "pallas"
+    return is_chosen or rows.implementation in KERNELS
 
 
 def batched_in_kernels(rule: custom_vjp, place: int) -> Callable[..., Entries]:
@@ -64,6 +69,6 @@ def batched_in_kernels(rule: custom_vjp, place: int) -> Callable[..., Entries]:
 
     @functools.wraps(rule)
     def applied(*args: Any) -> Entries:
-        return (in_kernels if args[place].implementation in KERNELS else rule)(*args)
+        return (in_kernels if _may_be_kernels(args[place]) else rule)(*args)
 
     return applied

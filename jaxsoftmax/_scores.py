@@ -161,7 +161,7 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     implementation = check_implementation(options.implementation)
     if options.segment_ids is None:
         if options.num_segments is not None:
-            raise ValueError("num_segments must be given with segment_ids, got None for these.")
+            raise ValueError("num_segments goes with segment_ids, got no segment_ids.")
         return Rows(axes, names, implementation=implementation)
     if len(axes) != 1 or names:
         raise ValueError(f"axis must be one array axis if segment_ids are given, got {axis!r}.")
@@ -172,6 +172,7 @@ def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
             f"segment_ids must have shape {(scores.shape[axes[0]],)}, the length of the axis, got "
             f"shape {ids.shape}."
         )
+    ids = at_least_int32(ids)
     if options.num_segments is None:
         raise ValueError("num_segments must be given if segment_ids is traced, got None.")
     if ids.size > 0 or options.num_segments != 0:
@@ -262,6 +263,11 @@ def check_integers(name: str, x: Array) -> None:
         raise TypeError(f"{name} must be integers, got dtype {x.dtype}.")
 
 
+def at_least_int32(x: Array) -> Array:
+    """Integers that can be compared with any size: those of fewer bits would wrap around."""
+    return x.astype(jnp.int32) if jnp.iinfo(x.dtype).bits < 32 else x
+
+
 def check_soft_cap(cap: Any) -> float | None:
     """The soft cap, if it is known while tracing."""
     known = known_number(cap)
@@ -271,11 +277,16 @@ def check_soft_cap(cap: Any) -> float | None:
 
 
 def soft_cap(scores: Array, cap: ArrayLike) -> Array:
-    """The scores, bounded smoothly; as they are where the bound is infinite."""
+    """The scores, bounded smoothly; as they are where the bound is infinite.
+
+    One of -inf excludes, and is not to be capped.
+    """
     cap = jnp.asarray(cap).astype(scores.dtype)
     cap = nan_unless(cap > 0, cap)
     finite = jnp.where(cap == jnp.inf, 1, cap)
-    return jnp.where(cap == jnp.inf, scores, finite * jnp.tanh(scores / finite))
+    excluded = scores == -jnp.inf
+    capped = finite * jnp.tanh(jnp.where(excluded, 0, scores) / finite)
+    return jnp.where((cap == jnp.inf) | excluded, scores, capped)
 
 
 def check_key(key: Any, name: str = "key") -> Array:

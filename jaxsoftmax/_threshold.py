@@ -55,10 +55,10 @@ class Solved(Form, abc.ABC):
 
 @dataclasses.dataclass(frozen=True)
 class AtThreshold(Solved):
-    """A form whose threshold is given, as the three row values of `solve` before its parameters.
+    """A form whose threshold is given: its parameters begin with the row values of `solve`.
 
-    So parts of a row can be taken apart. The derivative is that in `tau`; to it, the first and the
-    last row value are constants.
+    So parts of a row can be computed apart from each other. The derivative is that in `tau`; to it,
+    the first and the last row value are constants.
 
     Attributes:
       of: the form.
@@ -165,7 +165,7 @@ def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple
     return p, (rows, p, params)
 
 
-def apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
+def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     """The rule: residuals and the cotangents of `p` to those of rows, scores and parameters."""
     rows, p, params = residuals
     if form.only_scales:
@@ -290,7 +290,7 @@ def mean_at_once(
     return weighted / jnp.where(total == 0, 1, total)
 
 
-_apply.defvjp(_apply_fwd, apply_bwd)
+_apply.defvjp(_apply_fwd, _apply_bwd)
 apply = batched_in_kernels(_apply, 1)
 
 
@@ -358,18 +358,9 @@ def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
     return rows.map(gap, [scores], [top]), top
 
 
-def normalized(rows: Rows, weights: Entries, total: Array | None = None) -> Entries:
-    """The weights over their sum, 0 in rows without weight.
-
-    Args:
-      rows: the rows of `weights`.
-      weights: not negative, of a sum that is 0 or far from the smallest number.
-      total: their sum, where it is known. NaN where a weight should be: maxima, as XLA for CPU
-        takes them of large arrays, may lose a NaN.
-    """
-    if total is None:
-        total = rows.sum(weights)
-    return rows.map(jnp.multiply, [weights], [inverse_of(total)])
+def normalized(rows: Rows, weights: Entries) -> Entries:
+    """The weights, not negative, over their sum; 0 in rows without weight."""
+    return rows.map(jnp.multiply, [weights], [inverse_of(rows.sum(weights))])
 
 
 def inverse_of(total: Array) -> Array:

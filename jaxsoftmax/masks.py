@@ -1,7 +1,7 @@
 """Choosing some of the scores: masks to be given to a mapping as `where`.
 
-Masks compose, since each takes another one as `where`. Others cut by temperature first, then top-k,
-then top-p, then min-p, and so does
+Masks compose, since each takes another one as `where`. Other libraries divide by the temperature
+first, then cut by top-k, top-p and min-p, in this order, and so does
 
     where = top_k_mask(x, 50)
     where = top_p_mask(x, 0.9, where=where, temperature=t)
@@ -26,6 +26,7 @@ from jaxsoftmax._scores import (
     Options,
     Temperature,
     as_array,
+    at_least_int32,
     check_integers,
     check_mask,
     check_per_row,
@@ -113,7 +114,8 @@ def _top_of_each(
         raise ValueError(
             f"k must broadcast to one value per row, shape {shape}, got shape {count.shape}."
         ) from None
-    count = jnp.moveaxis(jnp.clip(count, 0, jnp.iinfo(jnp.int32).max).astype(jnp.int32), axis, -1)
+    count = jnp.clip(at_least_int32(count), 0, jnp.iinfo(jnp.int32).max).astype(jnp.int32)
+    count = jnp.moveaxis(count, axis, -1)
     if is_known(scores.shape[-1]) and scores.shape[-1] == 0:
         return jnp.moveaxis(takes_part, -1, axis)
     return jnp.moveaxis(_first(scores, takes_part, _descending(scores), count), -1, axis)

@@ -38,7 +38,7 @@ from jaxsoftmax._scores import (
 from jaxsoftmax.mappings import _softmax, hardmax
 
 
-@public(shape=STATIC, replace=STATIC)
+@public(shape=STATIC, replace=FLAG)
 def sample(
     key: PRNGKeyArray,
     x: Real[ArrayLike, "*shape"],
@@ -73,8 +73,9 @@ def sample(
 
     Returns:
       int32 positions of shape `shape`. If there are several axes, positions are those of the
-      flattened axes, mesh axes first. The result is -1 where nothing is left to draw, because all
-      entries are excluded or -inf, and where a score that takes part is NaN.
+      flattened axes, mesh axes first, then array axes in ascending order. The result is -1 where
+      nothing is left to draw, because all entries are excluded or -inf, and where a score that
+      takes part is NaN.
 
     Raises:
       TypeError: if `key` is not a key, `x` not real or `where` not boolean.

@@ -554,8 +554,42 @@ def test_bias_of_minus_infinity_excludes_under_a_cap(rng):
     np.testing.assert_allclose(
         out, attend(q, k, v, is_causal=True, logits_soft_cap=5.0), rtol=1e-12
     )
-    assert np.all(
-        np.isfinite(jax.grad(lambda q: attend(q, k, v, bias, logits_soft_cap=5.0).sum())(q))
+
+    def loss(q, cap, **options):
+        return jnp.sum(jnp.sin(attend(q, k, v, logits_soft_cap=cap, **options)))
+
+    found = jax.grad(functools.partial(loss, bias=bias), (0, 1))(q, 5.0)
+    wanted = jax.grad(functools.partial(loss, is_causal=True), (0, 1))(q, 5.0)
+    for x, y in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(x, y, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
+def test_lengths_of_few_bits(dtype, rng):
+    q, k, v = inputs(rng)
+    lengths = np.full(B, 3)
+    found = attend(q, k, v, key_value_seq_lengths=lengths.astype(dtype))
+    np.testing.assert_array_equal(found, attend(q, k, v, key_value_seq_lengths=lengths))
+
+
+def test_values_without_features_have_a_residual(rng):
+    q, k, v = inputs(rng)
+    wanted = attend(q, k, v, return_residual=True)[1]
+    out, found = attend(q, k, v[..., :0], return_residual=True)
+    assert out.shape == (B, T, N, 0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12)
+
+
+def test_what_a_normalizer_says_of_rows_is_refused(rng):
+    q, k, v = inputs(rng)
+    masked = functools.partial(jsm.softmax, where=np.ones(S, bool))
+    with pytest.raises(ValueError, match="normalizer must leave axis, masks and segments to"):
+        attend(q, k, v, normalizer=masked)
+    with_sink = functools.partial(jsm.softmax, sink=1.0)
+    with pytest.raises(ValueError, match="sink must be given once"):
+        attend(q, k, v, normalizer=with_sink, sink=np.ones(N))
+    np.testing.assert_allclose(
+        attend(q, k, v, normalizer=with_sink), attend(q, k, v, sink=np.ones(N)), rtol=1e-12
     )
 
 

@@ -623,3 +623,24 @@ def test_penalty_pulls_vector_scaling_towards_the_temperature(rng):
         assert fitted <= best_of_scipy(functools.partial(objective, penalty=penalty), start) + 1e-9
         assert np.any(np.abs(np.asarray(scale) * t - 1) > 1e-2) == far
         assert np.any(np.abs(bias) > 1e-2) == far
+
+
+def test_labels_of_few_bits_may_be_of_many_classes(rng):
+    labels = np.arange(256).repeat(2)
+    logits = rng.normal(size=(512, 256)) + 4 * np.eye(256)[labels]
+    weights = rng.uniform(0.1, 3, size=256)
+    wanted, found = (
+        calibration.fit_temperature(logits, y, class_weights=weights)
+        for y in (labels, labels.astype(np.uint8))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_soft_labels_of_one_column_are_those_of_class_1(rng):
+    logits = 3 * rng.normal(size=200)
+    labels = rng.uniform(size=200) < 1 / (1 + np.exp(-logits / 2))
+    wanted = calibration.fit_temperature(logits, labels.astype(np.int32))
+    found = calibration.fit_temperature(logits, labels.astype(logits.dtype))
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+    with pytest.raises(ValueError, match="weights"):
+        calibration.fit_temperature(logits, labels * 1.0, weights=np.full(200, -1.0))

@@ -670,3 +670,13 @@ def test_character_model_trains_as_with_all_scores():
         ours, theirs = np.asarray(curve(in_chunks)), np.asarray(curve(with_all_scores))
     np.testing.assert_allclose(ours, theirs, atol=1e-4)
     assert theirs[-10:].mean() < 0.75 * theirs[0]  # it learned
+
+
+def test_a_bias_of_minus_infinity_excludes_a_class_under_a_cap(rng):
+    hidden, weight = rng.normal(size=(4, 5)), rng.normal(size=(5, 6))
+    labels, bias = np.array([0, 1, 2, 3]), np.where(np.arange(6) == 5, -np.inf, 0.0)
+    found, wanted = (
+        jsm.linear_cross_entropy(hidden, w, labels, bias=b, logits_soft_cap=2.0)
+        for w, b in ((weight, bias), (weight[:, :5], None))
+    )
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)

@@ -908,3 +908,14 @@ def test_classes_sharded_over_an_explicit_mesh(rng):
             placed = jax.device_put(scores, spec)
             ours = jsm.cross_entropy(placed, jax.device_put(labels, P(spec[0])))
             np.testing.assert_allclose(np.asarray(ours), expected, rtol=1e-12)
+
+
+def test_integers_of_the_shape_of_scores_are_distributions_at_every_alpha(rng):
+    x, targets = rng.normal(size=(4, 3)), np.array([[1, 1, 0], [0, 1, 0], [0, 0, 0], [2, 0, 1]])
+    for alpha in (1.0, 1.5, 2.0):
+        found, wanted = (
+            jax.value_and_grad(lambda x, y=y, a=alpha: jnp.sum(jsm.entmax_loss(x, y, a)))(x)
+            for y in (targets, targets.astype(np.float64))
+        )
+        for a, b in zip(found, wanted, strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-12)

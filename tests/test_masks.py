@@ -261,3 +261,8 @@ def test_wrong_where_of_masks():
             mask(TIED, p, where=np.ones(9))
         with pytest.raises(ValueError, match="where must broadcast to shape"):
             mask(TIED, p, where=np.ones(8, bool))
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int16])
+def test_top_k_of_few_bits(dtype):
+    np.testing.assert_array_equal(jsm.top_k_mask(jnp.arange(5.0), dtype(2)), np.arange(5) >= 3)

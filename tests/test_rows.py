@@ -309,3 +309,9 @@ def test_the_largest_and_the_exponentials_of_the_others_over_devices():
     )
     others = 1 + math.exp(-4) + math.exp(-43)
     np.testing.assert_allclose(np.ravel(spread(row)), [3, others], rtol=1e-14)
+
+
+@pytest.mark.parametrize(("dtype", "count"), [(np.uint8, 256), (np.int8, 128)])
+def test_segments_of_few_bits(dtype, count):
+    ids = np.arange(count, dtype=dtype)
+    np.testing.assert_array_equal(jsm.softmax(jnp.zeros(count), segment_ids=ids), 1)

@@ -468,3 +468,10 @@ def test_totals_that_differ_by_more_than_rounding(rng):
     halves = jnp.asarray(rng.uniform(size=3), jnp.bfloat16)
     p = jsm.sinkhorn(x, row_sums=halves, column_sums=float(halves.astype(np.float32).mean()))
     np.testing.assert_allclose(p.sum(1), halves.astype(np.float32), rtol=1e-2)
+
+
+def test_arguments_by_name_are_told_what_is_wrong():
+    with pytest.raises(ValueError, match="row_sums must be finite and not negative, got -1"):
+        jsm.sinkhorn_residual(p=jnp.full((2, 2), jnp.nan), row_sums=-jnp.ones(2))
+    nan = jsm.sinkhorn_residual(p=jnp.full((2, 2), jnp.nan), row_sums=jnp.ones(2))
+    assert np.all(np.isnan(nan))

@@ -5,7 +5,6 @@ from typing import Any
 
 import jax.numpy as jnp
 
-
 # The longest row that XLA for GPU keeps in one kernel, of which it then is all that is read.
 _HELD = 16384
 

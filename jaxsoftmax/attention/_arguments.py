@@ -12,6 +12,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._public import is_int
 from jaxsoftmax._scores import (
+    at_least_int32,
     broadcasts,
     check_integers,
     check_key,
@@ -123,8 +124,8 @@ def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
             f"{name} must have one length per batch, shape {(sizes.batch,)}, got shape "
             f"{lengths.shape}."
         )
-    # None is longer than an int32 can say, whatever the dtype.
-    return jnp.clip(lengths, 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
+    # None is longer than an int32 can say.
+    return jnp.clip(at_least_int32(lengths), 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
 
 
 def unpadded(

@@ -93,7 +93,7 @@ def _here(
         operands["query"] = operands["query"] * rules.scale
         rules = dataclasses.replace(rules, scale=None)
     in_blocks = functools.partial(cut_and_attend, static.block_size)
-    if 0 in (*sizes.scores, sizes.value_features):
+    if 0 in sizes.scores or (sizes.value_features == 0 and rules.row_value is None):
         outs = _nothing(sizes, rules, operands.get("sink"), dtype)
     elif static.in_ring(normalizer, sizes):
         if static.implementation in KERNELS:
@@ -175,6 +175,8 @@ _attend_compiled = jax.jit(attend, static_argnums=0)
 def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
     """`attend`, compiled once and for all where no function holds a state."""
     ours = configured(normalizer)
+    if ours is not None:
+        _check_options({*dict(ours.options), *ours.arrays}, arrays, static.places)
     if ours is not None and static.score_mod is None and static.mask_mod is None:
         compiled = functools.partial(_attend_compiled, static, ours)
     else:  # for this call alone: what the functions close over may be other arrays at the next
@@ -184,6 +186,18 @@ def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
     except TypeError:
         refuse_what_is_no_array(arrays)
         raise
+
+
+def _check_options(own: set[str], arrays: dict[str, Any], places: Places) -> None:
+    """Refuses what a normalizer says of rows that attention makes."""
+    if of_rows := sorted(own & {"axis", "where", "segment_ids", "num_segments"}):
+        raise ValueError(
+            "normalizer must leave axis, masks and segments to attention, got a partial with "
+            f"{of_rows[0]}."
+        )
+    if "sink" in own and (arrays.get("sink") is not None or places.are_a_ring):
+        where = "once" if arrays.get("sink") is not None else "as an argument in a ring"
+        raise ValueError(f"sink must be given {where}, got one in the normalizer.")
 
 
 def _operands(

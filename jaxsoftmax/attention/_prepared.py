@@ -175,9 +175,7 @@ def _scores(rules: Rules, part: Parts) -> Array:
     if "bias" in part:
         scores = scores + part["bias"].astype(dtype)
     if rules.soft_cap is not None:
-        capped = soft_cap(scores, rules.soft_cap)
-        # A bias of -inf excludes; it is not to be capped.
-        scores = jnp.where(scores == -jnp.inf, scores, capped) if "bias" in part else capped
+        scores = soft_cap(scores, rules.soft_cap)
     return scores
 
 

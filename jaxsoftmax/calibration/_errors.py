@@ -11,12 +11,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._elementary import nan_unless
-from jaxsoftmax._public import INTEGER, STATIC
+from jaxsoftmax._public import FLAG, INTEGER, STATIC
 from jaxsoftmax.calibration._bins import Binned, Binning, into_bins
 from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
 
 
-@measure(num_bins=INTEGER, binning=STATIC, norm=STATIC, debiased=STATIC)
+@measure(num_bins=INTEGER, binning=STATIC, norm=STATIC, debiased=FLAG)
 def expected_calibration_error(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],
@@ -135,7 +135,7 @@ def maximum_calibration_error(
     )
 
 
-@measure(num_bins=INTEGER, binning=STATIC, norm=STATIC, debiased=STATIC)
+@measure(num_bins=INTEGER, binning=STATIC, norm=STATIC, debiased=FLAG)
 def classwise_calibration_error(
     probs: Real[ArrayLike, "*rows classes"],
     labels: Integer[ArrayLike, "*rows"],

@@ -15,7 +15,7 @@ from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import indicator
-from jaxsoftmax._scores import as_scores, check_mask, check_real
+from jaxsoftmax._scores import as_scores, at_least_int32, check_mask, check_real
 from jaxsoftmax.calibration._predictions import (
     explained,
     in_unit,
@@ -112,7 +112,7 @@ def _what_is_wrong(
     if examples.labels.ndim == 1:
         classes = max(examples.logits.shape[1], 2)
         faults = wrong_labels(examples.labels, classes, examples.weights != 0)
-    else:
+    elif jnp.ndim(logits) > 1:
         rows = rows[:-1]
     counts = (examples.weights != 0).reshape(rows)
     faults |= wrong_weights("weights", weights, counts)
@@ -144,8 +144,11 @@ def as_examples(
         labels = labels.astype(jnp.int32)
     check_real("labels", labels)
     are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
-    if are_classes and scores.ndim == labels.ndim == 1:
+    if are_classes:
+        labels = at_least_int32(labels)
+    if scores.ndim == labels.ndim == 1:  # of class 1 of two
         scores = scores[:, None]
+        labels = labels if are_classes else labels[:, None]
     rows, classes = scores.shape[:-1], scores.shape[-1]
     wanted = rows if are_classes else scores.shape
     if labels.shape != wanted:

@@ -14,7 +14,14 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import Kind, public
 from jaxsoftmax._reductions import indicator
-from jaxsoftmax._scores import as_scores, broadcasts, check_mask, check_real, with_ndim
+from jaxsoftmax._scores import (
+    as_scores,
+    at_least_int32,
+    broadcasts,
+    check_mask,
+    check_real,
+    with_ndim,
+)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -123,8 +130,8 @@ def explained(
 ) -> Callable[P, R]:
     """`fun`, with an error outside of jit that says where NaN comes from, if that is known.
 
-    What can't be, such as logits for probabilities, makes NaN of the answer while tracing, for
-    numbers are not known then.
+    While tracing, numbers are not known: there, arguments that cannot be right, such as logits for
+    probabilities, make the answer NaN.
 
     Args:
       fun: gives NaN if something is wrong with its arguments.
@@ -151,7 +158,10 @@ def has_nan(result: Any) -> bool:
 
 
 def raise_first(faults: dict[str, Array]) -> None:
-    """An error of the first sentence whose number is one: what came, NaN if nothing is wrong."""
+    """Raises the first sentence whose number is not NaN.
+
+    The number is what came; NaN means that nothing is wrong.
+    """
     for sentence, got in faults.items():
         if not isinstance(got, core.Tracer) and not jnp.isnan(got):
             raise ValueError(sentence.format(f"{float(got):g}"))
@@ -242,9 +252,7 @@ def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array, tuple[i
             f"labels must have shape {probs.shape[:-1]}, one per row of probs, got shape "
             f"{labels.shape}."
         )
-    if jnp.iinfo(labels.dtype).bits < 32:
-        labels = labels.astype(jnp.int32)  # there may be more classes than these can count
-    return probs, labels, probs.shape[:-1]
+    return probs, at_least_int32(labels), probs.shape[:-1]
 
 
 def _weights(

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax._configured import public_with_loss
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, STATIC
 from jaxsoftmax._scores import (
+    at_least_int32,
     broadcasts,
     check_integers,
     check_mask,
@@ -183,4 +184,4 @@ def _as_labels(labels: ArrayLike, wanted: tuple[int, ...], num_classes: int) -> 
             f"labels must have the shape of hidden without its last axis, {wanted}, got shape "
             f"{labels.shape}."
         )
-    return labels
+    return at_least_int32(labels)

@@ -100,7 +100,7 @@ def cross_entropy(
     if smoothing is not None and not 0 <= smoothing <= 1:
         raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}.")
     if drift is not None and not 0 <= drift < jnp.inf:
-        raise ValueError(f"z_loss must not be negative, and finite, got {drift}.")
+        raise ValueError(f"z_loss must be finite and not negative, got {drift}.")
     rows, z = prepare_scores(scores, axis, Options(where, temperature))
     ignored, targets = without_ignored(targets, ignore_index)
     target = as_target(rows, z, targets, axis)

@@ -136,7 +136,8 @@ def entmax_loss(
       (arXiv:1901.02324).
     """
     known = known_number(alpha)
-    if known == 1 and jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer):
+    are_classes = jnp.issubdtype(jnp.asarray(targets).dtype, jnp.integer)
+    if known == 1 and are_classes and jnp.ndim(targets) < jnp.ndim(scores):
         return cross_entropy(scores, targets, axis, where, temperature=temperature)
     if known in _TSALLIS:
         return _loss(_TSALLIS[known], scores, targets, axis, where, temperature)

@@ -348,5 +348,8 @@ def _slope(p: Array, budget: Array) -> Array:
 
 
 BUDGET_SPARSEMAX = _Budget(
-    lambda u, budget: jnp.clip(u, 0, 1) + 0 * budget, lambda p, budget: p + 0 * budget, _slope
+    weight=lambda u, budget: jnp.clip(u, 0, 1),
+    score=lambda p, budget: p,
+    slope=_slope,
+    partials=lambda p, budget: (jnp.zeros_like(p),),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import numbers
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
@@ -53,7 +54,8 @@ def _tells(fun: Callable[P, R]) -> Callable[P, R]:
         given = {name: kwargs.get(name) for name in ("row_sums", "column_sums")}
         known = not isinstance(result, core.Tracer)
         if known and any(x is not None for x in given.values()) and bool(jnp.isnan(result).any()):
-            _refuse_wrong_sums(*args, **kwargs)
+            scores, *options = inspect.signature(fun).bind(*args, **kwargs).arguments.items()
+            _refuse_wrong_sums(scores[1], **dict(options))
         return result
 
     return cast(Callable[P, R], answer)

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._platforms import chosen
-from jaxsoftmax._public import STATIC, public
+from jaxsoftmax._public import FLAG, public
 from jaxsoftmax._reductions import Entries, Rows, is_known
 from jaxsoftmax._scores import (
     Axis,
@@ -30,7 +30,7 @@ from jaxsoftmax._sharding import parts_of
 from jaxsoftmax.mappings._hardmax import HARDMAX
 
 
-@public(reverse=STATIC)
+@public(reverse=FLAG)
 def stick_breaking(
     x: Real[ArrayLike, "*shape"],
     axis: Axis = -1,
@@ -92,8 +92,8 @@ def _in_order(axis: Axis, ndim: int) -> Axis:
 def _breaks_or_hardmax(
     rows: Rows, scores: Entries, temperature: Temperature, reverse: bool
 ) -> Array:
-    # No scores make sticks break into equal parts wherever there are ties: at temperature 0 it is
-    # another function, taken where it may be needed.
+    # No scores break a stick into equal parts for ties. So temperature 0 is another function here,
+    # not other scores; it is computed only where the temperature may be 0.
     pieces = _pieces(reverse, rows, scores[0])
     cold = is_cold(rows, scores[0], temperature)
     if cold is False:
