@@ -28,7 +28,8 @@ def hoist(fun: Callable, *args: Any) -> tuple["Opened", list[Any], list[Any]]:
     """`fun` as a function `pure(consts, *args)`, what it closes over, and the types it returns.
 
     Uses jaxprs without their constants: in jax 0.10 `ClosedJaxpr.jaxpr` is that, since 0.11
-    `Jaxpr.with_consts([])` makes it. `jax.closure_convert` would do if it hoisted integers and keys, too.
+    `Jaxpr.with_consts([])` makes it. `jax.closure_convert` would do if it hoisted integers and
+    keys, too.
     """
     traced, out = jax.make_jaxpr(fun, return_shape=True)(*args)
     jaxpr, consts = opened(traced)

@@ -144,7 +144,7 @@ def public(fun: Callable[..., Any] | None = None, /, **kinds: Kind) -> Any:
     kinds |= {option: kind for option, kind in _EVERYWHERE.items() if option in parameters}
     positions = {option: i for i, option in enumerate(parameters)}
     static = [option for option, kind in kinds.items() if kind.is_static]
-    required = [option for option, p in parameters.items() if p.default is p.empty]
+    required = [option for option, p in parameters.items() if p.default is not None]
     jitted = jax.jit(fun, static_argnames=static)
 
     @functools.wraps(fun)
@@ -157,6 +157,8 @@ def public(fun: Callable[..., Any] | None = None, /, **kinds: Kind) -> Any:
                 args = (*args[:i], kind.look(option, args[i]), *args[i + 1 :])
         if kwargs.get("segment_ids") is not None and kwargs.get("num_segments") is None:
             kwargs["num_segments"] = _count_segments(kwargs["segment_ids"])
+        args = tuple(map(within_range, args))
+        kwargs = {option: within_range(value) for option, value in kwargs.items()}
         try:
             return jitted(*args, **kwargs)
         except (TypeError, ValueError):
@@ -170,6 +172,20 @@ def public(fun: Callable[..., Any] | None = None, /, **kinds: Kind) -> Any:
 
     vars(checked).update(is_public=True, kinds=kinds)
     return checked
+
+
+def within_range(x: Any) -> Any:
+    """What came, no integer of which JAX makes another one: without x64 it drops their upper bits.
+
+    What is out of range stays out of range.
+    """
+    if not isinstance(x, np.ndarray | np.generic) or x.dtype.kind not in "iu":
+        return x
+    dtype = jax.dtypes.canonicalize_dtype(x.dtype)
+    if dtype == x.dtype:
+        return x
+    known = np.iinfo(dtype)
+    return np.clip(x, max(known.min, np.iinfo(x.dtype).min), known.max).astype(dtype)
 
 
 def is_public(fun: Callable[..., Any]) -> bool:
@@ -226,5 +242,7 @@ def _count_segments(segment_ids: ArrayLike) -> int:
     if isinstance(segment_ids, core.Tracer):
         raise ValueError("num_segments must be given if segment_ids is traced, got None.")
     ids = np.asarray(segment_ids)
+    if ids.dtype.kind not in "iu":
+        return 1  # which is refused later
     largest = int(ids.max()) if ids.size else -1
     return max(largest + 1, min(ids.size, 1))  # one, if all are out of range

@@ -224,7 +224,7 @@ def check_size(name: str, size: Any) -> int | None:
     """A number of rows, if it is given."""
     if size is not None and not (is_int(size) and size > 0):
         raise ValueError(f"{name} must be a positive integer or None, got {size!r}.")
-    return size
+    return as_int(size)
 
 
 def as_int(n: Any) -> int | None:

@@ -35,6 +35,7 @@ from jaxsoftmax._scores import (
     split_axis,
     temper,
 )
+from jaxsoftmax._sharding import share_like
 from jaxsoftmax.mappings import _softmax, hardmax
 
 
@@ -253,6 +254,9 @@ def straight_through(
       Bengio, Leonard & Courville, 2013: Estimating or propagating gradients through stochastic
       neurons (arXiv:1308.3432).
     """
+    for name, function in (("mapping", mapping), ("hard", hard)):
+        if not callable(function):
+            raise TypeError(f"{name} must be a function, got {type(function).__name__}.")
     signature = inspect.signature(mapping)
     if not has_parameter(signature, "axis"):
         raise ValueError(f"mapping must have a parameter axis, got one with {signature}.")
@@ -359,6 +363,7 @@ def _positions(rows: Rows, entries: Entries) -> Array:
 def _one_hot(rows: Rows, entries: Entries) -> Array:
     """1 at the first of each row's largest entries, all 0 if that is -inf; NaN where one is."""
     positions = _positions(rows, entries)
+    positions = share_like(jnp.broadcast_to(positions, entries[0].shape), entries[0])
     drawn = positions == _first_at_top(rows, entries, positions)
     return nan_unless(~_any_nan(rows, entries), indicator(drawn, entries[0].dtype))
 

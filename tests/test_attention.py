@@ -929,3 +929,11 @@ def test_bad_input_gets_one_sentence(words, args, options):
         jsm.dot_product_attention(*args, **options)
     assert str(caught.value).endswith(".")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("window", [2**31 - 1, (2**31 - 1, 2**40)])
+def test_a_window_may_be_longer_than_any_sequence(window, rng):
+    q, k, v = inputs(rng)
+    np.testing.assert_allclose(
+        attend(q, k, v, local_window_size=window), attend(q, k, v), rtol=1e-12
+    )

@@ -191,7 +191,7 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "num_segments must be given with segment_ids, got None for these.",
+        "num_segments goes with segment_ids, got no segment_ids.",
         lambda: jsm.softmax(X, num_segments=2),
     ),
     (
@@ -237,7 +237,7 @@ SENTENCES = [
     ),
     (
         ValueError,
-        "z_loss must not be negative, and finite, got -1.0.",
+        "z_loss must be finite and not negative, got -1.0.",
         lambda: jsm.cross_entropy(X, Y, z_loss=-1.0),
     ),
     (
@@ -344,6 +344,35 @@ SENTENCES = [
         lambda: jsm.sample(jax.random.split(jax.random.key(0)), X),
     ),
     (TypeError, "hard must be True or False, got int.", lambda: jsm.gumbel_softmax(KEY, X, hard=1)),
+    (
+        TypeError,
+        "replace must be True or False, got str.",
+        lambda: jsm.sample(KEY, X, replace="False"),
+    ),
+    (TypeError, "mapping must be a function, got int.", lambda: jsm.straight_through(3)),
+    # None where a number belongs.
+    (
+        TypeError,
+        "temperature must be an array, got NoneType.",
+        lambda: jsm.softmax(X, temperature=None),
+    ),
+    (TypeError, "alpha must be an array, got NoneType.", lambda: jsm.entmax(X, None)),
+    (
+        TypeError,
+        "segment_ids must be an array, got str.",
+        lambda: jsm.softmax(X, segment_ids="a"),
+    ),
+    (
+        TypeError,
+        "normalizer must be a function, got NoneType.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, normalizer=None),
+    ),
+    (
+        TypeError,
+        "score_mod must return a number per score, got booleans: mask_mod tells which scores take "
+        "part.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, score_mod=lambda score, *_: score > 0),
+    ),
     (
         ValueError,
         "mapping must have a parameter axis, got one with (x).",

@@ -658,7 +658,7 @@ def test_row_in_which_nothing_takes_part_has_no_gradient():
     [
         ({"label_smoothing": 1.5}, r"label_smoothing must be from 0 to 1, got 1\.5"),
         ({"label_smoothing": -0.1}, r"label_smoothing must be from 0 to 1, got -0\.1"),
-        ({"z_loss": -1.0}, r"z_loss must not be negative, and finite, got -1\.0"),
+        ({"z_loss": -1.0}, r"z_loss must be finite and not negative, got -1\.0"),
         ({"z_loss": np.ones(2)}, r"z_loss must broadcast to one value per row, shape \(2, 1\)"),
         ({"label_smoothing": np.ones((2, 4))}, "label_smoothing must broadcast to one value per"),
     ],
@@ -919,3 +919,19 @@ def test_integers_of_the_shape_of_scores_are_distributions_at_every_alpha(rng):
         )
         for a, b in zip(found, wanted, strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_integers_that_jax_would_cut_are_no_other_classes():
+    """Without x64 JAX drops their upper bits: 2**32 + 1 would be 1."""
+    x, labels = np.float32([[1, 2, 3]]), np.array([2**32 + 1])
+    with jax.enable_x64(False):
+        assert np.isnan(jsm.cross_entropy(x, labels))
+        assert np.isnan(jsm.linear_cross_entropy(x, np.eye(3, dtype=np.float32), labels))
+        with pytest.raises(ValueError, match="labels must be classes from 0 to 2"):
+            jsm.calibration.negative_log_likelihood(jsm.softmax(x), labels)
+        assert np.all(jsm.top_k_mask(x, np.array(2**32 + 1)))
+
+
+def test_negative_class_weights_are_nan():
+    assert np.isnan(jsm.cross_entropy(np.zeros(3), 1, class_weights=np.array([1.0, -1.0, 1.0])))
+    assert np.isfinite(jsm.cross_entropy(np.zeros(3), 0, class_weights=np.array([1.0, 0.0, 1.0])))

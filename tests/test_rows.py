@@ -184,7 +184,7 @@ def test_wrong_segments(case):
             "segment_ids must be integers, got dtype float32",
         ),
         ({"segment_ids": ids[:2]}, ValueError, r"segment_ids must have shape \(3,\).* got shape"),
-        ({"num_segments": 2}, ValueError, "num_segments must be given with segment_ids, got None"),
+        ({"num_segments": 2}, ValueError, "num_segments goes with segment_ids, got no"),
         ({"segment_ids": ids, "axis": None}, ValueError, "axis must be one array axis"),
     ]:
         with pytest.raises(error, match=message):

@@ -122,6 +122,19 @@ def test_parameters_and_segments_on_an_explicit_mesh(rng):
     assert_nothing_is_gathered(found, but=ROWS)
 
 
+def test_hard_choices_on_an_explicit_mesh(rng):
+    x = rng.normal(size=(ROWS, WIDTH))
+
+    def several(x):
+        hard = jsm.gumbel_softmax(jax.random.key(0), x, hard=True)
+        return jsm.straight_through(jsm.entmax15)(x), hard
+
+    fun = functools.partial(derivatives, several)
+    actual, _ = on_mesh(mesh_of((4, 2)), fun, [x], [P("a", "b")])
+    assert_equal(actual, jax.jit(fun)(x))
+    assert actual[0][0].sharding.spec == P("a", "b")
+
+
 @pytest.mark.parametrize("case", **named(LOSSES))
 @every_mesh
 def test_losses(case, mesh, rng):

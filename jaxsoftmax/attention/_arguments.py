@@ -205,7 +205,9 @@ def check_window(
             "local_window_size must be one or two ints, before and after, not negative, got "
             f"{window!r}."
         )
-    return int(pair[0]), 0 if is_causal else int(pair[1])
+    # No sequence is longer, and sums of two such numbers are integers of 32 bits.
+    before, after = (min(int(n), 2**30) for n in pair)
+    return before, 0 if is_causal else after
 
 
 def check_dropout(rate: float, key: Array | None) -> Array | None:

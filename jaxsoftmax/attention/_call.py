@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from jaxsoftmax._configured import Configured, configured
 from jaxsoftmax._implementations import KERNELS, MEASURED, NoKernelError, refuse
-from jaxsoftmax._public import refuse_what_is_no_array
+from jaxsoftmax._public import refuse_what_is_no_array, within_range
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import check_mask, wide
 from jaxsoftmax.attention import _arguments, _shared
@@ -174,6 +174,8 @@ _attend_compiled = jax.jit(attend, static_argnums=0)
 
 def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
     """`attend`, compiled once and for all where no function holds a state."""
+    if not callable(normalizer):
+        raise TypeError(f"normalizer must be a function, got {type(normalizer).__name__}.")
     ours = configured(normalizer)
     if ours is not None:
         _check_options({*dict(ours.options), *ours.arrays}, arrays, static.places)
@@ -181,6 +183,7 @@ def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
         compiled = functools.partial(_attend_compiled, static, ours)
     else:  # for this call alone: what the functions close over may be other arrays at the next
         compiled = jax.jit(functools.partial(attend, static, ours or normalizer))
+    arrays = {name: within_range(x) for name, x in arrays.items()}
     try:
         return compiled(arrays)
     except TypeError:

@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._configured import Configured
 from jaxsoftmax._form import Form
 from jaxsoftmax._reductions import Entries, Rows, vary_like
-from jaxsoftmax._scores import soft_cap, wide
+from jaxsoftmax._scores import as_array, soft_cap, wide
 from jaxsoftmax._threshold import IDENTITY, form_of
 from jaxsoftmax.attention import _dropout, _products
 from jaxsoftmax.attention._bands import Band
@@ -197,7 +197,12 @@ def _places(
 
 def modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
     """What a function, mapped over scores and their places, makes of them."""
-    found = jnp.asarray(score_mod(scores, *places))
+    found = as_array(score_mod(scores, *places), "the result of score_mod")
+    if found.dtype == jnp.bool_:
+        raise TypeError(
+            "score_mod must return a number per score, got booleans: mask_mod tells which scores "
+            "take part."
+        )
     if found.shape != scores.shape:
         raise ValueError(
             "score_mod must return one number per score, got an array of shape "
@@ -270,18 +275,18 @@ def mapped_mask(mask_mod: Callable[..., Array], places: Sequence[Array], ndim: i
 def _weights(
     rules: Rules, normalizer: Callable[..., Array], scores: Array, options: dict[str, Any]
 ) -> Array:
-    if not rules.guard:
-        return normalizer(scores, **options)
-    where = options["where"]
-    seen = _any_key(rules, where)
-    options = options | {"where": where | ~seen}
-    weights = normalizer(jnp.where(seen, scores, 0), **options)
+    seen = True
+    if rules.guard:
+        seen = _any_key(rules, options["where"])
+        options = options | {"where": options["where"] | ~seen}
+        scores = jnp.where(seen, scores, 0)
+    weights = normalizer(scores, **options)
     if jnp.shape(weights) != scores.shape:
         raise ValueError(
             f"normalizer must return an array of the shape of the scores {scores.shape}, got "
             f"shape {jnp.shape(weights)}."
         )
-    return jnp.where(seen, weights, 0)
+    return jnp.where(seen, weights, 0) if rules.guard else weights
 
 
 def _any_key(rules: Rules, where: Array) -> Array:

@@ -12,7 +12,7 @@ from jax import core, lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._elementary import nan_unless
-from jaxsoftmax._public import Kind, public
+from jaxsoftmax._public import Kind, public, within_range
 from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import (
     as_scores,
@@ -143,7 +143,8 @@ def explained(
     def answer(*args: P.args, **kwargs: P.kwargs) -> R:
         result = fun(*args, **kwargs)
         if has_nan(result):
-            raise_first(what_is_wrong(**signature.bind(*args, **kwargs).arguments))
+            given = signature.bind(*args, **kwargs).arguments
+            raise_first(what_is_wrong(**{name: within_range(x) for name, x in given.items()}))
         return result
 
     return cast(Callable[P, R], answer)

@@ -10,6 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, check_per_row, check_real, in_given_order
@@ -133,9 +134,10 @@ def _as_weights(rows: Rows, scores: Entries, weights: ArrayLike, axis: Axis) -> 
             f"class_weights must have one value per class, shape {wanted}, got shape "
             f"{weights.shape}."
         )
+    weights = nan_unless(weights >= 0, weights.astype(scores[0].dtype))
     weights = jnp.transpose(weights, [order.index(i) for i in rows.axes])
     weights = weights.reshape([n if i in rows.axes else 1 for i, n in enumerate(shape)])
-    return (jnp.broadcast_to(weights.astype(scores[0].dtype), shape),)
+    return (jnp.broadcast_to(weights, shape),)
 
 
 def _weighted_surprise(
