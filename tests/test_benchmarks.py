@@ -1,11 +1,23 @@
 """The harness of the benchmarks: what is related to what, and that a loss cannot be overlooked."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxsoftmax as jsm
-from benchmarks import bundles, charts, measuring, on_device, passes, tables
+from benchmarks import (
+    accelerators,
+    bundles,
+    charts,
+    kernels_on_device,
+    measuring,
+    on_device,
+    passes,
+    tables,
+)
 from benchmarks.accelerators import Program
 from benchmarks.measuring import Comparison, Entry, Missing, Result, Spread, relate
 
@@ -172,6 +184,35 @@ def test_what_does_not_work_on_a_device_is_a_line():
     assert first.quantities["time"].median > 0
     late = on_device.measured(program, quick=True, deadline=0)
     assert all("no time was left" in result.quantities["result"] for result in late)
+
+
+def test_kernels_on_a_device_are_right_or_named(monkeypatch):
+    """On a processor they are interpreted by no one: XLA computes what they would."""
+    (text,) = kernels_on_device.kernels(quick=False, deadline=np.inf)
+    assert "There are none for the platform cpu." in text
+    cases = [("rows, softmax", functools.partial(kernels_on_device._rows, "softmax"))]
+    monkeypatch.setattr(kernels_on_device, "_cases", lambda platform: cases)
+    (text,) = kernels_on_device.kernels(quick=True, deadline=np.inf)
+    assert "All of them are right." in text
+    monkeypatch.setitem(kernels_on_device.TOLERANCES, "bfloat16", 1e-9)
+    (text,) = kernels_on_device.kernels(quick=True, deadline=np.inf)
+    assert "Not right: rows, softmax." in text
+    (text,) = kernels_on_device.kernels(quick=True, deadline=0)
+    assert "not reached" in text
+
+
+def test_mappings_by_kernels_are_measured_where_there_are_some(monkeypatch):
+    program = accelerators.mapped("value and vjp", (8, 64), "float32")
+    assert on_device.row_kernels(program) == {}
+    monkeypatch.setattr(on_device.jax, "default_backend", lambda: "tpu")
+    found = on_device.row_kernels(program)
+    names = {"softmax", "log_softmax", "sparsemax", "entmax15", "entmax(1.3)"}
+    assert set(found) == {f"jsm.{name}, kernels" for name in names}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 5)), np.float32)
+    p, back = found["jsm.sparsemax, kernels"].function(x, x)
+    wanted, pull_back = jax.vjp(jsm.sparsemax, x)
+    np.testing.assert_allclose(p, wanted)
+    np.testing.assert_allclose(back, pull_back(x)[0])
 
 
 def test_bundles_of_a_kernel_are_those_of_its_loops():
