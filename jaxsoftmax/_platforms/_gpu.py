@@ -5,7 +5,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-# The longest row that XLA for GPU keeps in one kernel, of which it then is all that is read.
+# The longest row of which XLA for GPU makes all sums in one kernel, which reads it once.
 _HELD = 16384
 
 
