@@ -40,6 +40,12 @@ T = TypeVar("T")
 class Rows:
     """Rows along array axes, mesh axes, or the segments of one array axis.
 
+    A row value, and so a sink, is the same on all devices, and so is its tangent. Where JAX knows
+    that, in `shard_map`, its cotangent is the same as well. Under `vmap`, and without `check_vma`,
+    JAX does not know: each device has a share of the cotangent, and JAX sums the shares, as it does
+    for its own `psum`. Reverse rules compute with whole cotangents: they sum the shares of what
+    they get, and share out what they return.
+
     Attributes:
       axes: the normalized array axes, not negative, ascending. Row values keep them, with size 1
         or `num_segments`.
@@ -138,13 +144,24 @@ class Rows:
         return x.shape[-1]
 
     def summed_cotangent(self, ct: Array) -> Array:
-        """The cotangent of row values, which are the same on all devices; for reverse rules.
-
-        `shard_map` knows that they are the same. Under `vmap`, and without `check_vma`, JAX does
-        not know. Then each device has a share of the cotangent, as it has for JAX's own `psum`.
-        """
-        names = tuple(name for name in self.names if name not in varying(lax.axis_index(name)))
+        """The whole cotangent of row values that a function returned."""
+        names = untracked(self.names)
         return lax.psum(ct, names) if names else ct
+
+    def shared_cotangent(self, ct: Array) -> Array:
+        """A device's share of the cotangent of row values that a function took, given the whole."""
+        names = untracked(self.names)
+        return ct / lax.axis_size(names) if names else ct
+
+    def summed_cotangents(self, ct: Entries) -> Entries:
+        """Those of entries, of which only the sink's are shares."""
+        first, *sink = ct
+        return first, *map(self.summed_cotangent, sink)
+
+    def shared_cotangents(self, ct: Entries) -> Entries:
+        """Those of entries, of which only the sink's become shares."""
+        first, *sink = ct
+        return first, *map(self.shared_cotangent, sink)
 
     def map(
         self,
@@ -268,6 +285,11 @@ def is_known(size: Any) -> bool:
 
 # How long a row is taken for whose length is a symbol.
 _MOST = 2**31 - 1
+
+
+def untracked(names: Sequence[str]) -> tuple[str, ...]:
+    """Those of the mesh axes around for which JAX does not know what is the same everywhere."""
+    return tuple(name for name in names if name not in varying(lax.axis_index(name)))
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:

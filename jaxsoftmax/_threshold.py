@@ -170,19 +170,38 @@ def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     rows, p, params = residuals
     if form.only_scales:
         p = rows.map(functools.partial(_slopes, form), [p], params)
-        pair = functools.partial(linear_pair, reference=_softmax_jacobian)
-        return None, pair(_softmax_jacobian_by_platform, _softmax_jacobian, (rows, p), ct)
+        return None, _by_symmetric(_softmax_jacobian_by_platform, _softmax_jacobian, (rows, p), ct)
     if params or form.tau is not None:
-        return None, *pull_back(form, rows, p, params, ct)
+        return None, *pull_back(form, rows, p, params, rows.summed_cotangents(ct))
     slow, fast = (functools.partial(_jacobian, form, at_once) for at_once in (False, True))
-    return None, linear_pair(fast, slow, (rows, p), ct, reference=slow)
+    return None, _by_symmetric(fast, slow, (rows, p), ct)
+
+
+def _by_symmetric(
+    fast: Callable[..., Entries],
+    slow: Callable[..., Entries],
+    point: tuple[Rows, Entries],
+    ct: Entries,
+) -> Entries:
+    """The cotangents that a symmetric Jacobian makes of `ct`; both functions are that Jacobian."""
+    pull_fast, pull_slow = (functools.partial(of_shares, jacobian) for jacobian in (fast, slow))
+    return linear_pair(pull_fast, slow, point, ct, reference=pull_slow)
+
+
+def of_shares(pull: Callable[..., Entries], point: Any, ct: Entries) -> Entries:
+    """`pull(point, ct)`, of whole cotangents, for those as JAX has them."""
+    rows, _ = point
+    return rows.shared_cotangents(pull(point, rows.summed_cotangents(ct)))
 
 
 def _jacobian(form: Form, at_once: bool, point: tuple[Rows, Entries], ct: Entries) -> Entries:
     """`s (ct - sum(s ct) / sum(s))`; symmetric, and so its own transpose."""
     rows, p = point
+    slope = rows.map(functools.partial(_slopes, form), [p])
     mean = mean_at_once(form, rows, p, (), ct) if at_once else None
-    return pull_back(form, rows, p, (), ct, mean)[0]
+    if mean is None:
+        mean = _mean(form, rows, slope, ct)
+    return rows.map(lambda s, c, m: s * (c - m), [slope, ct], [mean])
 
 
 def _softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
@@ -239,12 +258,14 @@ def pull_back(
 ) -> tuple[Any, ...]:
     """The cotangents of scores and parameters, given the probabilities and their cotangents.
 
+    A sink and the parameters get shares; see `Rows`.
+
     Args:
       form: the form.
       rows: the rows of `p`.
       p: the probabilities.
       params: the parameters of the form.
-      ct: the cotangents of `p`.
+      ct: the cotangents of `p`, whole ones.
       mean: the mean of `ct`, weighted by the slopes, where it is known.
     """
     slope = rows.map(functools.partial(_slopes, form), [p], params)
@@ -256,8 +277,9 @@ def pull_back(
         ct_params[i] += rows.sum(rows.map(jnp.multiply, [partial, worth]))
     for i, total in enumerate(form.totals(*params)):
         ct_params[i] += mean * total
+    ct_params = map(rows.shared_cotangent, ct_params)
     ct_params = (sum_to(x, param.shape) for x, param in zip(ct_params, params, strict=True))
-    return rows.map(jnp.multiply, [slope, worth]), *ct_params
+    return rows.shared_cotangents(rows.map(jnp.multiply, [slope, worth])), *ct_params
 
 
 def _mean(form: Form, rows: Rows, slope: Entries, ct: Entries) -> Array:

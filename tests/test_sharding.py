@@ -592,25 +592,72 @@ OF_ROWS = {
     "sparsemax_loss": lambda z, axis: jsm.sparsemax_loss(z, LABELS, axis=axis),
     "entmax_loss": lambda z, axis: jsm.entmax_loss(z, LABELS, 1.3, axis=axis),
     "kl_divergence": lambda z, axis: jsm.kl_divergence(z, jnp.sin(z), axis=axis),
+    "linear_cross_entropy": lambda z, axis: (
+        jsm.linear_cross_entropy(
+            np.eye(5), z, LABELS, vocab_axis_name=axis[1:] if isinstance(axis, tuple) else None
+        )
+        * np.ones(5)
+    ),
 }
 
 
-@pytest.mark.parametrize("kind", ["vmap", "shard_map"])
+SPREAD = P(None, "i")
+
+
+def on_two_devices(fun, kind, out_spec=SPREAD):
+    """`fun(part, *args)` of the halves of rows, on axes that JAX does not track.
+
+    Where what it returns is the same on both devices, `out_spec` is `P()`.
+    """
+    if kind == "vmap":
+
+        def mapped(x, *args):
+            parts = x.reshape(*x.shape[:-1], 2, -1)
+            found = jax.vmap(lambda part: fun(part, *args), x.ndim - 1, axis_name="i")(parts)
+            if out_spec == P():
+                return jax.tree.map(lambda y: y[1], found)  # the other one's has no cotangent
+            return jax.tree.map(lambda y: jnp.concatenate([*y], -1), found)
+
+        return mapped
+
+    mesh = jax.make_mesh((2,), ("i",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    def spread(x, *args):
+        specs = P(*[None] * (x.ndim - 1), "i"), *(P() for _ in args)
+        return jax.shard_map(fun, mesh=mesh, in_specs=specs, out_specs=out_spec, check_vma=False)(
+            x, *args
+        )
+
+    return spread
+
+
+def to_second_order(fun, args):
+    """The value, a tangent, a gradient and a Hessian-vector product, in all arguments."""
+    places, along = tuple(range(len(args))), jax.tree.map(jnp.cos, args)
+
+    def scalar(*args):
+        found = jax.tree.leaves(fun(*args))
+        return sum(
+            jnp.vdot(jnp.sin(y), jnp.arange(1.0, y.size + 1).reshape(y.shape)) for y in found
+        )
+
+    return jax.jvp(fun, args, along), jax.jvp(jax.grad(scalar, places), args, along)
+
+
+def assert_close(found, wanted):
+    compare = functools.partial(np.testing.assert_allclose, rtol=1e-10, atol=1e-11)
+    jax.tree.map(compare, found, wanted)
+
+
+either = pytest.mark.parametrize("kind", ["vmap", "shard_map"])
+
+
+@either
 @pytest.mark.parametrize("function", OF_ROWS.values(), ids=OF_ROWS)
 def test_cotangents_of_row_values_are_summed(function, kind, rng):
     """Under `vmap` of a name, and where `shard_map` does not check what varies."""
     x, counts = jnp.asarray(rng.normal(size=(5, 8))), np.arange(1.0, 6)
-
-    def spread(x):
-        def of_part(part):
-            return function(part, axis=(-1, "i"))
-
-        if kind == "vmap":
-            return jax.vmap(of_part, 1, axis_name="i")(x.reshape(5, 2, 4)).mean(0)
-        mesh = jax.make_mesh((2,), ("i",), (AxisType.Auto,), devices=jax.devices()[:2])
-        return jax.shard_map(
-            of_part, mesh=mesh, in_specs=P(None, "i"), out_specs=P(), check_vma=False
-        )(x)
+    spread = on_two_devices(lambda part: function(part, axis=(-1, "i")), kind, P())
 
     def derivatives(f):
         tangent = jax.jvp(f, (x,), (jnp.cos(x),))[1]
@@ -622,3 +669,95 @@ def test_cotangents_of_row_values_are_summed(function, kind, rng):
         strict=True,
     ):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
+
+
+def entries_with_parameters(x, shape, sink, temperature, axis):
+    """What has rules that take row values, beside softmax."""
+    return (
+        jsm.entmax(x, 1 + shape, axis, sink=sink),
+        jsm.log_softmax(x, axis, sink=sink, temperature=temperature),
+        jsm.normmax(x, 1 + shape, axis, temperature=temperature),
+        jsm.budget_sparsemax(x, 2 * shape, axis),
+    )
+
+
+def row_values_with_parameters(x, shape, sink, temperature, axis):
+    return (
+        jsm.logsumexp(x, axis, sink=sink, temperature=temperature),
+        jsm.entmax_loss(x, LABELS[:3], 1 + shape, axis, temperature=temperature),
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "kind", "out_spec"),
+    [
+        (entries_with_parameters, "vmap", SPREAD),
+        (row_values_with_parameters, "shard_map", P()),
+    ],
+    ids=["entries", "row values"],
+)
+def test_derivatives_in_what_devices_share(function, kind, out_spec, rng):
+    """A parameter or a sink that both devices have counts once."""
+    shape = np.array([[0.4], [0.7], [0.9]])
+    args = jnp.asarray(rng.normal(size=(3, 8))), shape, np.array(0.3), shape + 0.5
+    spread = on_two_devices(functools.partial(function, axis=(-1, "i")), kind, out_spec)
+    here = functools.partial(function, axis=-1)
+    found, wanted = (jax.jit(functools.partial(to_second_order, f))(args) for f in (spread, here))
+    assert_close(found, wanted)
+
+
+@either
+def test_derivatives_are_those_of_a_sum_by_jax(kind, rng):
+    """Softmax as a user writes it, with `lax.psum`: also where the gradient is taken inside."""
+    args = (*map(jnp.asarray, (rng.normal(size=(3, 8)), [[0.2], [0.0], [1.0]], 0.8)),)
+
+    def ours(x, sink, temperature):
+        return jsm.softmax(x, (-1, "i"), sink=sink, temperature=temperature)
+
+    def by_jax(x, sink, temperature):
+        weights = jnp.exp(x / temperature)
+        total = jax.lax.psum(jnp.sum(weights, -1, keepdims=True), "i")
+        return weights / (total + jnp.exp(sink))
+
+    def derivatives(softmax):
+        def gradients_inside(*args):
+            def loss(*args):
+                return jax.lax.psum(jnp.sum(jnp.sin(softmax(*args))), "i")
+
+            of_part, *of_shared = jax.grad(loss, (0, 1, 2))(*args)
+            return of_part, [jax.lax.psum(g, "i") * jnp.ones_like(of_part) for g in of_shared]
+
+        outside = to_second_order(on_two_devices(softmax, kind), args)
+        return outside, on_two_devices(gradients_inside, kind)(*args)
+
+    found, wanted = (jax.jit(functools.partial(derivatives, f))() for f in (ours, by_jax))
+    assert_close(found, wanted)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "kind"),
+    [(jsm.softmax, "vmap"), (jsm.threshold_mapping(SOFTPLUS), "shard_map")],
+    ids=["softmax", "form"],
+)
+def test_attention_to_keys_that_are_spread(normalizer, kind, rng):
+    """Derivatives in the sink and in what the normalizer is given."""
+    query, key, value = (jnp.asarray(x) for x in rng.normal(size=(3, 1, 4, 1, 4)))
+    both = jnp.moveaxis(jnp.stack([key, value]), 2, -1)
+    name = "temperature" if normalizer is jsm.softmax else "width"
+
+    def attend(both, parameter, sink, **names):
+        key, value = jnp.moveaxis(both, -1, 2)
+        given = functools.partial(normalizer, **{name: parameter})
+        return jsm.dot_product_attention(query, key, value, normalizer=given, sink=sink, **names)
+
+    def derivatives(attend):
+        def pulled_back(*args):
+            out, pull_back = jax.vjp(attend, *args)
+            return pull_back(jnp.cos(out))
+
+        return jax.jvp(attend, args, jax.tree.map(jnp.cos, args)), pulled_back(*args)
+
+    args = both, jnp.array(0.7), jnp.array([0.3])
+    spread = on_two_devices(functools.partial(attend, kv_axis_name="i"), kind, P())
+    found, wanted = (jax.jit(functools.partial(derivatives, f))() for f in (spread, attend))
+    assert_close(found, wanted)

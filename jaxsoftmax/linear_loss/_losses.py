@@ -6,10 +6,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._closed import closed_over
-from jaxsoftmax._reductions import vary_like
+from jaxsoftmax._reductions import untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
@@ -68,7 +69,11 @@ def summed_or_each(
     # What the loss closes over may be shared by devices that have different rows. Its gradient is
     # then summed over them, and so the cotangents, which may differ, have to be met before that.
     if all(vary_like(x, hidden, but=how.names) is x for x in params):
-        return total(pure, group, operands, rows, vary_like(weights, hidden, but=how.names))
+        weights = vary_like(weights, hidden, but=how.names)
+        losses = total(pure, group, operands, rows, weights)
+        # Its rule was made of the same cotangent on all devices, so they are to have the same.
+        names = untracked(how.names)
+        return lax.pmean(losses, names) if names else losses
     return jnp.sum(weighted(each(pure, group, operands, rows), weights))
 
 

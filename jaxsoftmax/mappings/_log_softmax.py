@@ -151,8 +151,11 @@ def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
 
 
 def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    pair = functools.partial(linear_pair, reference=_log_pulled_back)
-    return None, pair(_log_pulled_back_by_platform, _log_pushed_forward, residuals, ct)
+    fast, slow = (
+        functools.partial(_threshold.of_shares, pull)
+        for pull in (_log_pulled_back_by_platform, _log_pulled_back)
+    )
+    return None, linear_pair(fast, _log_pushed_forward, residuals, ct, reference=slow)
 
 
 def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
@@ -220,7 +223,8 @@ def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
 
 def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
     rows, p = residuals
-    return None, rows.map(jnp.multiply, [p], [rows.summed_cotangent(ct)])
+    ct_scores = rows.map(jnp.multiply, [p], [rows.summed_cotangent(ct)])
+    return None, rows.shared_cotangents(ct_scores)
 
 
 log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)

@@ -131,7 +131,7 @@ def _apply_bwd(is_two: bool, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     ct_scores = rows.map(lambda h, p, b: h - p * b, [moved, p], [back])
     at_fixed_tau = rows.sum(rows.map(lambda s, c, m: s * (c - m), [spread, ct], [mean]))
     ct_alpha = rows.sum(drift) * back - at_fixed_tau
-    return None, ct_scores, sum_to(ct_alpha, alpha.shape)
+    return None, ct_scores, sum_to(rows.shared_cotangent(ct_alpha), alpha.shape)
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
