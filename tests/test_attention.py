@@ -937,3 +937,35 @@ def test_a_window_may_be_longer_than_any_sequence(window, rng):
     np.testing.assert_allclose(
         attend(q, k, v, local_window_size=window), attend(q, k, v), rtol=1e-12
     )
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("of_query", "of_key", "options"),
+    [
+        (1.0, 1.0, {"scale": 0.0}),
+        (1.0, 1.0, {"scale": 1e-38}),
+        (1.0, 1.0, {"sink": np.full(1, np.inf)}),
+        (3e19, np.where(np.arange(16) == 3, 3e19, -3e19)[:, None, None], {}),
+        (3e19, -3e19, {}),
+    ],
+    ids=["scale 0", "tiny scale", "infinite sink", "a score of +inf", "scores of -inf"],
+)
+def test_scores_that_are_made_again_may_be_extreme(dtype, of_query, of_key, options, tiled):
+    """As on GPUs, beside what blocks do that read scores from memory."""
+    unit, v = jnp.ones((1, 16, 1, 8), dtype), jnp.arange(128.0).reshape(1, 16, 1, 8)
+
+    def everything(q, k, v):
+        attention = functools.partial(jsm.dot_product_attention, **options)
+        out, pull_back = jax.vjp(lambda v: attention(q, k, v), v)
+        return out, *pull_back(jnp.ones_like(out))
+
+    args = of_query * unit, jnp.asarray(of_key, dtype) * unit, v.astype(dtype)
+    wanted = jax.jit(everything)(*args)
+    tiled(Tiling(2**10, 2**10, 2**10, (1, 16), 2, products_again=True))
+    found = jax.jit(lambda *args: everything(*args))(*args)
+    for x, y in zip(found, wanted, strict=True):
+        assert np.all(np.isfinite(y))
+        np.testing.assert_allclose(
+            x.astype(np.float64), y.astype(np.float64), rtol=2.0**-7, atol=1e-5
+        )

@@ -148,16 +148,31 @@ def _grouped(x: Array, key_heads: int) -> Array:
 def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
     """The weights, given the threshold."""
     form, factors = made.form, made.factors
-    if not again or factors is None or form is not SOFTMAX:
+    if not again or factors is None or form is not SOFTMAX or not _are_many(*factors[:2]):
         return _threshold.weights(form, made.rows, made.entries, threshold, made.params)
     query, key, scale = factors
-    origin = SOFTMAX.origin(*threshold)
-    grouped = _grouped(query, key.shape[1])
-    gaps = _less(grouped, key, origin / jnp.where(scale == 0, 1, scale)) * scale
-    none, one = jnp.zeros_like(scale), jnp.ones_like(scale)
-    weights = SOFTMAX.at(gaps, none, one).astype(key.dtype)
+    top, by = threshold
+    # In a maximum of +inf a logarithm is lost: NaN rather than the wrong share.
+    of_huge = jnp.where(by == 1, top, jnp.nan)
+    origin = jnp.where(top > _HUGE, of_huge, SOFTMAX.origin(top, by))
+    is_tiny = jnp.abs(scale) < _TINY
+    of_products = jnp.clip(origin / jnp.where(is_tiny, 1, scale), -_HUGE, _HUGE)
+    less = _less(_grouped(query, key.shape[1]), key, jnp.where(is_tiny, 0, of_products))
+    gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, origin, 0)
+    # Products of other sizes are summed in another order: a gap may come out above that of the top.
+    weights = jnp.exp(jnp.minimum(gaps, 0))
+    weights = weights.astype(key.dtype)
     of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]
     return weights.astype(gaps.dtype), *of_sink
+
+
+# Numbers that half precision has, and quotients by which are still numbers.
+_HUGE, _TINY = 1e38, 1e-30
+
+
+def _are_many(query: Array, key: Array) -> bool:
+    """Whether there are more rows than features, so that a copy of the keys is worth it."""
+    return not is_known(query.shape[2]) or query.shape[2] > key.shape[2]
 
 
 def _less(query: Array, key: Array, row_values: Array) -> Array:
@@ -171,8 +186,7 @@ def _less(query: Array, key: Array, row_values: Array) -> Array:
 def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array, Array]:
     """The values, weighted and summed, and the sums of the weights, (B, N, rows, 1)."""
     first, *sink = weights
-    are_many = not is_known(first.shape[2]) or first.shape[2] > value.shape[2]
-    if made.dropout is None and are_many:
+    if made.dropout is None and _are_many(first, value):
         # Of values that are 1 the product makes sums, with no other kernel that reads the weights;
         # where these are few, that would not be worth a copy of the values.
         mixed = _mix(first, _products.with_ones(value))
