@@ -184,8 +184,8 @@ def within_range(x: Any) -> Any:
     dtype = jax.dtypes.canonicalize_dtype(x.dtype)
     if dtype == x.dtype:
         return x
-    known = np.iinfo(dtype)
-    return np.clip(x, max(known.min, np.iinfo(x.dtype).min), known.max).astype(dtype)
+    known = np.iinfo(str(dtype))
+    return np.clip(x, int(known.min), int(known.max)).astype(dtype)
 
 
 def is_public(fun: Callable[..., Any]) -> bool:

@@ -946,7 +946,7 @@ def test_a_window_may_be_longer_than_any_sequence(window, rng):
         (1.0, 1.0, {"scale": 0.0}),
         (1.0, 1.0, {"scale": 1e-38}),
         (1.0, 1.0, {"sink": np.full(1, np.inf)}),
-        (3e19, np.where(np.arange(16) == 3, 3e19, -3e19)[:, None, None], {}),
+        (3e19, np.where(np.arange(16) == 3, 3e19, -3e19)[None, :, None, None], {}),
         (3e19, -3e19, {}),
     ],
     ids=["scale 0", "tiny scale", "infinite sink", "a score of +inf", "scores of -inf"],
