@@ -237,8 +237,9 @@ NOTES = """
   `jax.nn`. Ours avoids that in the reverse pass: on an H100, it computes the scores again.
 - Linear layer: each chunk of rows adds to the gradient of all weights. So that gradient is read and
   written once per chunk. Instead, optax holds all scores, here in the dtype of the inputs.
-- Mappings: an exact gradient needs one more sum. It costs time where XLA makes a kernel of its own
-  for it: in long rows on an H100, and on a TPU. The other kernels on an H100 are those of `jax.nn`.
+- Mappings: the exact gradient of log-softmax needs two more sums, which read long rows once more on
+  an H100. That of logsumexp is softmax, which begins with the scores again; `jax.nn` goes on from
+  the result, which is faster on a TPU. The other kernels on an H100 are those of `jax.nn`.
 - In bfloat16, `jax.nn` and optax compute with 8 bits. Ours computes in float32 and rounds once.
 - Sparse mappings, compared with softmax: each pass of the solver reads the scores.
 - Compiling: there is more to compile, such as an exact gradient, a solver, or the bands of causal
