@@ -117,7 +117,8 @@ def _transforms(part: int, width: int, dtype: Any) -> tuple[Any, ...]:
     """How a product of so many rows wants numbers to lie."""
     size = jnp.dtype(dtype).itemsize
     swizzle = min(2 * part, width * size)
-    return plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle)
+    kinds: Any = plgpu  # by its types, jax 0.12 has these as abstract classes, which they are not
+    return kinds.TilingTransform((8, swizzle // size)), kinds.SwizzleTransform(swizzle)
 
 
 def tiles(call: Call, width: int, dtype: Any) -> Any:
