@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxsoftmax as jsm
+from benchmarks.tables import in_short
 from tests import test_kernels as attention
 from tests import test_row_kernels as rows
 
@@ -64,8 +65,7 @@ def _cell(how_far: Callable[[str], float], dtype: str) -> str:
     try:
         error = how_far(dtype)
     except Exception as problem:  # it is what the page is to tell
-        text = " ".join(str(problem).split()).replace("|", "/")
-        return f"! {type(problem).__name__}: {text[:140]}"
+        return f"! {in_short(problem)}"
     return f"{error:.1e}" if error <= TOLERANCES[dtype] else f"**{error:.1e}**"
 
 

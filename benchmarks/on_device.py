@@ -112,7 +112,7 @@ def _checked(name: str) -> list[str]:
             wanted = jax.device_get(jax.jit(both)(*wide))
         errors = [error(a, w) for a, w in zip(actual, wanted, strict=True)]
     except Exception as problem:  # it is what the page is to tell
-        return [_in_short(problem), "", "", ""]
+        return [tables.in_short(problem), "", "", ""]
     tolerance = TOLERANCES.get(name, TOLERANCE)
     verdict = "right" if max(errors) <= tolerance else "**wrong**"
     return [verdict, *(f"{e:.1e}" for e in errors)]
@@ -156,11 +156,6 @@ def error(actual: Any, wanted: Any) -> float:
         scale = max(np.abs(w).max(initial=0.0), 1e-6)
         worst = max(worst, float(np.abs(a - w).max(initial=0.0)) / scale)
     return worst
-
-
-def _in_short(problem: Exception) -> str:
-    text = " ".join(str(problem).split()).replace("|", "/")
-    return f"{type(problem).__name__}: {text[:140]}"
 
 
 # How fast it is.
@@ -230,7 +225,7 @@ def measured(program: Program, quick: bool, deadline: float) -> list[Result]:
     try:
         results = comparison.measure(quick)
     except Exception as problem:
-        note = {"result": _in_short(problem)}
+        note = {"result": tables.in_short(problem)}
         return [Result(program.operation, "", 1, OURS, quantities=note)]
     of = {result.name: dict(result.quantities) | costs[result.name] for result in results}
     for result in results:
@@ -260,7 +255,7 @@ def _ready(
         jax.block_until_ready(call(*args))
         is_short = time.perf_counter() - start < SHORT
     except Exception as problem:
-        return Missing(f"not measured: {_in_short(problem)}")
+        return Missing(f"not measured: {tables.in_short(problem)}")
     repeats = REPEATS if is_short else 1
 
     def several() -> Any:

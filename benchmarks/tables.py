@@ -168,3 +168,9 @@ COLUMNS = {
     "ours_error": _Column("ours: error", _ours),
     "result": _Column("note", str),
 }
+
+
+def in_short(problem: Exception) -> str:
+    """An error as a cell of a table."""
+    text = " ".join(str(problem).split()).replace("|", "/")
+    return f"{type(problem).__name__}: {text[:140]}"

@@ -11,13 +11,32 @@ KERNELS: dict[str, str | None] = {
     "pallas, interpreted": "tpu",
     "pallas for CUDA, interpreted": "cuda",
 }
-# The platforms on which an implementation of attention, or of rows, was measured to be right, and
-# faster than XLA's: None chooses it there, for what it knows. No kernel has run on a device yet.
-MEASURED: dict[tuple[str, Literal["attention", "rows"]], str] = {}
+Computed = Literal["attention", "rows"]
+
+# The platforms that have kernels.
+_PLATFORMS: dict[Computed, tuple[str, ...]] = {"attention": ("tpu", "cuda"), "rows": ("tpu",)}
+# The platforms on which an implementation was measured to be right, and faster than XLA's: None
+# chooses it there, for what it knows. No kernel has run on a device yet.
+MEASURED: dict[tuple[str, Computed], str] = {}
 
 
 class NoKernelError(ValueError):
     """What an implementation does not know."""
+
+
+def platforms(implementation: str | None, of: Computed) -> tuple[str, ...]:
+    """Those whose kernels are to be used, if they are named, or were measured where nothing is."""
+    if implementation is None:
+        return tuple(p for p in _PLATFORMS[of] if MEASURED.get((p, of)) == "pallas")
+    if implementation not in KERNELS:
+        return ()
+    interpreted = KERNELS[implementation]
+    return _PLATFORMS[of] if interpreted is None else (interpreted,)
+
+
+def is_interpreted(implementation: str | None) -> bool:
+    """Whether an implementation is kernels that are interpreted."""
+    return KERNELS.get(implementation or "") is not None
 
 
 def check_implementation(name: Any, *others: str) -> str | None:

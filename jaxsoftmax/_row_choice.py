@@ -12,7 +12,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._implementations import KERNELS, MEASURED, NoKernelError
+from jaxsoftmax._implementations import NoKernelError, is_interpreted, platforms
 from jaxsoftmax._reductions import Entries, Rows
 
 
@@ -21,12 +21,12 @@ def by_implementation(
 ) -> Entries:
     """`function(rows, scores, *params)`, by kernels if they are named and there is a TPU."""
     by_xla = functools.partial(function, rows)
-    if not _may_be_kernels(rows) or 0 in scores[0].shape:
+    if not platforms(rows.implementation, "rows") or 0 in scores[0].shape:
         return by_xla(scores, *params)
     # Pallas is imported by those who use it.
     from jaxsoftmax._row_kernels import in_kernels
 
-    interpret = KERNELS.get(rows.implementation or "") is not None
+    interpret = is_interpreted(rows.implementation)
     by_kernels = functools.partial(in_kernels, function, rows, interpret=interpret)
     try:
         if interpret:
@@ -36,12 +36,6 @@ def by_implementation(
         if rows.implementation is None:
             return by_xla(scores, *params)
         raise
-
-
-def _may_be_kernels(rows: Rows) -> bool:
-    """Whether kernels are named, or chosen where nothing is."""
-    is_chosen = rows.implementation is None and MEASURED.get(("tpu", "rows")) == "pallas"
-    return is_chosen or rows.implementation in KERNELS
 
 
 def batched_in_kernels(rule: custom_vjp, place: int) -> Callable[..., Entries]:
@@ -69,6 +63,7 @@ def batched_in_kernels(rule: custom_vjp, place: int) -> Callable[..., Entries]:
 
     @functools.wraps(rule)
     def applied(*args: Any) -> Entries:
-        return (in_kernels if _may_be_kernels(args[place]) else rule)(*args)
+        of_kernels = platforms(args[place].implementation, "rows")
+        return (in_kernels if of_kernels else rule)(*args)
 
     return applied

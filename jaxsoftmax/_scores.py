@@ -268,6 +268,11 @@ def at_least_int32(x: Array) -> Array:
     return x.astype(jnp.int32) if jnp.iinfo(x.dtype).bits < 32 else x
 
 
+def as_counts(x: Array) -> Array:
+    """Integers as int32, those below 0 as 0: no array is longer than an int32 can say."""
+    return jnp.clip(at_least_int32(x), 0, 2**31 - 1).astype(jnp.int32)
+
+
 def check_soft_cap(cap: Any) -> float | None:
     """The soft cap, if it is known while tracing."""
     known = known_number(cap)

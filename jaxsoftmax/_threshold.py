@@ -170,7 +170,8 @@ def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     rows, p, params = residuals
     if form.only_scales:
         p = rows.map(functools.partial(_slopes, form), [p], params)
-        return None, _by_symmetric(_softmax_jacobian_by_platform, _softmax_jacobian, (rows, p), ct)
+        pull = functools.partial(by_platform, _softmax_jacobian_at_once, _softmax_jacobian)
+        return None, _by_symmetric(pull, _softmax_jacobian, (rows, p), ct)
     if params or form.tau is not None:
         return None, *pull_back(form, rows, p, params, rows.summed_cotangents(ct))
     slow, fast = (functools.partial(_jacobian, form, at_once) for at_once in (False, True))
@@ -212,24 +213,32 @@ def _softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
     return rows.map(lambda p, c, m: p * (c - m), [p, relative], [mean])
 
 
-def _softmax_jacobian_by_platform(point: tuple[Rows, Entries], ct: Entries) -> Entries:
-    """The same, in as many passes as suit the platform."""
+def _softmax_jacobian_at_once(point: tuple[Rows, Entries], ct: Entries) -> Entries:
+    """The same, of which all sums are one pass."""
     rows, p = point
 
-    def one_by_one(p: Entries, ct: Entries) -> Entries:
-        return _softmax_jacobian((rows, p), ct)
+    def terms(p: Array, ct: Array) -> tuple[Array, Array, Array]:
+        dominates = jnp.round(p)
+        share = (1 - dominates) * p
+        return dominates * ct, share * ct, share
 
-    def at_once(p: Entries, ct: Entries) -> Entries:
-        def terms(p: Array, ct: Array) -> tuple[Array, Array, Array]:
-            dominates = jnp.round(p)
-            share = (1 - dominates) * p
-            return dominates * ct, share * ct, share
+    of_dominating, of_others, others = rows.sums(terms, [p, ct])
+    mean = of_others - others * of_dominating  # relative to the dominating
+    return rows.map(lambda p, c, d, m: p * ((c - d) - m), [p, ct], [of_dominating, mean])
 
-        of_dominating, of_others, others = rows.sums(terms, [p, ct])
-        mean = of_others - others * of_dominating  # relative to the dominating
-        return rows.map(lambda p, c, d, m: p * ((c - d) - m), [p, ct], [of_dominating, mean])
 
-    return chosen("sums_at_once", at_once, p, ct, rows=rows, one_by_one=one_by_one)
+def by_platform(
+    at_once: Callable[..., Entries],
+    one_by_one: Callable[..., Entries],
+    point: tuple[Rows, Entries],
+    ct: Entries,
+) -> Entries:
+    """What both functions make of a point and cotangents, in as many passes as suit a platform."""
+    rows, x = point
+    general, other = (
+        lambda x, ct, rule=rule: rule((rows, x), ct) for rule in (at_once, one_by_one)
+    )
+    return chosen("sums_at_once", general, x, ct, rows=rows, one_by_one=other)
 
 
 def relative_to_dominating(rows: Rows, p: Entries, x: Entries) -> Entries:

@@ -26,7 +26,7 @@ from jaxsoftmax._scores import (
     Options,
     Temperature,
     as_array,
-    at_least_int32,
+    as_counts,
     check_integers,
     check_mask,
     check_per_row,
@@ -114,8 +114,7 @@ def _top_of_each(
         raise ValueError(
             f"k must broadcast to one value per row, shape {shape}, got shape {count.shape}."
         ) from None
-    count = jnp.clip(at_least_int32(count), 0, jnp.iinfo(jnp.int32).max).astype(jnp.int32)
-    count = jnp.moveaxis(count, axis, -1)
+    count = jnp.moveaxis(as_counts(count), axis, -1)
     if is_known(scores.shape[-1]) and scores.shape[-1] == 0:
         return jnp.moveaxis(takes_part, -1, axis)
     return jnp.moveaxis(_first(scores, takes_part, _descending(scores), count), -1, axis)

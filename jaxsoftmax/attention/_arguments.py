@@ -12,7 +12,7 @@ from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._public import is_int
 from jaxsoftmax._scores import (
-    at_least_int32,
+    as_counts,
     broadcasts,
     check_integers,
     check_key,
@@ -124,8 +124,7 @@ def check_lengths(name: str, lengths: ArrayLike, sizes: Sizes) -> Array:
             f"{name} must have one length per batch, shape {(sizes.batch,)}, got shape "
             f"{lengths.shape}."
         )
-    # None is longer than an int32 can say.
-    return jnp.clip(at_least_int32(lengths), 0, 2**31 - 1).astype(jnp.int32).reshape(-1, 1, 1, 1)
+    return as_counts(lengths).reshape(-1, 1, 1, 1)
 
 
 def unpadded(

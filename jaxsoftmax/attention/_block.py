@@ -160,8 +160,7 @@ def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entr
     less = _less(_grouped(query, key.shape[1]), key, jnp.where(is_tiny, 0, of_products))
     gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, origin, 0)
     # Products of other sizes are summed in another order: a gap may come out above that of the top.
-    weights = jnp.exp(jnp.minimum(gaps, 0))
-    weights = weights.astype(key.dtype)
+    weights = jnp.exp(jnp.minimum(gaps, 0)).astype(key.dtype)
     of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]
     return weights.astype(gaps.dtype), *of_sink
 

@@ -12,7 +12,13 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._configured import Configured, configured
-from jaxsoftmax._implementations import KERNELS, MEASURED, NoKernelError, refuse
+from jaxsoftmax._implementations import (
+    KERNELS,
+    NoKernelError,
+    is_interpreted,
+    platforms,
+    refuse,
+)
 from jaxsoftmax._public import refuse_what_is_no_array, within_range
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import check_mask, wide
@@ -124,31 +130,19 @@ def _by(
     sizes: Sizes,
 ) -> tuple[Array, ...]:
     """The outputs, by what is named or else by what was measured to be the best."""
-    is_named = implementation in KERNELS
-    platforms = _platforms(implementation)
-    if not platforms:
+    of_kernels = platforms(implementation, "attention")
+    if not of_kernels:
         return in_blocks(rules, operands, sizes)
     # Pallas is imported by those who use it.
     from jaxsoftmax.attention._kernels import by_kernels
 
-    interpret = is_named and KERNELS[implementation or ""] is not None
+    interpret = is_interpreted(implementation)
     try:
-        return by_kernels(platforms, interpret, block_size, in_blocks, rules, operands, sizes)
+        return by_kernels(of_kernels, interpret, block_size, in_blocks, rules, operands, sizes)
     except NoKernelError:
-        if is_named:
-            raise
-        return in_blocks(rules, operands, sizes)
-
-
-def _platforms(implementation: str | None) -> tuple[str, ...]:
-    """Those whose kernels are to be used."""
-    both = "tpu", "cuda"
-    if implementation is None:
-        return tuple(p for p in both if MEASURED.get((p, "attention")) == "pallas")
-    if implementation not in KERNELS:
-        return ()
-    interpreted = KERNELS[implementation]
-    return both if interpreted is None else (interpreted,)
+        if implementation is None:
+            return in_blocks(rules, operands, sizes)
+        raise
 
 
 def _by_cudnn(static: Static, normalizer: Normalizer, given: dict[str, Any]) -> Array:

@@ -151,10 +151,8 @@ def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
 
 
 def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    fast, slow = (
-        functools.partial(_threshold.of_shares, pull)
-        for pull in (_log_pulled_back_by_platform, _log_pulled_back)
-    )
+    pull = functools.partial(_threshold.by_platform, _log_pulled_back_at_once, _log_pulled_back)
+    fast, slow = (functools.partial(_threshold.of_shares, p) for p in (pull, _log_pulled_back))
     return None, linear_pair(fast, _log_pushed_forward, residuals, ct, reference=slow)
 
 
@@ -168,31 +166,24 @@ def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
     return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
 
 
-def _log_pulled_back_by_platform(residuals: Any, ct: Entries) -> Entries:
-    """The same, in as many passes as suit the platform."""
+def _log_pulled_back_at_once(residuals: Any, ct: Entries) -> Entries:
+    """The same, of which all sums are one pass."""
     rows, log_p = residuals
-
-    def one_by_one(log_p: Entries, ct: Entries) -> Entries:
-        return _log_pulled_back((rows, log_p), ct)
 
     def parts(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
         p = jnp.exp(log_p)
         return p, jnp.round(p), jnp.where(log_p == -jnp.inf, 0, ct)
 
-    def at_once(log_p: Entries, ct: Entries) -> Entries:
-        def terms(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
-            p, dominates, ct = parts(log_p, ct)
-            return ct, (1 - dominates) * ct, (1 - dominates) * p
+    def terms(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
+        p, dominates, ct = parts(log_p, ct)
+        return ct, (1 - dominates) * ct, (1 - dominates) * p
 
-        total, of_others, others = rows.sums(terms, [log_p, ct])
+    def pulled(log_p: Array, ct: Array, total: Array, left: Array) -> Array:
+        p, dominates, ct = parts(log_p, ct)
+        return (1 - dominates) * (ct - p * total) - dominates * left
 
-        def pulled(log_p: Array, ct: Array, total: Array, left: Array) -> Array:
-            p, dominates, ct = parts(log_p, ct)
-            return (1 - dominates) * (ct - p * total) - dominates * left
-
-        return rows.map(pulled, [log_p, ct], [total, of_others - others * total])
-
-    return chosen("sums_at_once", at_once, log_p, ct, rows=rows, one_by_one=one_by_one)
+    total, of_others, others = rows.sums(terms, [log_p, ct])
+    return rows.map(pulled, [log_p, ct], [total, of_others - others * total])
 
 
 def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
@@ -258,7 +249,7 @@ def total_of(rows: Rows, scores: Entries) -> Total:
     # What rounding takes is a second use of score and maximum: four kernels more on a GPU.
     def exact_terms(score: Array, top: Array) -> tuple[Array, Array]:
         weight, at_top = terms(score, top)
-        return weight * (1 + lost_by_gap(score, top)), at_top
+        return weight * (1 + _lost_by_gap(score, top)), at_top
 
     top = _threshold.top_of(rows, scores)
     others, tops = rows.sums(terms, [rows.rounded(scores)], [top], exact_terms)
@@ -285,7 +276,7 @@ def total_at_once(rows: Rows, scores: Entries) -> Total:
     return chosen("log_total", at_once, scores, in_two=in_two)
 
 
-def lost_by_gap(score: Array, top: Array) -> Array:
+def _lost_by_gap(score: Array, top: Array) -> Array:
     """What rounding takes from the score less the maximum."""
     _, lost = two_sum(score, -top)
     return jnp.where(jnp.isfinite(lost), lost, 0)

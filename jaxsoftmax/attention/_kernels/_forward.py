@@ -38,16 +38,11 @@ CLASSES = 128
 
 
 def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
-    """The output, (B, N, T, V), and what is kept.
+    """As `Kernels` asks.
 
-    That is of each row "rows", numbers, (B, N, R, T), and "mean", (B, N, V, T); and "seen",
+    Kept are of each row "rows", numbers, (B, N, R, T), and "mean", (B, N, V, T); and "seen",
     (B, N, tiles, T), not 0 for tiles of keys of which it takes anything. Where this is missing,
     positions and lengths tell.
-
-    Args:
-      call: what is known.
-      arrays: by name; queries (B, N, T, H), keys (B, K, H, S) and values (B, K, V, S).
-      keep: whether anything is kept.
     """
     sizes, block = call.sizes, call.block
     query = _operands.lengthened(turned(call.scaled(arrays["query"])), 3, call.queries)

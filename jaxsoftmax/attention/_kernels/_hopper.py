@@ -266,7 +266,8 @@ class Launch:
 
 
 def _no_tangents(*_: Any) -> Any:
-    raise NotImplementedError("kernels have no forward mode; what calls them has a rule")
+    """Refuses, which is right: `Attention` has a rule, and differentiates by XLA, not a kernel."""
+    raise TypeError("kernels have no forward mode; what calls them has a rule")
 
 
 def run(

@@ -34,17 +34,7 @@ State = tuple[Array, ...]
 def backward(
     call: Call, arrays: Arrays, kept: Arrays, ct: Array, wanted: Sequence[str]
 ) -> dict[str, Array]:
-    """The cotangents of queries, keys, values, and of what else is wanted.
-
-    Those of numbers are one for each query, (B, N, T, 1), still to be summed.
-
-    Args:
-      call: what is known.
-      arrays: by name, as `forward` has them.
-      kept: what `forward` keeps.
-      ct: the cotangent of the output, (B, N, T, V).
-      wanted: what cotangents to return.
-    """
+    """As `Kernels` asks."""
     sizes = call.sizes
     ct = _operands.lengthened(jnp.swapaxes(ct, 1, 2), 1, call.queries)
     delta = jnp.transpose(jnp.sum(ct * kept["mean"], 3), (0, 2, 1))[:, :, None]

@@ -37,15 +37,10 @@ CLASSES = 32
 
 
 def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
-    """The output, (B, N, T, V), and what is kept.
+    """As `Kernels` asks.
 
-    That is of each row "rows", numbers, (B, N, R, T), and "mean", (B, T, N, V), both in whole
+    Kept are of each row "rows", numbers, (B, N, R, T), and "mean", (B, T, N, V), both in whole
     blocks.
-
-    Args:
-      call: what is known.
-      arrays: by name; queries (B, N, T, H), keys (B, K, H, S) and values (B, K, V, S).
-      keep: whether anything is kept.
     """
     sizes = call.sizes
     ins = operands(call, arrays)

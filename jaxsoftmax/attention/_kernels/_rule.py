@@ -24,9 +24,13 @@ Arrays = Mapping[str, Array]
 class Kernels(NamedTuple):
     """Those of one platform; what is kept is theirs alone.
 
+    Arrays go by name: queries are (B, N, T, H), keys (B, K, H, S), values (B, K, V, S).
+
     Attributes:
-      forward: `(call, arrays, keep) -> (output, what is kept)`.
-      backward: `(call, arrays, kept, cotangent, wanted) -> cotangents` by name.
+      forward: `(call, arrays, keep) -> (output, kept)`: the output, (B, N, T, V), and what `keep`
+        says whether to keep.
+      backward: `(call, arrays, kept, ct, wanted) -> cotangents`, of what is `wanted`, given that of
+        the output. Those of numbers are one for each query, (B, N, T, 1), still to be summed.
     """
 
     forward: Callable[..., tuple[Array, dict[str, Array]]]
