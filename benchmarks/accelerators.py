@@ -238,8 +238,7 @@ NOTES = """
 - Linear layer: each chunk of rows adds to the gradient of all weights. So that gradient is read and
   written once per chunk. Instead, optax holds all scores, here in the dtype of the inputs.
 - Mappings: the exact gradient of log-softmax needs two more sums, which read long rows once more on
-  an H100. That of logsumexp is softmax, which begins with the scores again; `jax.nn` goes on from
-  the result, which is faster on a TPU. The other kernels on an H100 are those of `jax.nn`.
+  an H100. That of logsumexp goes on from the maximum and the sum that were found for the value.
 - In bfloat16, `jax.nn` and optax compute with 8 bits. Ours computes in float32 and rounds once.
 - Sparse mappings, compared with softmax: each pass of the solver reads the scores.
 - Compiling: there is more to compile, such as an exact gradient, a solver, or the bands of causal

@@ -44,6 +44,7 @@ BOUNDS = {
     ("log_softmax, vjp", "h100"): Bound(2, 2, 0.1, 93),
     ("softmax, long rows, vjp", "h100"): Bound(13, 13, 0.4, 297),
     ("log_softmax, long rows, vjp", "h100"): Bound(14, 14, 0.4, 297),
+    ("logsumexp, long rows, vjp", "h100"): Bound(5, 5, 0.2, 111),
     ("attention", "h100"): Bound(19, 97, 380, 7900),
     ("attention, vjp", "h100"): Bound(46, 240, 480, 19_000),
     ("attention, causal", "h100"): Bound(32, 58, 550, 5100),
@@ -56,6 +57,7 @@ BOUNDS = {
     ("log_softmax, vjp", "v5e"): Bound(7, 7, 0.1, 93),
     ("softmax, long rows, vjp", "v5e"): Bound(7, 7, 0.1, 185),
     ("log_softmax, long rows, vjp", "v5e"): Bound(7, 7, 0.1, 185),
+    ("logsumexp, long rows, vjp", "v5e"): Bound(4, 4, 0.1, 111),
     ("attention", "v5e"): Bound(18, 290, 0.3, 74),
     ("attention, vjp", "v5e"): Bound(69, 1100, 130, 1100),
     ("attention, causal", "v5e"): Bound(43, 530, 38, 150),
@@ -69,6 +71,7 @@ ROWS, CLASSES = 4096, 1024
 LINEAR = 8192, 1024, 32768
 X = jax.ShapeDtypeStruct((ROWS, CLASSES), jnp.float32)
 LONG = jax.ShapeDtypeStruct((256, 32768), jnp.float32)
+LONG_SUMS = jax.ShapeDtypeStruct(LONG.shape[:1], jnp.float32)
 QUERY = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, FEATURES), jnp.bfloat16)
 HIDDEN, WEIGHT = (jax.ShapeDtypeStruct(s, jnp.bfloat16) for s in (LINEAR[:2], LINEAR[1:]))
 LABELS = jax.ShapeDtypeStruct(LINEAR[:1], jnp.int32)
@@ -92,6 +95,7 @@ PROGRAMS = {
     "log_softmax, vjp": (pulled_back(jsm.log_softmax), ((X,), X)),
     "softmax, long rows, vjp": (pulled_back(jsm.softmax), ((LONG,), LONG)),
     "log_softmax, long rows, vjp": (pulled_back(jsm.log_softmax), ((LONG,), LONG)),
+    "logsumexp, long rows, vjp": (pulled_back(jsm.logsumexp), ((LONG,), LONG_SUMS)),
     "attention": (full, QKV),
     "attention, vjp": (pulled_back(full), (QKV, QUERY)),
     "attention, causal": (causal, QKV),

@@ -18,7 +18,6 @@ from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
 from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
-from jaxsoftmax.mappings._softmax import SOFTMAX
 
 
 @public
@@ -209,7 +208,8 @@ def log_sum(rows: Rows, scores: Entries) -> Array:
 
 
 def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
-    return log_sum(rows, scores), (rows, _threshold.apply(SOFTMAX, rows, scores))
+    log, p = _log_sum_and_shares(rows, scores)
+    return log, (rows, p)
 
 
 def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
@@ -219,6 +219,38 @@ def _log_sum_bwd(residuals: Any, ct: Array) -> tuple[None, Entries]:
 
 
 log_sum.defvjp(_log_sum_fwd, _log_sum_bwd)
+
+
+@custom_vjp
+def _log_sum_and_shares(rows: Rows, scores: Entries) -> tuple[Array, Entries]:
+    """Log-sum-exp, and its gradient, which is softmax."""
+    total = total_at_once(rows, scores)
+
+    def share(score: Array, top: Array, log: Array) -> Array:
+        return jnp.exp(_threshold.gap(score, top) - log)
+
+    p = rows.map(share, [rows.rounded(scores)], [total.top, total.log])
+    return jnp.where(total.sum == 0, -jnp.inf, total.top + total.log), p
+
+
+def _log_sum_and_shares_fwd(rows: Rows, scores: Entries) -> tuple[tuple[Array, Entries], Any]:
+    log, p = _log_sum_and_shares(rows, scores)
+    return (log, p), (rows, p)
+
+
+def _log_sum_and_shares_bwd(residuals: Any, ct: tuple[Array, Entries]) -> tuple[None, Entries]:
+    rows, p = residuals
+    ct_log, ct_p = ct
+    relative = _threshold.relative_to_dominating(rows, p, ct_p)
+    mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
+
+    def ct_score(p: Array, ct_p: Array, mean: Array, ct_log: Array) -> Array:
+        return p * (ct_p - mean + ct_log)
+
+    return None, rows.map(ct_score, [p, relative], [mean, rows.summed_cotangent(ct_log)])
+
+
+_log_sum_and_shares.defvjp(_log_sum_and_shares_fwd, _log_sum_and_shares_bwd)
 
 
 class Total(NamedTuple):
