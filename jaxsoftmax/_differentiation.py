@@ -21,8 +21,8 @@ R = TypeVar("R")
 class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
     """A function with its own reverse rule that can be differentiated in every mode.
 
-    The interface is that of `jax.custom_vjp`. JAX refuses forward mode for such functions; here it
-    comes from the rule that you have already written:
+    The interface is that of `jax.custom_vjp`, but for `optimize_remat`. JAX refuses forward mode
+    for such functions; here it comes from the rule that you have already written:
 
     1. The pullback `ct -> bwd(res, ct)` at a point is the transpose `J^T` of the Jacobian there.
     2. It is linear in `ct`, so `jax.linear_transpose` applies. Its transpose is `J`.
@@ -84,7 +84,13 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         self._signature = inspect.signature(fun)
         numbers = [nondiff_argnums] if isinstance(nondiff_argnums, int) else nondiff_argnums
         names = [nondiff_argnames] if isinstance(nondiff_argnames, str) else nondiff_argnames
-        named = map(list(self._signature.parameters).index, names)
+        known = list(self._signature.parameters)
+        if unknown := sorted({*names} - {*known}):
+            raise ValueError(
+                f"nondiff_argnames must be names of the arguments of {self._name}, which are "
+                f"{', '.join(known)}, got {unknown[0]}."
+            )
+        named = map(known.index, names)
         # Ascending, so that they can be put back one after the other.
         self._nondiff_argnums = tuple(sorted({*numbers, *named}))
         self._rule: _Rule | None = None

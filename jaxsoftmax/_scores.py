@@ -284,14 +284,15 @@ def check_soft_cap(cap: Any) -> float | None:
 def soft_cap(scores: Array, cap: ArrayLike) -> Array:
     """The scores, bounded smoothly; as they are where the bound is infinite.
 
-    One of -inf excludes, and is not to be capped.
+    One of -inf excludes, and is not to be capped. Nor is NaN, that it may be masked: then not even
+    its derivative counts.
     """
     cap = jnp.asarray(cap).astype(scores.dtype)
     cap = nan_unless(cap > 0, cap)
     finite = jnp.where(cap == jnp.inf, 1, cap)
-    excluded = scores == -jnp.inf
-    capped = finite * jnp.tanh(jnp.where(excluded, 0, scores) / finite)
-    return jnp.where((cap == jnp.inf) | excluded, scores, capped)
+    is_number = scores > -jnp.inf
+    capped = finite * jnp.tanh(jnp.where(is_number, scores, 0) / finite)
+    return jnp.where((cap < jnp.inf) & is_number, capped, scores)
 
 
 def check_key(key: Any, name: str = "key") -> Array:

@@ -271,6 +271,51 @@ def test_offsets_that_do_not_fit_are_named(rng):
         attend(q, k, v, query_offset=1.5)
     with pytest.raises(ValueError, match=r"query_offset must be an integer or one per batch"):
         attend(q, k, v, query_offset=np.zeros(3, int))
+    with pytest.raises(ValueError, match=r"query_offset must be from -2\*\*30 to 2\*\*30, got"):
+        attend(q, k, v, query_offset=2**31 - 1)
+
+
+@pytest.mark.parametrize("offset", [2**31 - 1, 2**40])
+def test_offsets_beyond_all_keys(offset, rng):
+    q, k, v = inputs(rng)
+    out = attend(q, k, v, is_causal=True, query_offset=np.array([offset, -offset]))
+    np.testing.assert_allclose(out[0], dense(q, k, v)[0], rtol=1e-11, atol=1e-13)
+    assert np.all(out[1] == 0)
+
+
+def test_a_bias_excludes_whatever_becomes_of_it(rng):
+    q, k, v = inputs(rng)
+    where = np.arange(S) != 2
+    bias = np.where(where, 0.3, -np.inf)
+
+    def loss(q, bias, **options):
+        return jnp.sum(jnp.sin(attend(q, k, v, bias=bias, **options)))
+
+    for bent in ({"score_mod": lambda s, *_: jnp.tanh(s) + s * s}, {"logits_soft_cap": 2.0}):
+        found, grads = jax.value_and_grad(loss, (0, 1))(q, bias, **bent)
+        masked = functools.partial(loss, mask=where[None, None, None], **bent)
+        # Nor does it count what is there, be it no number.
+        for other in (0.3, np.nan):
+            expected = jax.value_and_grad(masked, (0, 1))(q, np.where(where, 0.3, other))
+            for x, y in zip((found, *grads), (expected[0], *expected[1]), strict=True):
+                np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-13)
+
+
+def test_a_parameter_of_each_query_in_blocks(rng):
+    q, k, v = inputs(rng)
+    alpha = rng.uniform(1.1, 1.9, size=(N, T, 1))
+
+    def loss(alpha, **options):
+        normalizer = functools.partial(jsm.entmax, alpha=alpha)
+        return jnp.sum(jnp.sin(attend(q, k, v, normalizer=normalizer, **options)))
+
+    for options in ({}, {"is_causal": True}):
+        one, many = (
+            jax.value_and_grad(functools.partial(loss, **options, block_size=n))(alpha)
+            for n in (T, 2)
+        )
+        for x, y in zip(one, many, strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-9, atol=1e-12)
 
 
 def test_weights_are_the_output_for_values_of_the_unit_matrix(rng):

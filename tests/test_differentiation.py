@@ -335,6 +335,11 @@ def test_one_static_argument_by_number_and_by_name(static):
     close(jax.grad(functools.partial(fun, jnp.exp))(0.0), 7.0)
 
 
+def test_a_static_argument_that_there_is_not():
+    with pytest.raises(ValueError, match="nondiff_argnames .* which are f, x, got g"):
+        jsm.custom_vjp(lambda f, x: f(x), nondiff_argnames=("g",))
+
+
 def test_keyword_and_default_arguments():
     @jsm.custom_vjp
     def scaled(x, factor=2.0):

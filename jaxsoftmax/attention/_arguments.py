@@ -13,6 +13,8 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax._public import is_int
 from jaxsoftmax._scores import (
     as_counts,
+    as_int,
+    at_least_int32,
     broadcasts,
     check_integers,
     check_key,
@@ -162,7 +164,20 @@ def check_offset(offset: ArrayLike, sizes: Sizes) -> Array:
             f"query_offset must be an integer or one per batch, shape {(sizes.batch,)}, got shape "
             f"{offset.shape}."
         )
-    return jnp.broadcast_to(offset.astype(jnp.int32), (sizes.batch,)).reshape(-1, 1, 1, 1)
+    offset = jnp.clip(at_least_int32(offset), -_FAR, _FAR).astype(jnp.int32)
+    return jnp.broadcast_to(offset, (sizes.batch,)).reshape(-1, 1, 1, 1)
+
+
+def known_offset(offset: ArrayLike | None) -> int | None:
+    """The position of the first query, if it is one that is known while tracing."""
+    known = as_int(offset)
+    if known is not None and abs(known) > _FAR:
+        raise ValueError(f"query_offset must be from -2**30 to 2**30, got {known}.")
+    return known
+
+
+# Further from the keys than any is, and with any number of queries still an int32.
+_FAR = 2**30
 
 
 def check_segments(

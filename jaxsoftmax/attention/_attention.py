@@ -9,7 +9,6 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax._implementations import check_implementation
 from jaxsoftmax._public import known_number
 from jaxsoftmax._scores import (
-    as_int,
     check_size,
     check_soft_cap,
 )
@@ -133,7 +132,7 @@ def dot_product_attention(
       sink: one more score per head, (N,) or a number, whose share is dropped; for normalizers with
         an argument `sink` (softmax, sparsemax, entmax, entmax15).
       score_mod: `f(score, batch, head, q_index, kv_index) -> score`, of single numbers, after the
-        cap and before the masks.
+        cap and before the masks. What a bias of -inf excludes stays excluded.
       mask_mod: `f(batch, head, q_index, kv_index) -> bool`, of single numbers: whether the query
         sees the key.
       dropout_rate: the share of the weights to drop. The others are divided by 1 minus the share.
@@ -157,11 +156,11 @@ def dot_product_attention(
         out, and `bias` and `mask` have the device's queries and the keys of all. That goes with
         normalizers that have a threshold: softmax, sparsemax, entmax15, entmax and those of a
         `Form`. For all but softmax, keys go round once more for each pass of the search for it.
-      query_offset: the position of the first query, in the count of the keys; None: 0. Causal masks
-        and windows go by positions, as do the indices of queries that `score_mod` and `mask_mod`
-        get. An int for all, which saves what is out of reach but is compiled for; or integers,
-        (B,), which may be traced: the length of the cache before it, to decode; S - T, or
-        `key_value_seq_lengths - T`, to have the last query see the last key.
+      query_offset: the position of the first query, in the count of the keys, from -2^30 to 2^30;
+        None: 0. Causal masks and windows go by positions, as do the indices of queries that
+        `score_mod` and `mask_mod` get. An int for all, which saves what is out of reach but is
+        compiled for; or integers, (B,), which may be traced: the length of the cache before it, to
+        decode; S - T, or `key_value_seq_lengths - T`, to have the last query see the last key.
       implementation: what computes it. None and "xla" are the blocks described above, on every
         platform. "pallas" are kernels on a TPU and on a Hopper GPU, and blocks elsewhere; they take
         softmax and what has a form (sparsemax, entmax15, entmax, a `threshold_mapping`), and a
@@ -219,6 +218,7 @@ def dot_product_attention(
       tangent: Lu & Song, 2024 (arXiv:2410.11081), appendix F.
     """
     _arguments.check_callables(normalizer=normalizer, score_mod=score_mod, mask_mod=mask_mod)
+    offset = _arguments.known_offset(query_offset)
     static = Static(
         score_mod=score_mod,
         mask_mod=mask_mod,
@@ -228,7 +228,7 @@ def dot_product_attention(
         dropout_rate=dropout_rate,
         places=Places.named(query_axis_name, kv_axis_name),
         block_size=check_size("block_size", block_size),
-        offset=as_int(query_offset) or 0,
+        offset=offset or 0,
         implementation=check_implementation(implementation, "cudnn"),
         return_residual=bool(return_residual),
     )
@@ -243,7 +243,7 @@ def dot_product_attention(
         "query_segment_ids": query_segment_ids,
         "key_value_segment_ids": key_value_segment_ids,
         "sink": sink,
-        "query_offset": None if as_int(query_offset) is not None else query_offset,
+        "query_offset": query_offset if offset is None else None,
         "dropout_key": _arguments.check_dropout(dropout_rate, dropout_key),
         "scale": None if static.scale is not None else scale,
         "soft_cap": None if static.soft_cap is not None else logits_soft_cap,

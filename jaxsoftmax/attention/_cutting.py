@@ -19,7 +19,7 @@ from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._bands import Band, Reach, bands, interleaved
 from jaxsoftmax.attention._blocks import Cuts, Prepare, attend_in_blocks
 from jaxsoftmax.attention._groups import Groups
-from jaxsoftmax.attention._operands import ROW_AXIS, UNKNOWN, WHOLE, Operand
+from jaxsoftmax.attention._operands import ROW_AXIS, ROWS, UNKNOWN, WHOLE, Operand
 from jaxsoftmax.attention._prepared import OF_NORMALIZER, First, Prepared, Rules, prepare
 from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling
 
@@ -52,7 +52,7 @@ def cut_and_attend(
     else:
         cuts_of = functools.partial(_cuts, block_size, reaching, operands["query"], sizes)
     default, cuts = cuts_of(TILING), {name: cuts_of(own) for name, own in TILINGS.items()}
-    layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name]) for name in names]
+    layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name], sizes) for name in names]
     arrays = list(operands.values())
     return attend_in_blocks(prepare_of, default, cuts, layout, arrays, names.index("value"))
 
@@ -109,5 +109,7 @@ def _aligned(x: Any) -> Any:
     return with_ndim(x, 4) if x.ndim == 3 else x
 
 
-def _layout_of_normalizer(x: Array) -> Operand:
-    return WHOLE if x.ndim == 4 else UNKNOWN
+def _layout_of_normalizer(x: Array, sizes: Sizes) -> Operand:
+    if x.ndim != 4:
+        return UNKNOWN
+    return ROWS if x.shape[ROW_AXIS:] == (sizes.queries, 1) else WHOLE

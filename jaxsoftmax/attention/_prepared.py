@@ -115,7 +115,7 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     places = _places(rules, band, first, scores.shape)
     if rules.score_mod is not None:
         score_mod = _at_positions(rules.score_mod, part, places)
-        scores = modified(_over_all(score_mod, scores), scores, places)
+        scores = modified(_over_all(score_mod, scores), scores, places, "bias" in part)
     normalizer, row_value = _with_arrays(rules, part)
     options: dict[str, Any] = {
         "axis": (-1, *rules.kv_names) if rules.kv_names else -1,
@@ -195,9 +195,16 @@ def _places(
     return batch, heads, rows, keys
 
 
-def modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Array]) -> Array:
-    """What a function, mapped over scores and their places, makes of them."""
-    found = as_array(score_mod(scores, *places), "the result of score_mod")
+def modified(
+    score_mod: Callable[..., Array], scores: Array, places: Sequence[Array], has_bias: bool
+) -> Array:
+    """What a function, mapped over scores and their places, makes of them.
+
+    Where there is a bias, one of -inf excludes, whatever the function makes of it.
+    """
+    is_number = scores > -jnp.inf if has_bias else None
+    given = scores if is_number is None else jnp.where(is_number, scores, 0)
+    found = as_array(score_mod(given, *places), "the result of score_mod")
     if found.dtype == jnp.bool_:
         raise TypeError(
             "score_mod must return a number per score, got booleans: mask_mod tells which scores "
@@ -208,7 +215,8 @@ def modified(score_mod: Callable[..., Array], scores: Array, places: Sequence[Ar
             "score_mod must return one number per score, got an array of shape "
             f"{found.shape[scores.ndim :]}."
         )
-    return found.astype(scores.dtype)
+    found = found.astype(scores.dtype)
+    return found if is_number is None else jnp.where(is_number, found, scores)
 
 
 def _at_positions(

@@ -55,7 +55,8 @@ def scores(place: Place, keys: Any, queries: Any, read: Any, is_cut: Any, produc
         bounded = capped * call.soft_cap
         # A bias of -inf excludes; it is not to be capped.
         x = jnp.where(x == -jnp.inf, x, bounded) if "bias" in refs else bounded
-        pulls.append(lambda ct: ct * (1 - capped * capped))
+        # What takes no part may be no number.
+        pulls.append(lambda ct: jnp.where(ct == 0, 0, ct * (1 - capped * capped)))
     if call.score_mod is not None:
         modify = place.rows.plain(functools.partial(tile.modified, call.score_mod))
         pulls.append(place.rows.plain(functools.partial(_pull_back, modify, x)))
@@ -116,7 +117,8 @@ class Tile:
 
     def modified(self, score_mod: Callable[..., Array], x: Array) -> Array:
         """What a function makes of scores."""
-        return modified(jax.vmap(jax.vmap(score_mod)), x, self._places())
+        has_bias = "bias" in self.place.refs
+        return modified(jax.vmap(jax.vmap(score_mod)), x, self._places(), has_bias)
 
     def mapped(self, mask_mod: Callable[..., Array]) -> Array:
         """Where a function says that a key takes part."""
