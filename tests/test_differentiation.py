@@ -336,7 +336,7 @@ def test_one_static_argument_by_number_and_by_name(static):
 
 
 def test_a_static_argument_that_there_is_not():
-    with pytest.raises(ValueError, match="nondiff_argnames .* which are f, x, got g"):
+    with pytest.raises(ValueError, match=r"nondiff_argnames .* which are f, x, got g"):
         jsm.custom_vjp(lambda f, x: f(x), nondiff_argnames=("g",))
 
 
