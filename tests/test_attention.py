@@ -960,6 +960,7 @@ BAD_OPTIONS = [
     ("sink must have one value per head", {"sink": np.ones(3)}),
     ("score_mod must return one", {"score_mod": lambda score, *_: score[None]}),
     ("mask_mod must return one", {"mask_mod": lambda *_: 1.0}),
+    ("which does not take where.", {"normalizer": lambda scores, axis: scores}),
     ("normalizer must return", {"normalizer": lambda scores, axis, where: scores[0]}),
 ]
 

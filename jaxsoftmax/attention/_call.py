@@ -170,6 +170,11 @@ def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
     """`attend`, compiled once and for all where no function holds a state."""
     if not callable(normalizer):
         raise TypeError(f"normalizer must be a function, got {type(normalizer).__name__}.")
+    if missing := [x for x in ("axis", "where") if not _arguments.takes(normalizer, x)]:
+        raise TypeError(
+            "normalizer must be called as f(scores, axis=axis, where=mask), got "
+            f"{_arguments.function_name(normalizer)}, which does not take {missing[0]}."
+        )
     ours = configured(normalizer)
     if ours is not None:
         _check_options({*dict(ours.options), *ours.arrays}, arrays, static.places)
