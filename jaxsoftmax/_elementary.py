@@ -17,6 +17,11 @@ def log1p(x: Array) -> Array:
     return jnp.log(total) + rest * (1 / total)
 
 
+def times(weight: Array, x: Array) -> Array:
+    """The product, 0 where the weight is, be `x` infinite."""
+    return weight * jnp.where((weight == 0) & jnp.isinf(x), 0, x)
+
+
 def expm1(x: Array) -> Array:
     """`exp(x) - 1` without loss where `x` is small (Kahan), for kernels: Mosaic has no expm1."""
     y = jnp.exp(x)

@@ -37,7 +37,7 @@ class Block:
         """The output, (B, N, rows, V), and row values; with derivatives of any kind and order."""
         made = self.prepare(first, *parts)
         weights = _threshold.apply(made.form, made.rows, made.entries, *made.params)[0]
-        return _mix(made.kept(weights), parts[self.value]), *made.row_values
+        return _mix(made.after_dropout(weights), parts[self.value]), *made.row_values
 
     def attend_and_keep(
         self, again: bool, first: First, parts: Sequence[Array]
@@ -57,7 +57,7 @@ class Block:
             out, threshold = out * by, (threshold[0], by)
         else:
             threshold = _threshold.solve(made.form, made.rows, made.entries, *made.params)
-            out = _mix(made.kept(_weights_of(made, threshold, again)[0]), value)
+            out = _mix(made.after_dropout(_weights_of(made, threshold, again)[0]), value)
         return (out, *made.row_values), threshold
 
     def pull_back(
@@ -112,7 +112,7 @@ class Block:
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
             mean = jnp.zeros_like(mean)
         else:
-            ct_weights = made.kept(_products.scores(factor, value).reshape(p[0].shape))
+            ct_weights = made.after_dropout(_products.scores(factor, value).reshape(p[0].shape))
             cts = ct_weights, *map(jnp.zeros_like, p[1:])
         if mean is None:
             mean = _threshold.mean_at_once(made.form, made.rows, p, made.params, cts)
@@ -121,7 +121,7 @@ class Block:
         )
         found = list(pullback((ct_entries, tuple(ct_params), tuple(ct_row_values))))
         if self.value in wanted:
-            weights = _grouped(made.kept(p[0]), value.shape[1]).astype(value.dtype)
+            weights = _grouped(made.after_dropout(p[0]), value.shape[1]).astype(value.dtype)
             i = list(wanted).index(self.value)
             found[i] = _products.columns(factor, weights).astype(found[i].dtype)
         return found
@@ -191,7 +191,7 @@ def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array,
         mixed = _mix(first, _products.with_ones(value))
         out, total = mixed[..., : -_products.ONES], mixed[..., -1:]
     else:
-        out, total = _mix(made.kept(first), value), jnp.sum(first, -1, keepdims=True)
+        out, total = _mix(made.after_dropout(first), value), jnp.sum(first, -1, keepdims=True)
     if made.rows.names:
         total = lax.psum(total, made.rows.names)
     return out, sum(sink, total)

@@ -53,7 +53,7 @@ class Static:
     implementation: str | None
     return_residual: bool
 
-    def in_ring(self, normalizer: Normalizer, sizes: Sizes) -> bool:
+    def keys_go_round(self, normalizer: Normalizer, sizes: Sizes) -> bool:
         """Whether keys go round to the queries."""
         common = set(self.places.queries) & set(self.places.keys)
         if not common:
@@ -101,7 +101,7 @@ def _here(
     in_blocks = functools.partial(cut_and_attend, static.block_size)
     if 0 in sizes.scores or (sizes.value_features == 0 and rules.row_value is None):
         outs = _nothing(sizes, rules, operands.get("sink"), dtype)
-    elif static.in_ring(normalizer, sizes):
+    elif static.keys_go_round(normalizer, sizes):
         if static.implementation in KERNELS:
             refuse("pallas", "a kv_axis_name that is query_axis_name")
         outs = in_ring(static.places.keys, in_blocks, rules, operands, sizes)

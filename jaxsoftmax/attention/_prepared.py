@@ -97,7 +97,7 @@ class Prepared:
     dropout: Array | None
     factors: tuple[Array, Array, Array] | None
 
-    def kept(self, weights: Array) -> Array:
+    def after_dropout(self, weights: Array) -> Array:
         """The weights after dropout."""
         return weights if self.dropout is None else weights * self.dropout.astype(weights.dtype)
 

@@ -10,11 +10,12 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._closed import closed_over
+from jaxsoftmax._elementary import times
 from jaxsoftmax._reductions import untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
-from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total, weighted
+from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def summed_or_each(
     if how.chunk_size is None and isinstance(chunks, Chunks):
         group = in_one(chunks.count, chunks.size, layer.weight.shape[1])
     if not how.in_sum:
-        return chunks.join(weighted(each(pure, group, operands, rows), weights))
+        return chunks.join(times(weights, each(pure, group, operands, rows)))
     # What the loss closes over may be shared by devices that have different rows. Its gradient is
     # then summed over them, and so the cotangents, which may differ, have to be met before that.
     if all(vary_like(x, hidden, but=how.names) is x for x in params):
@@ -74,7 +75,7 @@ def summed_or_each(
         # Its rule was made of the same cotangent on all devices, so they are to have the same.
         names = untracked(how.names)
         return lax.pmean(losses, names) if names else losses
-    return jnp.sum(weighted(each(pure, group, operands, rows), weights))
+    return jnp.sum(times(weights, each(pure, group, operands, rows)))
 
 
 def _check_losses(losses: Any, scores: Array) -> Array:

@@ -14,6 +14,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import times
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._reductions import is_known, vary_like
@@ -170,19 +171,14 @@ def _of_group(losses: Losses, group: int, size: int) -> Losses:
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
 def total(losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array) -> Array:
     """The weighted sum of all losses. Its gradients are formed in the forward pass."""
-    return jnp.sum(weighted(_by_platform(_losses, losses, group, operands, rows), weights))
-
-
-def weighted(values: Array, weights: Array) -> Array:
-    """The product, 0 where the weight is, also of infinite losses."""
-    return jnp.where((weights == 0) & (values == jnp.inf), 0, values) * weights
+    return jnp.sum(times(weights, _by_platform(_losses, losses, group, operands, rows)))
 
 
 def _total_fwd(
     losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array
 ) -> tuple[Array, Any]:
     values, gradients = _by_platform(_gradients, losses, group, operands, rows, weights)
-    return jnp.sum(weighted(values, weights)), (gradients, operands, values)
+    return jnp.sum(times(weights, values)), (gradients, operands, values)
 
 
 def _total_bwd(
@@ -209,7 +205,7 @@ def _total_batch(
     if values is None:
         return None
     weights = weights if batched[2] else weights[None]
-    return jnp.sum(weighted(values, weights), range(1, values.ndim))
+    return jnp.sum(times(weights, values), range(1, values.ndim))
 
 
 total.defbatch(_total_batch)

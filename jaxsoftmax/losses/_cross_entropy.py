@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import nan_unless
+from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, check_per_row, check_real, in_given_order
@@ -115,10 +115,10 @@ def cross_entropy(
     if smoothing != 0:
         share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
         uniform = _weighted_surprise(rows, z, _uniform(rows, z), weights)
-        loss = _times(1 - share, loss) + _times(share, uniform)
+        loss = times(1 - share, loss) + times(share, uniform)
     if drift != 0:
         strength = check_per_row("z_loss", z_loss, z[0], rows)
-        loss += _times(strength, _squared_log_sum(rows, z))
+        loss += times(strength, _squared_log_sum(rows, z))
     loss = one_per_row(rows, loss, target, scores)
     return loss if ignored is None else jnp.where(ignored, 0, loss)
 
@@ -147,13 +147,8 @@ def _weighted_surprise(
     if weights is None:
         return _surprise(rows, scores, target)
     if isinstance(target, Classes):
-        return _times(target.pick(rows, weights[0]), _surprise(rows, scores, target))
+        return times(target.pick(rows, weights[0]), _surprise(rows, scores, target))
     return _surprise(rows, scores, rows.map(jnp.multiply, [target, weights]))
-
-
-def _times(share: Array, loss: Array) -> Array:
-    """The product, 0 where the share is, also of infinite losses."""
-    return share * jnp.where((share == 0) & (loss == jnp.inf), 0, loss)
 
 
 def _surprise(rows: Rows, scores: Entries, target: Classes | Entries) -> Array:

@@ -13,6 +13,7 @@ from jaxtyping import Array, ArrayLike
 from jaxsoftmax import _threshold
 from jaxsoftmax._closed import closed_over
 from jaxsoftmax._differentiation import custom_vjp
+from jaxsoftmax._elementary import times
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Options
@@ -21,7 +22,6 @@ from jaxsoftmax.losses._targets import (
     not_negative,
     one_per_row,
     prepare_scores,
-    times_top,
     without_rounding,
 )
 
@@ -119,7 +119,7 @@ def _gap(
     # keeps the digits.
     shift = without_rounding(rows.sum(excess), rows.sum(rows.map(jnp.abs, [p])))
     linear = rows.map(lambda e, gap: jnp.where(e == 0, 0, e * gap), [excess, gaps])
-    of_shift = times_top(shift, top)
+    of_shift = times(shift, top)
     ours, theirs = entropy(params, rest, p), entropy(params, rest, target)
     loss = (rows.sum(linear) + of_shift) + (ours - theirs)
     size = rows.sum(rows.map(jnp.abs, [linear])) + sum(map(jnp.abs, (of_shift, ours, theirs)))

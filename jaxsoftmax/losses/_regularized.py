@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import sqrt
+from jaxsoftmax._elementary import sqrt, times
 from jaxsoftmax._form import Form
 from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Entries, Rows
@@ -24,7 +24,6 @@ from jaxsoftmax.losses._targets import (
     not_negative,
     one_per_row,
     prepare_scores,
-    times_top,
     without_rounding,
 )
 from jaxsoftmax.mappings import _entmax, _powers, _softmax
@@ -219,7 +218,7 @@ def _fenchel_young_fwd(
     loss = linear + regularizer.change(rows, p, target, shift, *params)
     noise: ArrayLike = jnp.inf
     if shift is not None:
-        loss = loss + times_top(shift, top)
+        loss = loss + times(shift, top)
         noise = jnp.where(shift == 0, noise, 0)
     return not_negative(loss, noise), (rows, scores, p, target, params)
 

@@ -190,8 +190,3 @@ def without_rounding(total: Array, size: ArrayLike) -> Array:
     """
     noise = 8 * jnp.finfo(total.dtype).eps * size
     return total - lax.stop_gradient(jnp.where(jnp.abs(total) <= noise, total, 0))
-
-
-def times_top(shift: Array, top: Array) -> Array:
-    """The product; nothing comes of a maximum, be it infinite, where there is no shift."""
-    return shift * jnp.where((shift == 0) & (jnp.abs(top) == jnp.inf), 0, top)
