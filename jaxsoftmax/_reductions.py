@@ -225,6 +225,10 @@ class Rows:
         size = 1 if self.segment_ids is None else self.num_segments
         return tuple(size if i in self.axes else n for i, n in enumerate(scores.shape))
 
+    def flat_shape(self, scores: Array) -> tuple[int, ...]:
+        """The shape of row values as the caller has them, but for segments: without the axes."""
+        return tuple(n for i, n in enumerate(scores.shape) if i not in self.axes)
+
     def _spread(self, values: Array, like: Array) -> Array:
         """Row values in a shape that broadcasts against entries such as `like`."""
         if self.segment_ids is None or values.shape[self.axes[0]] == 1:

@@ -108,7 +108,7 @@ def cross_entropy(
     if ignore_index is not None and not isinstance(target, Classes):
         raise ValueError("ignore_index goes with classes, got distributions as targets.")
     if ignored is not None:  # whose scores may be NaN, which a product with 0 would keep
-        ignored = jnp.broadcast_to(ignored, rows.flatten(jnp.empty(rows.shape(z[0]))).shape)
+        ignored = jnp.broadcast_to(ignored, rows.flat_shape(z[0]))
         z = rows.map(lambda z, i: jnp.where(i, 0, z), [z], [jnp.expand_dims(ignored, rows.axes)])
     weights = None if class_weights is None else _as_weights(rows, z, class_weights, axis)
     loss = _weighted_surprise(rows, z, target, weights)

@@ -88,7 +88,7 @@ def fenchel_young_loss(
 
         def entropy_of_rows(p: Entries) -> Array:
             values = jnp.asarray(entropy(p[0], axis=axis))
-            wanted = rows.flatten(jnp.empty(rows.shape(p[0]))).shape
+            wanted = rows.flat_shape(p[0])
             if values.shape != wanted:
                 raise ValueError(
                     f"entropy must give one value per row, shape {wanted}, got shape "

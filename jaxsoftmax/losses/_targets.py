@@ -82,7 +82,7 @@ def prepare_scores(scores: ArrayLike, axis: Axis, options: Options) -> tuple[Row
     rows, z = prepare(scores, axis, options, name="scores")
     shape = z[0].shape
     mask = () if options.where is None else jnp.shape(options.where)
-    of_rows = tuple(n for i, n in enumerate(shape) if i not in rows.axes)
+    of_rows = rows.flat_shape(z[0])
     if 0 < len(mask) < len(shape) and mask == of_rows:
         of_classes = (1,) * (len(shape) - len(mask)) + mask
         raise ValueError(
@@ -115,7 +115,7 @@ def as_target(rows: Rows, entries: Entries, targets: ArrayLike, axis: Axis) -> C
             f"targets must be distributions over {len(rows.axes)} axes across devices, got "
             "integers, which name a class along one axis."
         )
-    wanted = tuple(n for i, n in enumerate(scores.shape) if i not in rows.axes)
+    wanted = rows.flat_shape(scores)
     if len(targets.shape) != len(wanted) or not broadcasts(targets.shape, wanted):
         without = f"axis {rows.axes[0]}" if len(rows.axes) == 1 else f"axes {rows.axes}"
         raise ValueError(

@@ -85,7 +85,7 @@ def _given_sums(name: str, value: ArrayLike | None, rows: Rows, scores: Array) -
         return None
     value = as_array(value, name)
     check_real(name, value)
-    shape = tuple(n for i, n in enumerate(scores.shape) if i not in rows.axes)
+    shape = rows.flat_shape(scores)
     if not broadcasts(value.shape, shape):
         what = name.split("_")[0]
         raise ValueError(
