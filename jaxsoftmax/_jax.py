@@ -321,13 +321,13 @@ def transposed(ref: Any) -> Any:
     return mosaic_gpu.transpose_ref(ref, (1, 0))
 
 
-def load(ref: Any, layout: Any) -> Array:
-    """What lies in shared memory, in a layout: since jax 0.11 `load` needs no more indices."""
+def load(ref: Any, layout: Any, optimized: bool = True) -> Array:
+    """What lies in memory, in a layout: since jax 0.11 `load` needs no more indices."""
     from jax.experimental.pallas import mosaic_gpu
 
     index = inspect.signature(mosaic_gpu.load).parameters.get("idx")
     indices = ((),) if index is not None and index.default is index.empty else ()
-    return mosaic_gpu.load(ref, *indices, layout=layout)
+    return mosaic_gpu.load(ref, *indices, layout=layout, optimized=optimized)
 
 
 def interpreter() -> Any:

@@ -228,6 +228,14 @@ GPU_KERNELS = {
     "entmax15": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.entmax15),
     "entmax15, 128 features": of_kernels(jnp.bfloat16, 128, 1000, 700, normalizer=jsm.entmax15),
     "entmax": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=ALPHA),
+    "options, 128 features": of_kernels(
+        jnp.bfloat16,
+        128,
+        512,
+        512,
+        normalizer=jsm.entmax15,
+        **{name: x for name, x in MASKS.items() if name not in ("mask", "bias")},
+    ),
 }
 
 

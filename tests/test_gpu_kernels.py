@@ -17,6 +17,9 @@ import jaxsoftmax as jsm
 from jaxsoftmax import _implementations, _jax
 from jaxsoftmax._configured import configured
 from jaxsoftmax.attention import _attention, _call
+from jaxsoftmax.attention._arguments import Sizes
+from jaxsoftmax.attention._kernels._hopper_arrays import BLOCK, over_scores
+from jaxsoftmax.attention._kernels._tiles import Call
 from tests.test_kernels import bent, case, dense, lowered, of_places
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -27,7 +30,7 @@ kernels = functools.partial(
 CASES = [
     *(("softmax", option) for option in ("lengths", "sink")),
     ("sparsemax", "causal"),
-    *(("entmax15", option) for option in ("window before", "offsets", "functions")),
+    *(("entmax15", option) for option in ("window before", "offsets", "functions", "segments")),
     ("entmax", "temperature"),
 ]
 
@@ -118,6 +121,9 @@ def count(attend, x=X):
     return lowered(attend, "cuda", x, x, x).count("mosaic_gpu_v2")
 
 
+SEGMENTS = jnp.zeros((2, 200), int)
+OVER_SCORES = {"query_segment_ids": SEGMENTS, "key_value_segment_ids": SEGMENTS}
+
 # Of primitives that Mosaic GPU does not have.
 POWER = jsm.Form(weight=lambda u: jnp.maximum(u, 0) ** 1.5, score=lambda p: p ** (2 / 3))
 MAPPINGS = {
@@ -140,19 +146,38 @@ def test_functions_of_scores_are_part_of_kernels():
     assert count(functools.partial(attend, **own)) == 3
 
 
+def test_arrays_over_scores_are_part_of_kernels():
+    assert count(functools.partial(attend, **OVER_SCORES)) == 3
+
+
+@pytest.mark.parametrize("by_keys", [False, True], ids=["of queries", "of keys"])
+def test_tiles_of_other_segments_are_left_out(by_keys, rng):
+    """Segments of queries and keys are sorted, so that tiles that share any lie side by side."""
+    sizes = Sizes(2, 200, 300, 1, 1, 64, 64)
+    call = Call(POWER, sizes, BLOCK)
+    ids = [np.sort(rng.integers(0, 9, (2, n))) for n in (sizes.queries, sizes.keys)]
+    names = "query_segments", "key_segments"
+    shapes = (2, 1, -1, 1), (2, 1, 1, -1)
+    arrays = {n: jnp.asarray(x.reshape(s)) for n, x, s in zip(names, ids, shapes, strict=True)}
+    ends = np.asarray(over_scores(call, arrays, by_keys)["ends"])
+    own, others = ids[::-1] if by_keys else ids
+    for batch, block in np.ndindex(2, -(-own.shape[1] // BLOCK)):
+        of_block = own[batch, block * BLOCK : (block + 1) * BLOCK]
+        tiles = np.flatnonzero(np.isin(others[batch], of_block)) // BLOCK
+        assert tuple(ends[batch, 0, :, block]) == (tiles[0], tiles[-1] + 1)
+
+
 def of_value(attend, x=X, platform="cuda"):
     """The program of the output alone."""
     with jax.enable_x64(False):
         return export.export(jax.jit(attend), platforms=[platform])(x, x, x).mlir_module()
 
 
-SEGMENTS = jnp.zeros((2, 200), int)
 WITHOUT = {
     "float32": (jax.ShapeDtypeStruct(X.shape, np.float32), {}),
     "32 features": (jax.ShapeDtypeStruct((2, 200, 4, 32), X.dtype), {}),
     "bias": (X, {"bias": jnp.zeros((200, 200))}),
     "mask": (X, {"mask": jnp.ones((200, 200), bool)}),
-    "segments": (X, {"query_segment_ids": SEGMENTS, "key_value_segment_ids": SEGMENTS}),
     "floor": (X, {"score_mod": lambda score, *_: jnp.floor(score)}),
 }
 

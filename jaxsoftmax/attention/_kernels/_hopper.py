@@ -76,7 +76,12 @@ class RowsInRegisters:
 
     def read(self, refs: Sequence[Any]) -> list[Array]:
         """Row values in shared memory, to be kept until `release`."""
-        return [ref[...] if self.interpret else _jax.load(ref, self.layout) for ref in refs]
+        return [loaded(ref, self.layout, self.interpret) for ref in refs]
+
+
+def loaded(ref: Any, layout: Any, interpret: bool, optimized: bool = True) -> Array:
+    """What lies in memory: in shared memory, to be kept there until `release`, if `optimized`."""
+    return ref[...] if interpret else _jax.load(ref, layout, optimized)
 
 
 def product(x: Any, y: Any, interpret: bool) -> Array:
@@ -116,9 +121,19 @@ def narrow(x: Array, dtype: Any) -> Array:
 def _transforms(part: int, width: int, dtype: Any) -> tuple[Any, ...]:
     """How a product of so many rows wants numbers to lie."""
     size = jnp.dtype(dtype).itemsize
-    swizzle = min(2 * part, width * size)
+    return _swizzled(min(2 * part, width * size), size)
+
+
+def _transforms_of_columns(part: int, dtype: Any) -> tuple[Any, ...]:
+    """How tiles, of which a part has so many columns, lie so that `loaded` meets no conflicts."""
+    size = jnp.dtype(dtype).itemsize
+    return _swizzled(min(128, part * size), size)
+
+
+def _swizzled(width: int, size: int) -> tuple[Any, ...]:
+    """Rows in stretches of so many bytes, which are swizzled; a number has `size`."""
     kinds: Any = plgpu  # by its types, jax 0.12 has these as abstract classes, which they are not
-    return kinds.TilingTransform((8, swizzle // size)), kinds.SwizzleTransform(swizzle)
+    return kinds.TilingTransform((8, width // size)), kinds.SwizzleTransform(width)
 
 
 def tiles(call: Call, width: int, dtype: Any) -> Any:
@@ -127,22 +142,27 @@ def tiles(call: Call, width: int, dtype: Any) -> Any:
 
 
 def pipeline(
-    body: Callable[..., Any], over: Range, part: int, refs: Sequence[Any], carry: Any
+    body: Callable[..., Any],
+    over: Range,
+    part: int,
+    rows: Sequence[Any],
+    columns: Sequence[Any],
+    carry: Any,
 ) -> Any:
     """`carry = body(first, is_cut, parts, carry)` for all parts of all tiles of a range.
 
     Args:
       body: is given where a part begins, and what each array has for it.
       over: which tiles.
-      part: how many of their rows a part has.
-      refs: arrays over (rows, width) or rows alone.
+      part: how many of their rows or columns a part has.
+      rows: arrays over (rows, width) or rows alone.
+      columns: arrays over (block, columns); parts of all come in this order.
       carry: what the loop carries.
     """
     first = jnp.asarray(over.first, jnp.int32)
-    ends = over.first, over.inner, over.outer, over.last
-    is_whole = all(isinstance(x, int) for x in ends) and ends[0] == ends[1] and ends[2] == ends[3]
-
-    has_numbers = any(len(ref.shape) == 1 for ref in refs)
+    is_whole = _is_same(over.first, over.inner) and _is_same(over.outer, over.last)
+    # A product waits until it has read all; `loaded` does not.
+    is_loaded = bool(columns) or any(len(ref.shape) == 1 for ref in rows)
 
     def spec(ref: Any) -> Any:
         if len(ref.shape) == 1:
@@ -151,28 +171,38 @@ def pipeline(
         transforms = _transforms(part, shape[1], ref.dtype)
         return plgpu.BlockSpec(shape, lambda j: (j + first, 0), transforms=transforms)
 
+    def spec_of_columns(ref: Any) -> Any:
+        transforms = _transforms_of_columns(part, ref.dtype)
+        return plgpu.BlockSpec((BLOCK, BLOCK), lambda j: (0, j + first), transforms=transforms)
+
     def step(index: Any, *parts_and_carry: Any) -> Any:
-        *parts, carry = parts_and_carry
+        *tiles, carry = parts_and_carry
         tile = index[0] + first
         is_cut = False if is_whole else (tile < over.inner) | (tile >= over.outer)
         for start in range(0, BLOCK, part):
-            some = [ref.at[pl.ds(start, part)] for ref in parts]
-            carry = body(tile * BLOCK + start, is_cut, some, carry)
-        if has_numbers:  # a product waits until it has read all; `read` does not
+            at = pl.ds(start, part)
+            parts = [ref.at[at] for ref in tiles[: len(rows)]]
+            parts += [ref.at[:, at] for ref in tiles[len(rows) :]]
+            carry = body(tile * BLOCK + start, is_cut, parts, carry)
+        if is_loaded:
             release()
         return carry
 
     return plgpu.emit_pipeline(
         step,
         grid=(over.last - over.first,),
-        in_specs=[spec(ref) for ref in refs],
+        in_specs=[*map(spec, rows), *map(spec_of_columns, columns)],
         max_concurrent_steps=STAGES,
         init_carry=carry,
-    )(*refs)
+    )(*rows, *columns)
+
+
+def _is_same(x: Any, y: Any) -> bool:
+    return x is y or (isinstance(x, int) and isinstance(y, int) and x == y)
 
 
 def release() -> None:
-    """Lets copies overwrite what `read` has read."""
+    """Lets copies overwrite what was `loaded`."""
     plgpu.commit_smem()
 
 

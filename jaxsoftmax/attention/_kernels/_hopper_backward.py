@@ -16,6 +16,7 @@ from jaxsoftmax.attention._kernels import _hopper, _operands
 from jaxsoftmax.attention._kernels._backward import of_group, of_numbers, pairs_of, summed
 from jaxsoftmax.attention._kernels._forms import gaps, shares, terms_of_numbers, with_slope
 from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
+from jaxsoftmax.attention._kernels._hopper_arrays import OverScores
 from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, operands
 from jaxsoftmax.attention._kernels._operands import Arrays
 from jaxsoftmax.attention._kernels._scores import scores
@@ -41,10 +42,10 @@ def backward(
     params = [arrays[f"param {i}"] for i in range(call.params)]
     rows = [kept["rows"][:, :, i, None] for i in range(kept["rows"].shape[2])]
     rows = [delta, *with_slope(call.form, rows, params)]
-    ins = operands(call, arrays)
-    ins |= {"ct": ct.astype(ins["query"].dtype), "rows": jnp.concatenate(rows, 2)}
+    own = {"ct": ct.astype(arrays["query"].dtype), "rows": jnp.concatenate(rows, 2)}
     names = summed(wanted)
-    of_queries, of_keys = _of_queries(call, ins, names), _of_keys(call, ins)
+    of_queries = _of_queries(call, operands(call, arrays) | own, names)
+    of_keys = _of_keys(call, operands(call, arrays, by_keys=True) | own)
 
     def turned(x: Array, length: int, order: tuple[int, ...]) -> Array:
         return jnp.transpose(x[:, :length], order)
@@ -113,13 +114,13 @@ def _kernel_of_queries(
         of_rows += rows.read([scratch["row"]])
         _hopper.release()
 
-    def body(keys: Any, is_cut: Any, parts: Any, carry: Any) -> Any:
+    def body(keys: Any, is_cut: Any, parts: Any, read: Any, carry: Any) -> Any:
         key, value = parts
         acc, sums = carry
         products = _hopper.product(scratch["query"], key, call.interpret)
         of_values = _hopper.product(scratch["ct"], value, call.interpret)
         first = keys, block * BLOCK
-        made, ct_scores = _weights(place, first, is_cut, (products, of_values), of_rows)
+        made, ct_scores = _weights(place, first, is_cut, read, (products, of_values), of_rows)
         *of_weights, worth = made
         if names:
             sums = _added(place, names, sums, of_weights, worth)
@@ -131,7 +132,7 @@ def _kernel_of_queries(
         (rows.full(0.0),) * (2 * len(names)),
     )
     refs = [ins[name].at[batch, :, group] for name in ("key", "value")]
-    acc, sums = _hopper.pipeline(body, keys_seen(place, block), call.part, refs, carry)
+    acc, sums = OverScores(place, block).pipeline(body, keys_seen(place, block), refs, carry)
     by = call.scale if call.is_exact else call.factor
     _hopper.store(acc * by, scratch["query"], outs["query"].at[batch, at, head])
     for i, x in enumerate(sums):
@@ -148,12 +149,12 @@ def _kernel_of_keys(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     for name in ("key", "value"):
         _hopper.fetch(ins[name].at[batch, at, group], scratch[name], scratch["barrier"])
 
-    def body(queries: Any, is_cut: Any, parts: Any, carry: State) -> State:
+    def body(queries: Any, is_cut: Any, parts: Any, read: Any, carry: State) -> State:
         (query, ct, *of_rows), (key_out, value_out) = parts, carry
         products = _hopper.product(scratch["key"], query, call.interpret)
         of_values = _hopper.product(scratch["value"], ct, call.interpret)
         of_rows, first = rows.read(of_rows), (keys * BLOCK, queries)
-        made, ct_scores = _weights(place, first, is_cut, (products, of_values), of_rows)
+        made, ct_scores = _weights(place, first, is_cut, read, (products, of_values), of_rows)
         value_out = _hopper.add_product(value_out, made[1], ct, call.interpret)
         return _hopper.add_product(key_out, ct_scores, query, call.interpret), value_out
 
@@ -163,14 +164,19 @@ def _kernel_of_keys(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     refs = [ins[name].at[batch, :, head] for name in ("query", "ct")]
     refs += [ins["rows"].at[batch, head, i] for i in range(ins["rows"].shape[2])]
     over = queries_seeing(place, keys)
-    of_key, of_value = _hopper.pipeline(body, over, call.part, refs, zeros)
+    of_key, of_value = OverScores(place, keys).pipeline(body, over, refs, zeros)
     for name, x in {"key": of_key * call.factor, "value": of_value}.items():
         through = scratch.get(f"{name} out", scratch[name])
         _hopper.store(x, through, outs[name].at[batch, at, head])
 
 
 def _weights(
-    place: Place, first: tuple[Any, Any], is_cut: Any, products: State, of_rows: Sequence[Array]
+    place: Place,
+    first: tuple[Any, Any],
+    is_cut: Any,
+    read: Any,
+    products: State,
+    of_rows: Sequence[Array],
 ) -> tuple[State, Array]:
     """Gaps, weights, slopes and what each is worth, and the cotangent of the products.
 
@@ -178,11 +184,12 @@ def _weights(
       place: where the program works.
       first: the first key and the first query.
       is_cut: whether positions may exclude some of it.
+      read: gives the part of an array over scores that belongs to the tile, by name.
       products: those of queries and keys, and of cotangents and values.
       of_rows: what the output is worth, and what is kept of rows.
     """
     call, rows = place.call, place.rows
-    made = scores(place, *first, None, is_cut, products[0])
+    made = scores(place, *first, read, is_cut, products[0])
     delta, *kept = (rows.spread(row, made.scores) for row in of_rows)
     params = [rows.spread(param, made.scores) for param in place.params]
     gap = gaps(call.form, made.scores, kept)

@@ -21,7 +21,6 @@ from jaxsoftmax.attention._kernels._forms import (
 from jaxsoftmax.attention._kernels._hopper import BLOCK
 from jaxsoftmax.attention._kernels._hopper_backward import backward
 from jaxsoftmax.attention._kernels._hopper_forward import forward
-from jaxsoftmax.attention._kernels._operands import OVER_SCORES
 from jaxsoftmax.attention._kernels._plain import is_known
 from jaxsoftmax.attention._kernels._rule import Kernels
 from jaxsoftmax.attention._kernels._tiles import F32, Call
@@ -42,7 +41,7 @@ def found(call: Call, operands: Mapping[str, Array]) -> tuple[Kernels, Call]:
     for width in (sizes.features, sizes.value_features):
         if width not in _WIDTHS:
             _refuse(f"{width} features on a GPU")
-    for name in OVER_SCORES:
+    for name in ("bias", "mask"):
         if name in operands:
             _refuse(f"the array {name} on a GPU")
     if not _can_lower(call):

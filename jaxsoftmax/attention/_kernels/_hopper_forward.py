@@ -16,6 +16,7 @@ from jaxtyping import Array
 from jaxsoftmax.attention._kernels import _hopper, _operands
 from jaxsoftmax.attention._kernels._forms import row_values
 from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
+from jaxsoftmax.attention._kernels._hopper_arrays import OverScores, over_scores
 from jaxsoftmax.attention._kernels._operands import Arrays
 from jaxsoftmax.attention._kernels._scores import scores
 from jaxsoftmax.attention._kernels._search import NOWHERE, Search, State
@@ -64,8 +65,11 @@ def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Ar
     return jnp.swapaxes(out, 1, 2)[:, :, : sizes.queries], {"mean": out, **found} if keep else {}
 
 
-def operands(call: Call, arrays: Arrays) -> dict[str, Array]:
-    """Queries, keys and values, (B, length, heads, width) in whole blocks, and numbers."""
+def operands(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, Array]:
+    """Queries, keys and values, (B, length, heads, width) in whole blocks, and all other arrays.
+
+    Those over scores are for programs of queries or of keys.
+    """
 
     def laid(x: Array, order: tuple[int, ...], length: int) -> Array:
         return _operands.lengthened(jnp.transpose(x, order), 1, length)
@@ -75,6 +79,7 @@ def operands(call: Call, arrays: Arrays) -> dict[str, Array]:
         "key": laid(arrays["key"], (0, 3, 1, 2), call.keys),
         "value": laid(arrays["value"], (0, 3, 1, 2), call.keys),
         **{name: x for name, (_, x) in _operands.numbers(call, arrays).items()},
+        **over_scores(call, arrays, by_keys),
     }
 
 
@@ -127,6 +132,7 @@ class Keys:
 
     def __post_init__(self) -> None:
         self.range: Range = keys_seen(self.place, self.block)
+        self.arrays = OverScores(self.place, self.block)
         refs, group = self.place.refs, head_of_group(self.place)
         self.key, self.value = (
             refs[name].at[self.place.batch, :, group] for name in ("key", "value")
@@ -134,25 +140,28 @@ class Keys:
 
     def loop(self, body: Callable[..., Any], carry: Any) -> Any:
         """`carry = body(first, scores, carry)`: one pass."""
-
-        def step(first: Any, is_cut: Any, parts: Any, carry: Any) -> Any:
-            return body(first, self._make(first, is_cut, parts[0]), carry)
-
-        return _hopper.pipeline(step, self.range, self.place.call.part, [self.key], carry)
+        return self._pass(lambda first, _, x, carry: body(first, x, carry), [self.key], carry)
 
     def loop_with_values(self, body: Callable[..., Any], carry: Any) -> Any:
         """`carry = body(values, scores, carry)`: one pass."""
 
-        def step(first: Any, is_cut: Any, parts: Any, carry: Any) -> Any:
-            return body(parts[1], self._make(first, is_cut, parts[0]), carry)
+        def step(_: Any, parts: Any, x: Array, carry: Any) -> Any:
+            return body(parts[1], x, carry)
 
-        refs, part = [self.key, self.value], self.place.call.part
-        return _hopper.pipeline(step, self.range, part, refs, carry)
+        return self._pass(step, [self.key, self.value], carry)
 
-    def _make(self, first: Any, is_cut: Any, key: Any) -> Array:
+    def _pass(self, body: Callable[..., Any], refs: list[Any], carry: Any) -> Any:
+        """`carry = body(first, parts, scores, carry)`, with parts of the keys and of other refs."""
+
+        def step(first: Any, is_cut: Any, parts: Any, read: Any, carry: Any) -> Any:
+            return body(first, parts, self._make(first, is_cut, parts[0], read), carry)
+
+        return self.arrays.pipeline(step, self.range, refs, carry)
+
+    def _make(self, first: Any, is_cut: Any, key: Any, read: Any) -> Array:
         call = self.place.call
         products = _hopper.product(self.query, key, call.interpret)
-        x = scores(self.place, first, self.block * BLOCK, None, is_cut, products).scores
+        x = scores(self.place, first, self.block * BLOCK, read, is_cut, products).scores
         return x if call.form.only_scales else jnp.minimum(x, MOST)
 
     def unseeing(self, top: Array) -> Array:

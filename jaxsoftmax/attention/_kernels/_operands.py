@@ -54,13 +54,18 @@ def over_scores(call: Call, arrays: Arrays) -> dict[str, Array]:
     found = {}
     for name in OVER_SCORES:
         if name in arrays:
-            x = jnp.swapaxes(arrays[name], 2, 3)
-            x = x.astype(jnp.int8) if x.dtype == jnp.bool_ else x
-            x = x.astype(jnp.int32) if "segments" in name else x
-            if name == "bias" and x.dtype != jnp.bfloat16:
-                x = x.astype(jnp.float32)
+            x = loadable(name, jnp.swapaxes(arrays[name], 2, 3))
             found[name] = filled(filled(x, 2, call.keys), 3, call.queries)
     return found
+
+
+def loadable(name: str, x: Array) -> Array:
+    """An array over scores in a dtype that kernels load."""
+    if "segments" in name:
+        return x.astype(jnp.int32)
+    if name == "mask":
+        return x.astype(jnp.int8)
+    return x if x.dtype == jnp.bfloat16 else x.astype(jnp.float32)
 
 
 def filled(x: Array, axis: int, size: int) -> Array:
