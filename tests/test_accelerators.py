@@ -234,7 +234,7 @@ GPU_KERNELS = {
         512,
         512,
         normalizer=jsm.entmax15,
-        **{name: x for name, x in MASKS.items() if name not in ("mask", "bias")},
+        **{name: x for name, x in MASKS.items() if name != "bias"},
     ),
 }
 

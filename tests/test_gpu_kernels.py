@@ -20,7 +20,7 @@ from jaxsoftmax.attention import _attention, _call
 from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._kernels._hopper_arrays import BLOCK, over_scores
 from jaxsoftmax.attention._kernels._tiles import Call
-from tests.test_kernels import bent, case, dense, lowered, of_places
+from tests.test_kernels import CAUSAL, OPTIONS, B, S, bent, case, dense, lowered, of_places
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -28,7 +28,7 @@ kernels = functools.partial(
     jsm.dot_product_attention, implementation="pallas for CUDA, interpreted"
 )
 CASES = [
-    *(("softmax", option) for option in ("lengths", "sink")),
+    *(("softmax", option) for option in ("lengths", "mask", "sink")),
     ("sparsemax", "causal"),
     *(("entmax15", option) for option in ("window before", "offsets", "functions", "segments")),
     ("entmax", "temperature"),
@@ -65,6 +65,17 @@ def test_bfloat16_and_wide_heads(rng):
     """Tiles are worked at in two parts where sums are wide."""
     found = errors(rng, "entmax15", "causal", jnp.bfloat16, (128, 64))
     assert max(found.values()) < 1e-2, found
+
+
+@pytest.mark.usefixtures("step_by_step")
+def test_masks_of_keys(rng, monkeypatch):
+    """Those of padding, which are the same for all queries."""
+    seen = rng.random((B, 1, 1, S)) < 0.7
+    seen[..., 90:] = False
+    option = (), {"mask": jnp.asarray(seen), "is_causal": True}, seen & CAUSAL
+    monkeypatch.setitem(OPTIONS, "mask of keys", option)
+    found = errors(rng, "entmax15", "mask of keys", np.float16)
+    assert max(found.values()) < 2e-3, found
 
 
 @pytest.mark.usefixtures("step_by_step")
@@ -122,7 +133,11 @@ def count(attend, x=X):
 
 
 SEGMENTS = jnp.zeros((2, 200), int)
-OVER_SCORES = {"query_segment_ids": SEGMENTS, "key_value_segment_ids": SEGMENTS}
+OVER_SCORES = {
+    "mask": jnp.ones((200, 200), bool),
+    "query_segment_ids": SEGMENTS,
+    "key_value_segment_ids": SEGMENTS,
+}
 
 # Of primitives that Mosaic GPU does not have.
 POWER = jsm.Form(weight=lambda u: jnp.maximum(u, 0) ** 1.5, score=lambda p: p ** (2 / 3))
@@ -151,19 +166,20 @@ def test_arrays_over_scores_are_part_of_kernels():
 
 
 @pytest.mark.parametrize("by_keys", [False, True], ids=["of queries", "of keys"])
-def test_tiles_of_other_segments_are_left_out(by_keys, rng):
+@pytest.mark.parametrize("of", ["segments", "mask"])
+def test_tiles_that_hold_nothing_are_left_out(of, by_keys, rng):
     """Segments of queries and keys are sorted, so that tiles that share any lie side by side."""
     sizes = Sizes(2, 200, 300, 1, 1, 64, 64)
-    call = Call(POWER, sizes, BLOCK)
     ids = [np.sort(rng.integers(0, 9, (2, n))) for n in (sizes.queries, sizes.keys)]
-    names = "query_segments", "key_segments"
-    shapes = (2, 1, -1, 1), (2, 1, 1, -1)
-    arrays = {n: jnp.asarray(x.reshape(s)) for n, x, s in zip(names, ids, shapes, strict=True)}
-    ends = np.asarray(over_scores(call, arrays, by_keys)["ends"])
-    own, others = ids[::-1] if by_keys else ids
-    for batch, block in np.ndindex(2, -(-own.shape[1] // BLOCK)):
-        of_block = own[batch, block * BLOCK : (block + 1) * BLOCK]
-        tiles = np.flatnonzero(np.isin(others[batch], of_block)) // BLOCK
+    query, key = ids[0][:, None, :, None], ids[1][:, None, None]
+    mask = query == key
+    arrays = {"query_segments": query, "key_segments": key} if of == "segments" else {"mask": mask}
+    arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+    ends = np.asarray(over_scores(Call(POWER, sizes, BLOCK), arrays, by_keys)["ends"])
+    mask = np.swapaxes(mask, 2, 3) if by_keys else mask
+    for batch, block in np.ndindex(2, -(-mask.shape[2] // BLOCK)):
+        of_block = mask[batch, 0, block * BLOCK : (block + 1) * BLOCK]
+        tiles = np.flatnonzero(np.any(of_block, 0)) // BLOCK
         assert tuple(ends[batch, 0, :, block]) == (tiles[0], tiles[-1] + 1)
 
 
@@ -177,7 +193,6 @@ WITHOUT = {
     "float32": (jax.ShapeDtypeStruct(X.shape, np.float32), {}),
     "32 features": (jax.ShapeDtypeStruct((2, 200, 4, 32), X.dtype), {}),
     "bias": (X, {"bias": jnp.zeros((200, 200))}),
-    "mask": (X, {"mask": jnp.ones((200, 200), bool)}),
     "floor": (X, {"score_mod": lambda score, *_: jnp.floor(score)}),
 }
 

@@ -5,6 +5,7 @@ A program has a block of queries or of keys, its own, and goes along the tiles o
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -29,27 +30,35 @@ def over_scores(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, 
     for name in OVER_SCORES:
         if name in arrays:
             x = _operands.loadable(name, arrays[name])
+            if name == "mask" and 1 in x.shape[2:]:
+                x = x.astype(jnp.int32)  # so that 64 numbers are as many bytes as a copy takes
             if x.shape[2:] == (1, 1):  # a number is one of each key
                 x = jnp.broadcast_to(x, (*x.shape[:3], call.keys))
             for axis, length in ((2, call.queries), (3, call.keys)):
                 x = _operands.lengthened(x, axis, length) if x.shape[axis] > 1 else x
             x = jnp.swapaxes(x, 2, 3) if by_keys else x
             found[name] = x[..., 0] if x.shape[3] == 1 else x
-    if "query_segments" in arrays:
-        found["ends"] = _ends(call, _holding(arrays), by_keys)
+    holding = _holding(arrays)
+    if holding:
+        found["ends"] = _ends(call, functools.reduce(operator.and_, holding), by_keys)
     return found
 
 
-def _holding(arrays: Arrays) -> Array:
-    """Which tiles may hold anything, (b, n, tiles, tiles).
+def _holding(arrays: Arrays) -> list[Array]:
+    """Which tiles may hold anything, (b, n, tiles, tiles) or 1 in places: by segments, by masks.
 
     A tile may have all segments between its first and its last: they are sorted, as a rule.
     """
-    (first, last), (other_first, other_last) = (
-        [_by_tiles(arrays[name], of_tile) for of_tile in (jnp.min, jnp.max)]
-        for name in ("query_segments", "key_segments")
-    )
-    return (first <= other_last) & (other_first <= last)
+    found = []
+    if "query_segments" in arrays:
+        (first, last), (other_first, other_last) = (
+            [_by_tiles(arrays[name], of_tile) for of_tile in (jnp.min, jnp.max)]
+            for name in ("query_segments", "key_segments")
+        )
+        found.append((first <= other_last) & (other_first <= last))
+    if "mask" in arrays:
+        found.append(_by_tiles(arrays["mask"], jnp.any))
+    return found
 
 
 def _by_tiles(x: Array, of_tile: Callable[..., Array]) -> Array:
