@@ -162,6 +162,17 @@ def of_kernels(dtype, features, queries=1024, keys=1024, **options):
     return pulled_back(attend), ((query, *others), query)
 
 
+def of_bias(features, shape):
+    """The same with the gradient of a bias."""
+
+    def attend(query, key, value, bias):
+        options = {"bias": bias, "is_causal": True, "normalizer": jsm.entmax15}
+        return jsm.dot_product_attention(query, key, value, implementation="pallas", **options)
+
+    x = jax.ShapeDtypeStruct((1, shape[3], 2, features), jnp.bfloat16)
+    return pulled_back(attend), ((x, x, x, jax.ShapeDtypeStruct(shape, jnp.float32)), x)
+
+
 ALPHA = functools.partial(jsm.entmax, alpha=1.3)
 MASKS = {
     "mask": jnp.ones((1, 1, 512, 512), bool),
@@ -228,14 +239,9 @@ GPU_KERNELS = {
     "entmax15": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.entmax15),
     "entmax15, 128 features": of_kernels(jnp.bfloat16, 128, 1000, 700, normalizer=jsm.entmax15),
     "entmax": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=ALPHA),
-    "options, 128 features": of_kernels(
-        jnp.bfloat16,
-        128,
-        512,
-        512,
-        normalizer=jsm.entmax15,
-        **{name: x for name, x in MASKS.items() if name != "bias"},
-    ),
+    "all options": of_kernels(jnp.bfloat16, 128, 512, 512, normalizer=jsm.entmax15, **MASKS),
+    "bias": of_bias(128, (1, 2, 512, 512)),
+    "bias of keys": of_bias(128, (1, 1, 1, 512)),
 }
 
 

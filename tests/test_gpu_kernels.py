@@ -20,7 +20,21 @@ from jaxsoftmax.attention import _attention, _call
 from jaxsoftmax.attention._arguments import Sizes
 from jaxsoftmax.attention._kernels._hopper_arrays import BLOCK, over_scores
 from jaxsoftmax.attention._kernels._tiles import Call
-from tests.test_kernels import CAUSAL, OPTIONS, B, S, bent, case, dense, lowered, of_places
+from tests import test_kernels
+from tests.test_kernels import (
+    CAUSAL,
+    OPTIONS,
+    B,
+    N,
+    S,
+    T,
+    arrays_of,
+    bent,
+    case,
+    dense,
+    lowered,
+    of_places,
+)
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 
@@ -28,7 +42,7 @@ kernels = functools.partial(
     jsm.dot_product_attention, implementation="pallas for CUDA, interpreted"
 )
 CASES = [
-    *(("softmax", option) for option in ("lengths", "mask", "sink")),
+    *(("softmax", option) for option in ("lengths", "sink", "all")),
     ("sparsemax", "causal"),
     *(("entmax15", option) for option in ("window before", "offsets", "functions", "segments")),
     ("entmax", "temperature"),
@@ -63,18 +77,21 @@ def test_float16(name, option, rng):
 @pytest.mark.usefixtures("step_by_step")
 def test_bfloat16_and_wide_heads(rng):
     """Tiles are worked at in two parts where sums are wide."""
-    found = errors(rng, "entmax15", "causal", jnp.bfloat16, (128, 64))
+    found = errors(rng, "entmax15", "all", jnp.bfloat16, (128, 64))
     assert max(found.values()) < 1e-2, found
 
 
 @pytest.mark.usefixtures("step_by_step")
-def test_masks_of_keys(rng, monkeypatch):
+def test_masks_and_biases_of_keys(rng, monkeypatch):
     """Those of padding, which are the same for all queries."""
     seen = rng.random((B, 1, 1, S)) < 0.7
     seen[..., 90:] = False
-    option = (), {"mask": jnp.asarray(seen), "is_causal": True}, seen & CAUSAL
-    monkeypatch.setitem(OPTIONS, "mask of keys", option)
-    found = errors(rng, "entmax15", "mask of keys", np.float16)
+    options = {"mask": jnp.asarray(seen), "is_causal": True}
+    monkeypatch.setitem(OPTIONS, "of keys", ((), options, seen & CAUSAL))
+    arrays = arrays_of(rng, np.float16, widths=(64, 64))
+    arrays["bias"] = jnp.asarray(rng.normal(size=seen.shape), np.float16)
+    ct = jnp.asarray(rng.normal(size=(B, T, N, 64)), np.float16).astype(np.float64)
+    found = test_kernels.errors("entmax15", "of keys", arrays, ct, kernels, lambda f: f)
     assert max(found.values()) < 2e-3, found
 
 
@@ -134,6 +151,7 @@ def count(attend, x=X):
 
 SEGMENTS = jnp.zeros((2, 200), int)
 OVER_SCORES = {
+    "bias": jnp.zeros((200, 200)),
     "mask": jnp.ones((200, 200), bool),
     "query_segment_ids": SEGMENTS,
     "key_value_segment_ids": SEGMENTS,
@@ -192,7 +210,6 @@ def of_value(attend, x=X, platform="cuda"):
 WITHOUT = {
     "float32": (jax.ShapeDtypeStruct(X.shape, np.float32), {}),
     "32 features": (jax.ShapeDtypeStruct((2, 200, 4, 32), X.dtype), {}),
-    "bias": (X, {"bias": jnp.zeros((200, 200))}),
     "floor": (X, {"score_mod": lambda score, *_: jnp.floor(score)}),
 }
 

@@ -141,6 +141,22 @@ def tiles(call: Call, width: int, dtype: Any) -> Any:
     return plgpu.SMEM((BLOCK, width), dtype, transforms=_transforms(call.part, width, dtype))
 
 
+def columns(call: Call) -> Any:
+    """Shared memory for a part of a tile of scores."""
+    return plgpu.SMEM((BLOCK, call.part), F32, transforms=_transforms_of_columns(call.part, F32))
+
+
+def loop(start: Any, stop: Any, part: int, body: Callable[[Any], None]) -> None:
+    """`body(first)` for all parts of the tiles from `start` to before `stop`."""
+
+    def step(i: Any, carry: int) -> int:
+        body(i * part)
+        return carry
+
+    parts = BLOCK // part
+    lax.fori_loop(jnp.int32(start * parts), jnp.int32(stop * parts), step, 0)
+
+
 def pipeline(
     body: Callable[..., Any],
     over: Range,
@@ -160,7 +176,7 @@ def pipeline(
       carry: what the loop carries.
     """
     first = jnp.asarray(over.first, jnp.int32)
-    is_whole = _is_same(over.first, over.inner) and _is_same(over.outer, over.last)
+    is_whole = is_same(over.first, over.inner) and is_same(over.outer, over.last)
     # A product waits until it has read all; `loaded` does not.
     is_loaded = bool(columns) or any(len(ref.shape) == 1 for ref in rows)
 
@@ -197,7 +213,8 @@ def pipeline(
     )(*rows, *columns)
 
 
-def _is_same(x: Any, y: Any) -> bool:
+def is_same(x: Any, y: Any) -> bool:
+    """Whether two ends of a range are known to be the same."""
     return x is y or (isinstance(x, int) and isinstance(y, int) and x == y)
 
 

@@ -1,4 +1,4 @@
-"""Arrays over scores on a Hopper GPU: what a program reads of them, such as segments.
+"""Arrays over scores on a Hopper GPU: what a program reads of segments, masks and biases.
 
 A program has a block of queries or of keys, its own, and goes along the tiles of the others.
 """
@@ -29,9 +29,11 @@ def over_scores(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, 
     found = {}
     for name in OVER_SCORES:
         if name in arrays:
-            x = _operands.loadable(name, arrays[name])
+            x = arrays[name]
+            if x.dtype != jnp.float16:  # which a TPU does not load
+                x = _operands.loadable(name, x)
             if name == "mask" and 1 in x.shape[2:]:
-                x = x.astype(jnp.int32)  # so that 64 numbers are as many bytes as a copy takes
+                x = x.astype(jnp.int32)  # so that 64 numbers have as many bytes as a copy takes
             if x.shape[2:] == (1, 1):  # a number is one of each key
                 x = jnp.broadcast_to(x, (*x.shape[:3], call.keys))
             for axis, length in ((2, call.queries), (3, call.keys)):
@@ -42,6 +44,16 @@ def over_scores(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, 
     if holding:
         found["ends"] = _ends(call, functools.reduce(operator.and_, holding), by_keys)
     return found
+
+
+def is_own(x: Any) -> bool:
+    """Whether it has numbers of what is a program's own."""
+    return len(x.shape) == 3
+
+
+def is_of_pairs(x: Any) -> bool:
+    """Whether it has a number for each pair of a query and a key."""
+    return len(x.shape) == 4 and x.shape[2] > 1
 
 
 def _holding(arrays: Arrays) -> list[Array]:
@@ -102,12 +114,12 @@ class OverScores:
         for name in OVER_SCORES:
             if name in self.place.refs:
                 ref, at = self.place.refs[name], self._entry(name)
-                if len(ref.shape) == 3:
-                    self.own[name] = self._loaded(ref.at[(*at, own)], _hopper.TILE.reduce(1), False)
-                elif ref.shape[2] == 1:
-                    self.numbers[name] = ref.at[(*at, 0)]
-                else:
+                if is_of_pairs(ref):
                     self.tiles[name] = ref.at[(*at, own)]
+                elif is_own(ref):
+                    self.own[name] = self._loaded(ref.at[(*at, own)], _hopper.TILE.reduce(1), False)
+                else:
+                    self.numbers[name] = ref.at[(*at, 0)]
 
     def _entry(self, name: str) -> tuple[Any, Any]:
         place, (batches, heads) = self.place, self.place.refs[name].shape[:2]
@@ -125,9 +137,9 @@ class OverScores:
         first = least(most(first, over.first), over.last)
         last = most(least(last, over.last), first)
         inner, outer = first, last
-        if over.inner is not over.first:
+        if not _hopper.is_same(over.inner, over.first):
             inner = least(most(over.inner, first), last)
-        if over.outer is not over.last:
+        if not _hopper.is_same(over.outer, over.last):
             outer = least(most(over.outer, inner), last)
         return Range(first, inner, outer, last)
 
@@ -143,7 +155,7 @@ class OverScores:
             return body(first, is_cut, parts[: len(refs)], read, carry)
 
         rows, columns = [*refs, *self.numbers.values()], [*self.tiles.values()]
-        return _hopper.pipeline(step, self.within(over), part, rows, columns, carry)
+        return _hopper.pipeline(step, over, part, rows, columns, carry)
 
     def _read(self, parts: Mapping[str, Any], name: str) -> Array:
         shape = BLOCK, self.place.call.part

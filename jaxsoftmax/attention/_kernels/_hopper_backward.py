@@ -16,7 +16,7 @@ from jaxsoftmax.attention._kernels import _hopper, _operands
 from jaxsoftmax.attention._kernels._backward import of_group, of_numbers, pairs_of, summed
 from jaxsoftmax.attention._kernels._forms import gaps, shares, terms_of_numbers, with_slope
 from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
-from jaxsoftmax.attention._kernels._hopper_arrays import OverScores
+from jaxsoftmax.attention._kernels._hopper_arrays import OverScores, is_of_pairs, is_own
 from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, operands
 from jaxsoftmax.attention._kernels._operands import Arrays
 from jaxsoftmax.attention._kernels._scores import scores
@@ -43,16 +43,22 @@ def backward(
     rows = [kept["rows"][:, :, i, None] for i in range(kept["rows"].shape[2])]
     rows = [delta, *with_slope(call.form, rows, params)]
     own = {"ct": ct.astype(arrays["query"].dtype), "rows": jnp.concatenate(rows, 2)}
-    names = summed(wanted)
-    of_queries = _of_queries(call, operands(call, arrays) | own, names)
-    of_keys = _of_keys(call, operands(call, arrays, by_keys=True) | own)
+    names, bias = summed(wanted), "bias" in wanted
+    of_queries = _of_queries(call, operands(call, arrays) | own, names, bias)
+    of_keys = _of_keys(call, operands(call, arrays, by_keys=True) | own, bias)
 
     def turned(x: Array, length: int, order: tuple[int, ...]) -> Array:
         return jnp.transpose(x[:, :length], order)
 
     cts = {"query": turned(of_queries["query"], sizes.queries, (0, 2, 1, 3))}
-    for name, x in of_keys.items():
-        cts[name] = of_group(call, turned(x, sizes.keys, (0, 2, 3, 1)))
+    for name in ("key", "value"):
+        cts[name] = of_group(call, turned(of_keys[name], sizes.keys, (0, 2, 3, 1)))
+    if "bias" in of_queries:
+        cts["bias"] = of_queries["bias"][:, :, : sizes.queries, : sizes.keys]
+    elif "sum" in of_queries:
+        cts["bias"] = of_queries["sum"][:, :, : sizes.queries, None]
+    elif "sum" in of_keys:
+        cts["bias"] = of_keys["sum"][:, :, None, : sizes.keys]
     if names:
         pairs = pairs_of(names, of_queries["sums"][..., : sizes.queries])
         rows, delta = (x[..., : sizes.queries] for x in (kept["rows"], delta))
@@ -60,32 +66,52 @@ def backward(
     return cts
 
 
-def _of_queries(call: Call, ins: Arrays, names: Sequence[str]) -> dict[str, Array]:
-    """The cotangents of queries, (B, T, N, H), and sums for those of numbers, (B, N, sums, T)."""
+def _of_queries(call: Call, ins: Arrays, names: Sequence[str], bias: bool) -> dict[str, Array]:
+    """The cotangents of queries, (B, T, N, H), and sums for those of numbers, (B, N, sums, T).
+
+    And that of a bias: "bias", (B, N, T, S), or "sum", over the keys, (B, N, T).
+    """
     sizes, query = call.sizes, ins["query"]
     outs: dict[str, Any] = {"query": (query.shape, query.dtype)}
     if names:
         outs["sums"] = (sizes.batch, sizes.heads, 2 * len(names), call.queries), F32
+    if bias:
+        outs |= _sum_of_bias(call, ins["bias"], call.queries)
     scratch = {
         "query": _hopper.tiles(call, sizes.features, query.dtype),
         "ct": _hopper.tiles(call, sizes.value_features, query.dtype),
         "row": _hopper.row(),
         "barrier": _hopper.barrier(),
     }
+    if bias and is_of_pairs(ins["bias"]):
+        outs["bias"] = (sizes.batch, sizes.heads, call.queries, call.keys), F32
+        scratch["bias"] = _hopper.columns(call)
     kernel = functools.partial(_kernel_of_queries, call, tuple(names))
     return _hopper.run(kernel, call, call.blocks_of(sizes.queries), ins, outs, scratch)
 
 
-def _of_keys(call: Call, ins: Arrays) -> dict[str, Array]:
-    """The cotangents of keys and values, (B, S, N, ...) of each head."""
+def _sum_of_bias(call: Call, bias: Array, length: int) -> dict[str, Any]:
+    """What a kernel adds up for a bias that has numbers of its programs' own rows."""
+    shape = call.sizes.batch, call.sizes.heads, length
+    return {"sum": (shape, F32)} if is_own(bias) else {}
+
+
+def _of_keys(call: Call, ins: Arrays, bias: bool) -> dict[str, Array]:
+    """The cotangents of keys and values, (B, S, N, ...) of each head.
+
+    And that of a bias, if it is the same for all queries: "sum", over these, (B, N, S).
+    """
     sizes, dtype = call.sizes, ins["query"].dtype
     widths = {"key": sizes.features, "value": sizes.value_features}
     # What several heads add up to is not rounded before.
     of_head = dtype if sizes.heads == sizes.key_heads else F32
     shape = sizes.batch, call.keys, sizes.heads
-    outs = {name: ((*shape, width), of_head) for name, width in widths.items()}
+    outs: dict[str, Any] = {name: ((*shape, width), of_head) for name, width in widths.items()}
     scratch = {name: _hopper.tiles(call, width, dtype) for name, width in widths.items()}
     scratch["barrier"] = _hopper.barrier()
+    if bias:
+        outs |= _sum_of_bias(call, ins["bias"], call.keys)
+        scratch["row"] = _hopper.row()
     if of_head != dtype:
         scratch |= {
             f"{name} out": _hopper.tiles(call, width, F32) for name, width in widths.items()
@@ -116,7 +142,7 @@ def _kernel_of_queries(
 
     def body(keys: Any, is_cut: Any, parts: Any, read: Any, carry: Any) -> Any:
         key, value = parts
-        acc, sums = carry
+        acc, sums, of_bias = carry
         products = _hopper.product(scratch["query"], key, call.interpret)
         of_values = _hopper.product(scratch["ct"], value, call.interpret)
         first = keys, block * BLOCK
@@ -124,19 +150,35 @@ def _kernel_of_queries(
         *of_weights, worth = made
         if names:
             sums = _added(place, names, sums, of_weights, worth)
-        return _hopper.add_product(acc, ct_scores, key, call.interpret), sums
+        if "bias" in outs:
+            store_tile(keys, ct_scores)
+        of_bias = tuple(x + jnp.sum(ct_scores, 1) for x in of_bias)
+        return _hopper.add_product(acc, ct_scores, key, call.interpret), sums, of_bias
+
+    def store_tile(keys: Any, x: Array) -> None:
+        target = outs["bias"].at[batch, head, at, pl.ds(keys, call.part)]
+        _hopper.store(x, scratch["bias"], target)
 
     group = head_of_group(place)
     carry = (
         rows.settled(jnp.zeros((BLOCK, call.sizes.features), F32)),
         (rows.full(0.0),) * (2 * len(names)),
+        (rows.full(0.0),) * ("sum" in outs),
     )
     refs = [ins[name].at[batch, :, group] for name in ("key", "value")]
-    acc, sums = OverScores(place, block).pipeline(body, keys_seen(place, block), refs, carry)
+    arrays = OverScores(place, block)
+    over = arrays.within(keys_seen(place, block))
+    if "bias" in outs:
+        zeros = rows.settled(jnp.zeros((BLOCK, call.part), F32))
+        for start, stop in ((0, over.first), (over.last, call.blocks_of(call.sizes.keys))):
+            _hopper.loop(start, stop, call.part, lambda keys: store_tile(keys, zeros))
+    acc, sums, of_bias = arrays.pipeline(body, over, refs, carry)
     by = call.scale if call.is_exact else call.factor
     _hopper.store(acc * by, scratch["query"], outs["query"].at[batch, at, head])
     for i, x in enumerate(sums):
         _hopper.store(x, scratch["row"], outs["sums"].at[batch, head, i, at])
+    for x in of_bias:
+        _hopper.store(x, scratch["row"], outs["sum"].at[batch, head, at])
 
 
 def _kernel_of_keys(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
@@ -150,21 +192,27 @@ def _kernel_of_keys(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
         _hopper.fetch(ins[name].at[batch, at, group], scratch[name], scratch["barrier"])
 
     def body(queries: Any, is_cut: Any, parts: Any, read: Any, carry: State) -> State:
-        (query, ct, *of_rows), (key_out, value_out) = parts, carry
+        (query, ct, *of_rows), (key_out, value_out, *of_bias) = parts, carry
         products = _hopper.product(scratch["key"], query, call.interpret)
         of_values = _hopper.product(scratch["value"], ct, call.interpret)
         of_rows, first = rows.read(of_rows), (keys * BLOCK, queries)
         made, ct_scores = _weights(place, first, is_cut, read, (products, of_values), of_rows)
         value_out = _hopper.add_product(value_out, made[1], ct, call.interpret)
-        return _hopper.add_product(key_out, ct_scores, query, call.interpret), value_out
+        key_out = _hopper.add_product(key_out, ct_scores, query, call.interpret)
+        return key_out, value_out, *(x + jnp.sum(ct_scores, 1) for x in of_bias)
 
     sizes = call.sizes
     widths = sizes.features, sizes.value_features
     zeros = tuple(rows.settled(jnp.zeros((BLOCK, width), F32)) for width in widths)
+    if "sum" in outs:
+        zeros = *zeros, RowsInRegisters(1, BLOCK, call.interpret).full(0.0)
     refs = [ins[name].at[batch, :, head] for name in ("query", "ct")]
     refs += [ins["rows"].at[batch, head, i] for i in range(ins["rows"].shape[2])]
-    over = queries_seeing(place, keys)
-    of_key, of_value = OverScores(place, keys).pipeline(body, over, refs, zeros)
+    arrays = OverScores(place, keys)
+    over = arrays.within(queries_seeing(place, keys))
+    of_key, of_value, *of_bias = arrays.pipeline(body, over, refs, zeros)
+    for x in of_bias:
+        _hopper.store(x, scratch["row"], outs["sum"].at[batch, head, at])
     for name, x in {"key": of_key * call.factor, "value": of_value}.items():
         through = scratch.get(f"{name} out", scratch[name])
         _hopper.store(x, through, outs[name].at[batch, at, head])

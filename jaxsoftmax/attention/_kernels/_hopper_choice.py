@@ -41,8 +41,6 @@ def found(call: Call, operands: Mapping[str, Array]) -> tuple[Kernels, Call]:
     for width in (sizes.features, sizes.value_features):
         if width not in _WIDTHS:
             _refuse(f"{width} features on a GPU")
-    if "bias" in operands:
-        _refuse("a bias on a GPU")
     if not _can_lower(call):
         _refuse("these functions on a GPU")
     # Where sums of wide values, or forms with many terms, would not leave registers for a tile.

@@ -131,8 +131,8 @@ class Keys:
     block: Any
 
     def __post_init__(self) -> None:
-        self.range: Range = keys_seen(self.place, self.block)
         self.arrays = OverScores(self.place, self.block)
+        self.range: Range = self.arrays.within(keys_seen(self.place, self.block))
         refs, group = self.place.refs, head_of_group(self.place)
         self.key, self.value = (
             refs[name].at[self.place.batch, :, group] for name in ("key", "value")
