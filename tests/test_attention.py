@@ -766,6 +766,19 @@ def test_decoding_computes_one_row():
     assert "scan" not in [eqn.primitive.name for eqn, _ in equations(jaxpr)]
 
 
+def test_gradients_of_half_precision_are_of_one_type_on_all_platforms():
+    """Some platforms sum up what others have in parts."""
+    length = 1024
+    q = jax.ShapeDtypeStruct((2, length, 2, 8), jnp.bfloat16)
+    bias = jax.ShapeDtypeStruct((1, 2, length, length), jnp.bfloat16)
+
+    def loss(q, bias):
+        return jnp.sum(jsm.dot_product_attention(q, q, q, bias=bias), dtype=jnp.float32)
+
+    found = jax.eval_shape(jax.grad(loss, (0, 1)), q, bias)
+    assert [(x.shape, x.dtype) for x in found] == [(x.shape, x.dtype) for x in (q, bias)]
+
+
 def test_lowers_for_all_platforms():
     q = jax.ShapeDtypeStruct((1, 64, 2, 8), jnp.bfloat16)
 

@@ -239,7 +239,7 @@ def _attend_bwd(plan: Plan, residuals: Any, ct: Any) -> tuple[Array | None, ...]
     )
     cts: list[Array | None] = [None] * len(arrays)
     for i, x in zip(wanted.which, found, strict=True):
-        cts[i] = x.astype(arrays[i].dtype)
+        cts[i] = x
     return tuple(cts)
 
 
@@ -281,7 +281,8 @@ def _pulled(
         operands = *plan.operands, *(Operand() for _ in of_rows)
         outs, totals = groups.each(of_group, operands, (*arrays, *of_rows), totals)
         totals |= dict(zip(apart, outs, strict=True))
-        return [totals[i] for i in wanted]
+        # Platforms differ in what they sum up, and so in its dtype.
+        return [totals[i].astype(arrays[i].dtype) for i in wanted]
 
     return plan.on_each_platform(pulled, *point, ct)
 
