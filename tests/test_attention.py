@@ -669,6 +669,9 @@ def test_dropout_depends_on_indices_alone():
     options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "is_causal": True}
     whole = weights_of(**options)
     np.testing.assert_allclose(weights_of(block_size=3, **options), whole, rtol=1e-13)
+    far = weights_of(query_offset=3, **options)
+    of_arrays = weights_of(query_offset=np.array([3] * B), **options)
+    np.testing.assert_allclose(of_arrays, far, rtol=1e-13)
     in_window = weights_of(block_size=2, local_window_size=4, **options)
     near = np.abs(np.arange(T)[:, None] - np.arange(64)) <= 4
     np.testing.assert_array_equal((in_window > 0), (whole > 0) & near[None, None])

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array
+from jaxtyping import Array, ArrayLike
 
 
-def scale(rate: float, key: Array, places: Sequence[Array]) -> Array:
+def scale(rate: float, key: Array, places: Sequence[Array], offset: ArrayLike = 0) -> Array:
     """What to multiply weights by: 0 for the share `rate` of them, `1 / (1 - rate)` for the rest.
 
     How a sequence is cut into blocks, or spread over devices, does not change the choices: each
@@ -17,17 +17,19 @@ def scale(rate: float, key: Array, places: Sequence[Array]) -> Array:
       rate: the share, from 0 to 1, not 1.
       key: a key of `jax.random`.
       places: the indices of batch, head, query and key, one vector each.
+      offset: what is added to those of queries, a number or (B, 1, 1, 1).
     """
-    *of_row, keys = places
-    seeds = _row_seeds(key, *of_row)
+    batch, heads, queries, keys = places
+    queries = queries[None] + jnp.broadcast_to(offset, (batch.size, 1, 1, 1))[:, 0, 0]
+    seeds = _row_seeds(key, batch, heads, queries)
     keys = keys.astype(jnp.uint32)[None, None, None, :]
     bits = _mixed(_mixed(keys ^ seeds[..., :1]) + seeds[..., 1:])
     dropped = bits < jnp.uint32(min(round(rate * 2**32), 2**32 - 1))
     return jnp.where(dropped, 0.0, 1 / (1 - rate))
 
 
-def _row_seeds(key: Array, *of_row: Array) -> Array:
-    """Two random numbers for each row, (B, N, rows, 2)."""
+def _row_seeds(key: Array, batch: Array, heads: Array, queries: Array) -> Array:
+    """Two random numbers for each row, (B, N, rows, 2), of which queries are (B, rows)."""
 
     def seed(*indices: Array) -> Array:
         own = key
@@ -37,7 +39,7 @@ def _row_seeds(key: Array, *of_row: Array) -> Array:
 
     over_queries = jax.vmap(seed, (None, None, 0))
     over_heads = jax.vmap(over_queries, (None, 0, None))
-    return jax.vmap(over_heads, (0, None, None))(*of_row)
+    return jax.vmap(over_heads, (0, None, 0))(batch, heads, queries)
 
 
 def _mixed(x: Array) -> Array:

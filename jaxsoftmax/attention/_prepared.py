@@ -131,7 +131,8 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
         found = IDENTITY, Rows((weights.ndim - 1,)), (weights,), ()
     dropout = None
     if rules.dropout_key is not None:
-        dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places)
+        offset = part.get("query_offset", 0)
+        dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places, offset)
     row_values = () if row_value is None else row_value(scores, **options)
     row_values = row_values if isinstance(row_values, tuple) else (row_values,)
     return Prepared(*found, row_values, dropout, _factors(rules, part))
