@@ -42,6 +42,16 @@ def share_like(x: Array, other: Array) -> Array:
     return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
+def gathered(x: Array, axis: int) -> Array:
+    """`x`, whose `axis` is not spread over an explicit mesh."""
+    if not explicit_names(x, axis):
+        return x
+    sharding = jax.typeof(x).sharding
+    spec = list(sharding.spec)
+    spec[axis] = None
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
+
+
 def parts_of(x: Array, axis: int) -> int:
     """Into how many equal parts XLA may have split an axis, as far as types tell; 1 if none."""
     mesh = jax.typeof(x).sharding.mesh

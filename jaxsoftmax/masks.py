@@ -11,14 +11,16 @@ first, then cut by top-k, top-p and min-p, in this order, and so does
 
 from __future__ import annotations
 
+import functools
 import numbers
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _sharding, _threshold
 from jaxsoftmax._public import INTEGER, is_int, public
 from jaxsoftmax._reductions import Rows, is_known
 from jaxsoftmax._scores import (
@@ -88,7 +90,28 @@ def top_k_mask(
     return _top_of_each(x, k, axis, where)
 
 
+def _of_whole_rows(mask: Callable[..., Array]) -> Callable[..., Array]:
+    """A mask by the order of a row, of which a device may have a part.
+
+    Those that an explicit mesh has spread are gathered, and the mask is spread as they were.
+    """
+
+    @functools.wraps(mask)
+    def of_whole_rows(
+        x: ArrayLike, value: Any, axis: Axis, where: ArrayLike | None = None, **options: Any
+    ) -> Array:
+        scores = as_array(x, "x")
+        along = one_axis(axis, scores.ndim) - scores.ndim
+        whole = _sharding.gathered(scores, along)
+        if where is not None and jnp.ndim(where) >= -along:
+            where = _sharding.gathered(jnp.asarray(where), along)
+        return _sharding.share_like(mask(whole, value, axis, where, **options), scores)
+
+    return of_whole_rows
+
+
 @public(k=INTEGER)
+@_of_whole_rows
 def _top_k_mask(x: ArrayLike, k: int, axis: Axis, where: ArrayLike | None = None) -> Array:
     scores, takes_part, axis = _as_rows(x, axis, where)
     length = scores.shape[-1]
@@ -101,6 +124,7 @@ def _top_k_mask(x: ArrayLike, k: int, axis: Axis, where: ArrayLike | None = None
 
 
 @public
+@_of_whole_rows
 def _top_of_each(
     x: ArrayLike, count: ArrayLike, axis: Axis, where: ArrayLike | None = None
 ) -> Array:
@@ -177,6 +201,7 @@ def top_p_mask(
 
 
 @public
+@_of_whole_rows
 def _top_p_mask(
     x: ArrayLike,
     p: ArrayLike,

@@ -135,6 +135,20 @@ def test_hard_choices_on_an_explicit_mesh(rng):
     assert actual[0][0].sharding.spec == P("a", "b")
 
 
+def test_masks_by_order_on_an_explicit_mesh(rng):
+    """Whole rows are gathered; the masks are spread as the scores are."""
+    x, where = rng.normal(size=(ROWS, WIDTH)), rng.random((ROWS, WIDTH)) < 0.8
+
+    def masks(x, where):
+        ordered = jsm.top_k_mask(x, 3, where=where), jsm.top_p_mask(x, 0.7, where=where)
+        return *ordered, jsm.top_k_mask(x, jnp.array(2)), jsm.min_p_mask(x, 0.1)
+
+    actual, _ = on_mesh(mesh_of((4, 2)), masks, [x, where], [P("a", "b")] * 2)
+    for mask, expected in zip(actual, masks(x, where), strict=True):
+        np.testing.assert_array_equal(mask, expected)
+        assert mask.sharding.spec == P("a", "b")
+
+
 @pytest.mark.parametrize("case", **named(LOSSES))
 @every_mesh
 def test_losses(case, mesh, rng):
