@@ -34,7 +34,7 @@ T = TypeVar("T")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("segment_ids",),
-    meta_fields=("axes", "names", "num_segments", "implementation"),
+    meta_fields=("axes", "names", "num_segments", "implementation", "stored"),
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -53,6 +53,8 @@ class Rows:
       segment_ids: which row each position along the axis belongs to.
       num_segments: how many rows there are along the axis.
       implementation: what is to compute what is made of them; None: what was measured to be best.
+      stored: the dtype of half precision that the scores have in memory, if nothing was computed
+        with them; else None.
     """
 
     axes: tuple[int, ...]
@@ -60,6 +62,7 @@ class Rows:
     segment_ids: Array | None = None
     num_segments: int = 0
     implementation: str | None = None
+    stored: Any = None
 
     def sum(self, entries: Entries) -> Array:
         """The sum of each row. Linear, and so can be used in reverse rules."""
@@ -176,8 +179,8 @@ class Rows:
         return (*result, *(function(*sink, *row_values) for sink in sinks))
 
     def rounded(self, scores: Entries) -> Entries:
-        """The scores as they would be in memory, where a compiler makes them anew at each use."""
-        return chosen("rounded", lambda scores: scores, scores)
+        """The scores as they are in memory, where a compiler makes them anew at each use."""
+        return chosen("rounded", lambda scores: scores, scores, stored=self.stored)
 
     def search(
         self, scores: Entries, step: Callable[[Entries, Any], tuple[Any, Array]], start: Any

@@ -155,6 +155,13 @@ def prepare(
     return rows, (scores, share_like(jnp.broadcast_to(sink, rows.shape(scores)), scores))
 
 
+def as_stored(rows: Rows, x: ArrayLike, options: Options) -> Rows:
+    """The rows, which know it if `prepare` has but converted their scores from half precision."""
+    dtype = output_dtype(x)
+    is_plain = known_number(options.temperature) == 1 and options.sink is None
+    return dataclasses.replace(rows, stored=dtype) if is_plain and dtype != wide(dtype) else rows
+
+
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:
     axes, names = split_axis(axis, scores.ndim)
     mesh_names("axis", names)

@@ -373,8 +373,11 @@ def top_of(rows: Rows, scores: Entries) -> Array:
     """The maximum of each row, finite in a row in which nothing takes part."""
     # JAX has no derivative of a maximum over devices. Only differences of scores matter: it would
     # change nothing but losses whose targets do not sum to 1.
+    dtype = scores[0].dtype
+    if rows.stored is not None:  # of which there are half as many bytes
+        scores = tuple(z.astype(rows.stored) for z in scores)
     least = float(jnp.finfo(scores[0].dtype).min)
-    return rows.max(lax.stop_gradient(scores) if rows.names else scores, least)
+    return rows.max(lax.stop_gradient(scores) if rows.names else scores, least).astype(dtype)
 
 
 def gap(score: Array, top: Array) -> Array:

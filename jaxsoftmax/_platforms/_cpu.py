@@ -86,13 +86,21 @@ def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
     return tuple(jnp.expand_dims(x, axes) for x in sums)
 
 
-def rounded(general: Callable[..., Any], scores: tuple[Array, ...]) -> tuple[Array, ...]:
-    """The scores as they would be in memory.
+def rounded(
+    general: Callable[..., Any], scores: tuple[Array, ...], *, stored: Any
+) -> tuple[Array, ...]:
+    """The scores as they are in memory.
 
     XLA for CPU computes a product anew wherever it is used, and does not round it where it is added
     to something: no score might be equal to the largest of them. It does where a minimum is taken.
+
+    But what is converted from half precision, for two uses, it holds in memory. So each use has a
+    conversion of its own, of what XLA is not to know to be the same.
     """
     del general
+    if stored is not None:
+        first, *sink = scores
+        return lax.optimization_barrier(first.astype(stored)).astype(first.dtype), *sink
     most = jnp.finfo(scores[0].dtype).max
     return tuple(jnp.where(z == jnp.inf, z, jnp.minimum(z, most)) for z in scores)
 

@@ -13,7 +13,7 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._scores import Axis, Options, check_per_row, check_real, in_given_order
+from jaxsoftmax._scores import Axis, Options, as_stored, check_per_row, check_real, in_given_order
 from jaxsoftmax.losses._targets import (
     Classes,
     as_target,
@@ -102,7 +102,9 @@ def cross_entropy(
         raise ValueError(f"label_smoothing must be from 0 to 1, got {smoothing}.")
     if drift is not None and not 0 <= drift < jnp.inf:
         raise ValueError(f"z_loss must be finite and not negative, got {drift}.")
-    rows, z = prepare_scores(scores, axis, Options(where, temperature))
+    options = Options(where, temperature)
+    rows, z = prepare_scores(scores, axis, options)
+    rows = as_stored(rows, scores, options)
     ignored, targets = without_ignored(targets, ignore_index)
     target = as_target(rows, z, targets, axis)
     if ignore_index is not None and not isinstance(target, Classes):
@@ -201,7 +203,7 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     It is the log-sum-exp of the gaps to the largest score, less the gap of the class. Where the
     class is the largest, that gap is 0 and the sum has kept its digits; elsewhere nothing cancels.
     """
-    own = classes.pick(rows, scores[0])
+    own = classes.pick(rows, rows.rounded(scores)[0])
     hits = (classes.hits(rows, scores[0]),)
     total = _log_softmax.total_at_once(rows, scores)
     own_gap = _threshold.gap(own, total.top)

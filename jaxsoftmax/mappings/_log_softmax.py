@@ -17,7 +17,7 @@ from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
-from jaxsoftmax._scores import Axis, Options, divided_by_zero, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_stored, divided_by_zero, output_dtype, prepare
 
 
 @public
@@ -74,6 +74,7 @@ def log_softmax(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
+    rows = as_stored(rows, x, options)
     return log_probabilities(rows, scores)[0].astype(output_dtype(x))
 
 
@@ -126,6 +127,7 @@ def logsumexp(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments)
     rows, scores = prepare(x, axis, options, at_zero=divided_by_zero)
+    rows = as_stored(rows, x, options)
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
