@@ -119,7 +119,7 @@ def written(name: str, features: int = FEATURES) -> list[tuple[str, list[int]]]:
         return list(programs_in(Path(folder), "vxpose" if name in MAPPINGS else "vmatmul"))
 
 
-def of_a_row(loops: Sequence[int], tiles: int) -> int:
+def of_a_row(loops: Sequence[float], tiles: float) -> float:
     """The bundles of one of our kernels for as many tiles, a pass of the grid's loop.
 
     With a search, the loops in it are the first pass, that over few scores, that of the search with

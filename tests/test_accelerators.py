@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from benchmarks import ahead
+from benchmarks import ahead, instructions
 from benchmarks.ahead import TARGETS
 from benchmarks.collectives import collectives
 from tests.calls import CALLS, value_and_gradients
@@ -256,6 +256,17 @@ def test_gpu_kernels_keep_to_registers(name, monkeypatch, capfd):
     assert set(re.findall(r"(\d+) bytes spill stores", told)) == {"0"}
     of_scores = 4 * 2 * 1024 * 1024
     assert compiled.memory_analysis().temp_size_in_bytes < of_scores / 2
+
+
+@pytest.mark.skipif(bool(instructions.missing()), reason=str(instructions.missing()))
+def test_gpu_kernels_have_few_instructions():
+    """A tenth above what a tile takes; the products of softmax and its gradients are nine."""
+    found = instructions.written("softmax")
+    tiles = {name: kernel.loops for name, kernel in found.items()}
+    most = {"forward": 510, "dq": 450, "dkv": 580}
+    assert all(loop.instructions <= most[name] for name, (loop,) in tiles.items()), tiles
+    products = {name: loop.flops / (2 * 64**3) for name, (loop,) in tiles.items()}
+    assert products == {"forward": 2, "dq": 3, "dkv": 4}
 
 
 def of_rows(mapping, shape, dtype=jnp.float32, **options):

@@ -1,5 +1,6 @@
 """The harness of the benchmarks: what is related to what, and that a loss cannot be overlooked."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,6 +13,7 @@ from benchmarks import (
     accelerators,
     bundles,
     charts,
+    instructions,
     kernels_on_device,
     measuring,
     on_device,
@@ -229,6 +231,40 @@ def test_bundles_of_a_kernel_are_those_of_its_loops():
     few, passes = bundles.STEPS_OF_FEW, bundles.PASSES
     search = 100 - (10 + 20 + 30 + 40) + 3 * 10 + few * 20 + passes * (30 - 5 + 3 * 5) + 3 * 40
     assert bundles.of_a_row([100, 10, 20, 30, 5, 40], tiles=3) == search
+
+
+def test_instructions_of_a_kernel_are_those_of_its_loops():
+    """A loop from address 10 to 60, out of which a wait jumps to behind the end and back again."""
+    text = """
+_kernel:
+   -:-:-:Y:01        /*0000*/                   LDC R1, c[0x0][0x28]
+.L_x_0:
+   -:-:-:Y:01        /*0010*/              @!P1 BRA `(.L_x_2)
+.L_x_1:
+   2:-:-:Y:05        /*0020*/                   HGMMA.64x128x16.F32.BF16 R24, gdesc[UR8], R24
+   -:-:-:Y:01        /*0030*/               @P0 FMNMX R2, R2, R3, !PT
+   -:-:-:Y:01        /*0040*/              @UP1 MUFU.EX2 R2, R2
+   -:-:-:Y:01        /*0050*/                   LDS.128 R4, [R2]
+   -:-:-:Y:05        /*0060*/               @P1 BRA `(.L_x_0)
+   1:-:-:Y:05        /*0070*/                   EXIT
+.L_x_2:
+   2:-:-:Y:05        /*0080*/              @!P1 BRA `(.L_x_2)
+   -:-:-:Y:05        /*0090*/                   BRA `(.L_x_1)
+"""
+    whole, (loop,) = instructions.loops(text)
+    flops = 2 * 64 * 128 * 16
+    assert loop == instructions.Work(6, special=1, slow=1, shared=1, flops=flops)
+    assert whole == loop._replace(instructions=8)
+    low, high = loop.cycles()
+    product = flops / (989e12 / 132) * 1.98e9
+    assert low == pytest.approx(product)
+    assert high == pytest.approx(4 + 2 + 8 + product)
+    # Registers, or shared memory, let five blocks of 128 threads, or three, on a core at once.
+    kernel = instructions.Kernel(whole, [loop], registers=90, spilled=0, threads=128, shared=0)
+    assert [dataclasses.replace(kernel, shared=x).at_once for x in (0, 64000)] == [5, 3]
+    # The first of the 32.5 tiles that queries see on average is in the whole.
+    low, _ = instructions.Work(*(x + 31.5 * y for x, y in zip(whole, loop, strict=True))).cycles()
+    assert instructions.estimate(kernel, 1)[0] == pytest.approx(4 * 8 * 64 * low / 132 / 1.98e9)
 
 
 def test_passes_of_a_search_are_counted():
