@@ -369,6 +369,16 @@ SENTENCES = [
     ),
     (
         TypeError,
+        "is_causal must be True or False, got str.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, is_causal="no"),
+    ),
+    (
+        TypeError,
+        "return_residual must be True or False, got int.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, return_residual=1),
+    ),
+    (
+        TypeError,
         "score_mod must return a number per score, got booleans: mask_mod tells which scores take "
         "part.",
         lambda: jsm.dot_product_attention(Q, Q, Q, score_mod=lambda score, *_: score > 0),

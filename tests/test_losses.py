@@ -573,6 +573,10 @@ def test_edges_of_kl_divergence():
     np.testing.assert_array_equal(loss[2:], [inf, 0, np.nan])
     gradient = jax.grad(lambda x: jsm.kl_divergence(x[1], z[1]))(x)
     assert np.all(np.isfinite(gradient))
+    # Padding has no target.
+    none, by_none = jax.value_and_grad(jsm.kl_divergence)(x[1], z[3])
+    assert none == 0
+    assert np.all(by_none == 0)
     with pytest.raises(ValueError, match=r"target_scores must have the shape of scores, \(5, 3\)"):
         jsm.kl_divergence(x, z[0])
 

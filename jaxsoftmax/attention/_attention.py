@@ -7,11 +7,8 @@ from typing import Literal, Unpack, overload
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._implementations import check_implementation
-from jaxsoftmax._public import known_number
-from jaxsoftmax._scores import (
-    check_size,
-    check_soft_cap,
-)
+from jaxsoftmax._public import FLAG, known_number
+from jaxsoftmax._scores import check_size, check_soft_cap
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._call import Static, call
 from jaxsoftmax.attention._options import (
@@ -222,7 +219,7 @@ def dot_product_attention(
     static = Static(
         score_mod=score_mod,
         mask_mod=mask_mod,
-        window=_arguments.check_window(local_window_size, is_causal),
+        window=_arguments.check_window(local_window_size, FLAG.look("is_causal", is_causal)),
         scale=known_number(scale),
         soft_cap=check_soft_cap(logits_soft_cap),
         dropout_rate=dropout_rate,
@@ -230,7 +227,7 @@ def dot_product_attention(
         block_size=check_size("block_size", block_size),
         offset=offset or 0,
         implementation=check_implementation(implementation, "cudnn"),
-        return_residual=bool(return_residual),
+        return_residual=FLAG.look("return_residual", return_residual),
     )
     arrays = {
         "query": query,

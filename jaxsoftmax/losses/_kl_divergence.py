@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax._public import public
+from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import Axis, Options, as_scores
 from jaxsoftmax.losses._targets import one_per_row, prepare_scores
 from jaxsoftmax.mappings import _log_softmax
@@ -70,7 +71,10 @@ def kl_divergence(
     targets = as_scores(target_scores, "target_scores").astype(x[0].dtype)
     _, z = prepare_scores(targets, axis, options)
     log_p, log_q = (_log_softmax.log_probabilities(rows, s) for s in (x, z))
-    return one_per_row(rows, rows.sum(rows.map(_term, [log_p, log_q])), None, scores)
+    divergence = rows.sum(rows.map(_term, [log_p, log_q]))
+    # No target, no divergence. Elsewhere `p - q` sums to 0.
+    of_target = rows.sum(rows.map(lambda lq: indicator(lq != -jnp.inf, lq.dtype), [log_q]))
+    return one_per_row(rows, jnp.where(of_target == 0, 0, divergence), None, scores)
 
 
 def _term(log_p: Array, log_q: Array) -> Array:
