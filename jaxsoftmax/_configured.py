@@ -66,7 +66,7 @@ def configured(function: Callable[..., Any]) -> Configured | None:
 
 def _is_traced(function: Callable[..., Any], name: str, x: Any) -> bool:
     kind = kinds_of(function).get(name)
-    return kind is not None and kind.is_traced and isinstance(kind.look(name, x), float)
+    return kind is not None and kind.is_traced(x)
 
 
 def _is_array(x: Any) -> bool:

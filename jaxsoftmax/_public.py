@@ -43,12 +43,14 @@ class Kind(NamedTuple):
     Attributes:
       look: `(name, value) -> value` as the function is to get it; may refuse it.
       is_static: whether it is known while tracing, and compiled for.
-      is_traced: whether numbers of this kind are arrays, lest each be compiled for.
+      is_parameter: whether numbers of this kind have derivatives.
+      is_traced: whether a number, in a partial, becomes an array, lest each be compiled for.
     """
 
     look: Callable[[str, Any], Any]
     is_static: bool = False
-    is_traced: bool = False
+    is_parameter: bool = False
+    is_traced: Callable[[Any], bool] = lambda value: False
 
 
 def _static(name: str, value: Any, kinds: str = "known while tracing") -> Any:
@@ -115,7 +117,9 @@ INTEGER_OR_NONE = Kind(_integer_or_none, is_static=True)
 FLAG = Kind(_flag, is_static=True)
 NUMBER = Kind(_number)
 TEMPERATURE = Kind(_temperature)
-ALPHA = Kind(_alpha, is_traced=True)
+ALPHA = Kind(_alpha, is_parameter=True, is_traced=lambda x: isinstance(_alpha("", x), float))
+# How much there is to spend it on is known only of a whole row, of which attention sees parts.
+BUDGET = Kind(_number, is_parameter=True, is_traced=lambda x: isinstance(x, numbers.Real))
 PARAMETER = Kind(lambda _, value: value, is_traced=True)
 
 # What all functions that have these call them.
@@ -170,7 +174,7 @@ def public(fun: Callable[..., Any] | None = None, /, **kinds: Kind) -> Any:
             refuse_what_is_no_array(given, required, static)
             raise
 
-    vars(checked).update(is_public=True, kinds=kinds)
+    vars(checked).update(public=checked, kinds=kinds)
     return checked
 
 
@@ -190,12 +194,13 @@ def within_range(x: Any) -> Any:
 
 def is_public(fun: Callable[..., Any]) -> bool:
     """Whether `public` made the function, and so it holds no state."""
-    return getattr(fun, "is_public", False)
+    # Whoever wraps it has what it has, by `functools.wraps`, but is another function.
+    return getattr(fun, "public", None) is fun
 
 
 def kinds_of(fun: Callable[..., Any]) -> Mapping[str, Kind]:
     """What the options of a public function are."""
-    return getattr(fun, "kinds", {})
+    return getattr(fun, "kinds", {}) if is_public(fun) else {}
 
 
 def looked_at(fun: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[str, Any]:

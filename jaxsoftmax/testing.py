@@ -331,7 +331,7 @@ def _parameters(mapping: Mapping) -> dict[str, Any]:
     return {
         name: p.default
         for name, p in given.items()
-        if name in kinds and kinds[name].is_traced and p.default is not p.empty
+        if name in kinds and kinds[name].is_parameter and p.default is not p.empty
     }
 
 

@@ -301,6 +301,30 @@ def test_a_bias_excludes_whatever_becomes_of_it(rng):
                 np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-13)
 
 
+def test_a_budget_beyond_the_keys_that_a_block_sees(rng):
+    q, k, v = inputs(rng)
+    normalizer = functools.partial(jsm.budget_sparsemax, budget=6.0)
+    of_arrays = functools.partial(jsm.budget_sparsemax, budget=jnp.array(6.0))
+    out = attend(q, k, v, normalizer=normalizer, is_causal=True)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
+    close(out, attend(q, k, v, normalizer=of_arrays, is_causal=True))
+    close(out[:, 2, 0], np.sum(v[:, :3, 0], 1))  # each of the keys has 1
+
+
+def test_what_wraps_a_normalizer_is_another(rng):
+    q, k, v = inputs(rng)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
+    for mapping in (jsm.softmax, jsm.entmax15):
+        hard = attend(q, k, v, normalizer=jsm.straight_through(mapping))
+        close(hard, attend(q, k, v, normalizer=jsm.hardmax))
+
+    @functools.wraps(jsm.softmax)
+    def halved(x, **options):
+        return jsm.softmax(x, **options) / 2
+
+    close(attend(q, k, v, normalizer=halved), attend(q, k, v) / 2)
+
+
 def test_a_parameter_of_each_query_in_blocks(rng):
     q, k, v = inputs(rng)
     alpha = rng.uniform(1.1, 1.9, size=(N, T, 1))

@@ -12,13 +12,13 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
-from jaxsoftmax._public import NUMBER, known_number, public
+from jaxsoftmax._public import BUDGET, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, iterate
 from jaxsoftmax._scores import Axis, Options, check_per_row, is_cold, output_dtype, prepare
 from jaxsoftmax._threshold import Solved
 
 
-@public(budget=NUMBER)
+@public(budget=BUDGET)
 def budget_sparsemax(
     x: Real[ArrayLike, "*shape"],
     budget: ArrayLike,

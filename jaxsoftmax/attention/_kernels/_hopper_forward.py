@@ -18,6 +18,7 @@ from jaxsoftmax.attention._kernels._forms import row_values
 from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
 from jaxsoftmax.attention._kernels._hopper_arrays import OverScores, over_scores
 from jaxsoftmax.attention._kernels._operands import Arrays
+from jaxsoftmax.attention._kernels._plain import exp
 from jaxsoftmax.attention._kernels._scores import scores
 from jaxsoftmax.attention._kernels._search import NOWHERE, Search, State
 from jaxsoftmax.attention._kernels._tiles import (
@@ -192,8 +193,8 @@ def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
     def body(value: Any, x: Array, carry: State) -> State:
         acc, top, total = carry
         new = jnp.minimum(jnp.maximum(top, rows.max(x)), MOST)
-        weights = jnp.exp(jnp.minimum(x - rows.spread(new, x), 0))
-        old = jnp.exp(top - new)
+        weights = exp(jnp.minimum(x - rows.spread(new, x), 0))
+        old = exp(top - new)
         acc = keys.added(acc * rows.spread(old, acc), weights, value)
         return acc, new, total * old + rows.sum(weights)
 
