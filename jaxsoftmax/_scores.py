@@ -272,7 +272,9 @@ def check_integers(name: str, x: Array) -> None:
 
 def at_least_int32(x: Array) -> Array:
     """Integers that can be compared with any size: those of fewer bits would wrap around."""
-    return x.astype(jnp.int32) if jnp.iinfo(x.dtype).bits < 32 else x
+    few = jnp.iinfo(x.dtype).bits < 32
+    # Without x64, there may still be arrays that were made with it.
+    return x.astype(jnp.int32 if few else jax.dtypes.canonicalize_dtype(x.dtype))
 
 
 def as_counts(x: Array) -> Array:
