@@ -158,8 +158,9 @@ def prepare(
 def as_stored(rows: Rows, x: ArrayLike, options: Options) -> Rows:
     """The rows, which know it if `prepare` has but converted their scores from half precision."""
     dtype = output_dtype(x)
+    is_half = dtype in (jnp.float16, jnp.bfloat16)  # of fewer bits, some have no -inf
     is_plain = known_number(options.temperature) == 1 and options.sink is None
-    return dataclasses.replace(rows, stored=dtype) if is_plain and dtype != wide(dtype) else rows
+    return dataclasses.replace(rows, stored=dtype) if is_half and is_plain else rows
 
 
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:

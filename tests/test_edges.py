@@ -198,3 +198,17 @@ def test_logsumexp_at_the_edges():
     equal(jsm.logsumexp(np.zeros((4, 0))), np.full(4, -INF))
     gradient = jax.grad(lambda x: jnp.sum(jsm.logsumexp(x)[1:]))(x)
     equal(gradient[1:], [[0, 0, 0], [0.5, 0, 0.5], [0, 1, 0]])
+
+
+@pytest.mark.parametrize("dtype", ["float8_e4m3fn", "float8_e5m2", "float16", "bfloat16"])
+def test_few_bits_under_a_mask(dtype, rng):
+    """Some have no infinity, but what takes no part has no share."""
+    x, where = jnp.asarray(rng.normal(size=(3, 6)), dtype), np.arange(6) < 4
+    wide = x.astype(np.float32)
+    for fun in (jsm.log_softmax, jsm.softmax):
+        left = fun(x, where=where)[:, :4]
+        np.testing.assert_array_equal(left, fun(wide, where=where)[:, :4].astype(dtype))
+    sums = jsm.logsumexp(wide, where=where)
+    np.testing.assert_array_equal(jsm.logsumexp(x, where=where), sums.astype(dtype))
+    losses = [jsm.cross_entropy(z, np.arange(3), where=where) for z in (x, wide)]
+    np.testing.assert_allclose(*losses, rtol=1e-6)

@@ -684,6 +684,30 @@ def test_cotangents_of_row_values_are_summed(function, kind, rng):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
 
 
+def test_second_derivatives_beside_a_sink(rng):
+    """Under `vmap` of a name, where JAX sums the shares of a sink that all devices have."""
+    x, sink = jnp.asarray(rng.normal(size=(3, 2, 4))), jnp.array([0.3, -0.2])
+
+    def spread(x, sink):
+        def one(part, sink):
+            return jsm.logsumexp(part, axis=(-1, "i"), sink=sink[:, None])
+
+        return jnp.mean(jnp.sin(jax.vmap(one, (0, None), axis_name="i")(x, sink)), 0)
+
+    def here(x, sink):
+        rows = jnp.moveaxis(x, 0, 1).reshape(2, -1)
+        return jnp.sin(jsm.logsumexp(rows, sink=sink[:, None]))
+
+    def derivatives(f):
+        gradient = jax.grad(lambda *args: jnp.sum(f(*args)), (0, 1))
+        of_sines = jax.grad(lambda *args: jnp.sum(jnp.sin(gradient(*args)[1])), (0, 1))
+        return jax.jvp(gradient, (x, sink), (jnp.cos(x), jnp.cos(sink)))[1], of_sines(x, sink)
+
+    both = map(jax.tree.leaves, (derivatives(spread), derivatives(here)))
+    for found, wanted in zip(*both, strict=True):
+        np.testing.assert_allclose(found, wanted, rtol=1e-11, atol=1e-13)
+
+
 def entries_with_parameters(x, shape, sink, temperature, axis):
     """What has rules that take row values, beside softmax."""
     return (

@@ -242,14 +242,14 @@ def _log_sum_and_shares_fwd(rows: Rows, scores: Entries) -> tuple[tuple[Array, E
 
 def _log_sum_and_shares_bwd(residuals: Any, ct: tuple[Array, Entries]) -> tuple[None, Entries]:
     rows, p = residuals
-    ct_log, ct_p = ct
+    ct_log, ct_p = rows.summed_cotangent(ct[0]), rows.summed_cotangents(ct[1])
     relative = _threshold.relative_to_dominating(rows, p, ct_p)
     mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
 
     def ct_score(p: Array, ct_p: Array, mean: Array, ct_log: Array) -> Array:
         return p * (ct_p - mean + ct_log)
 
-    return None, rows.map(ct_score, [p, relative], [mean, rows.summed_cotangent(ct_log)])
+    return None, rows.shared_cotangents(rows.map(ct_score, [p, relative], [mean, ct_log]))
 
 
 _log_sum_and_shares.defvjp(_log_sum_and_shares_fwd, _log_sum_and_shares_bwd)
