@@ -18,7 +18,7 @@ def log1p(x: Array) -> Array:
 
 
 def times(weight: Array, x: Array) -> Array:
-    """The product, 0 where the weight is, be `x` infinite."""
+    """The product, 0 where the weight is 0, even if `x` is infinite."""
     return weight * jnp.where((weight == 0) & jnp.isinf(x), 0, x)
 
 

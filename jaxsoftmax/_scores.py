@@ -156,7 +156,7 @@ def prepare(
 
 
 def as_stored(rows: Rows, x: ArrayLike, options: Options) -> Rows:
-    """The rows, which know it if `prepare` has but converted their scores from half precision."""
+    """The rows, told the dtype in memory if `prepare` only converted it from half precision."""
     dtype = output_dtype(x)
     is_half = dtype in (jnp.float16, jnp.bfloat16)  # of fewer bits, some have no -inf
     is_plain = known_number(options.temperature) == 1 and options.sink is None
@@ -302,7 +302,7 @@ def soft_cap(scores: Array, cap: ArrayLike) -> Array:
     finite = jnp.where(cap == jnp.inf, 1, cap)
     is_number = scores > -jnp.inf
     capped = finite * jnp.tanh(jnp.where(is_number, scores, 0) / finite)
-    return jnp.where((cap < jnp.inf) & is_number, capped, scores)
+    return jnp.where((cap == jnp.inf) | ~is_number, scores, capped)
 
 
 def check_key(key: Any, name: str = "key") -> Array:

@@ -271,7 +271,7 @@ def test_offsets_that_do_not_fit_are_named(rng):
         attend(q, k, v, query_offset=1.5)
     with pytest.raises(ValueError, match=r"query_offset must be an integer or one per batch"):
         attend(q, k, v, query_offset=np.zeros(3, int))
-    with pytest.raises(ValueError, match=r"query_offset must be from -2\*\*30 to 2\*\*30, got"):
+    with pytest.raises(ValueError, match=r"query_offset must be from -2\*\*29 to 2\*\*29, got"):
         attend(q, k, v, query_offset=2**31 - 1)
 
 
@@ -281,6 +281,21 @@ def test_offsets_beyond_all_keys(offset, rng):
     out = attend(q, k, v, is_causal=True, query_offset=np.array([offset, -offset]))
     np.testing.assert_allclose(out[0], dense(q, k, v)[0], rtol=1e-11, atol=1e-13)
     assert np.all(out[1] == 0)
+
+
+def test_offsets_that_have_no_sign(rng):
+    q, k, v = inputs(rng)
+    out = attend(q, k, v, is_causal=True, query_offset=jnp.array([1, 1], jnp.uint32))
+    same = attend(q, k, v, is_causal=True, query_offset=1)
+    np.testing.assert_allclose(out, same, rtol=1e-11, atol=1e-13)
+
+
+def test_a_cap_that_is_none_is_no_number(rng):
+    q, k, v = inputs(rng)
+    capped = jax.jit(lambda cap: attend(q, k, v, logits_soft_cap=cap))
+    assert np.all(np.isnan(capped(0.0)))
+    assert np.all(np.isnan(capped(-2.0)))
+    np.testing.assert_allclose(capped(np.inf), attend(q, k, v), rtol=1e-11, atol=1e-13)
 
 
 def test_a_bias_excludes_whatever_becomes_of_it(rng):
@@ -309,6 +324,9 @@ def test_a_budget_beyond_the_keys_that_a_block_sees(rng):
     close = functools.partial(np.testing.assert_allclose, rtol=1e-11, atol=1e-13)
     close(out, attend(q, k, v, normalizer=of_arrays, is_causal=True))
     close(out[:, 2, 0], np.sum(v[:, :3, 0], 1))  # each of the keys has 1
+    for none in (-1.0, np.nan):
+        with pytest.raises(ValueError, match="budget must be from 0 to"):
+            attend(q, k, v, normalizer=functools.partial(jsm.budget_sparsemax, budget=none))
 
 
 def test_what_wraps_a_normalizer_is_another(rng):
@@ -328,9 +346,10 @@ def test_what_wraps_a_normalizer_is_another(rng):
 def test_a_parameter_of_each_query_in_blocks(rng):
     q, k, v = inputs(rng)
     alpha = rng.uniform(1.1, 1.9, size=(N, T, 1))
+    temperature = rng.uniform(0.5, 2, size=(T, 1))
 
     def loss(alpha, **options):
-        normalizer = functools.partial(jsm.entmax, alpha=alpha)
+        normalizer = functools.partial(jsm.entmax, alpha=alpha, temperature=temperature)
         return jnp.sum(jnp.sin(attend(q, k, v, normalizer=normalizer, **options)))
 
     for options in ({}, {"is_causal": True}):

@@ -684,6 +684,22 @@ def test_cotangents_of_row_values_are_summed(function, kind, rng):
         np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-13)
 
 
+def test_half_precision_where_some_axes_are_automatic(rng):
+    """XLA for CPU cannot compare bfloat16 there."""
+    x = jnp.asarray(rng.normal(size=(4, 16)), jnp.bfloat16)
+    mesh = mesh_of((2, 4), AxisType.Auto)
+
+    def rows(x):
+        return jsm.log_softmax(x, axis=(-1, "a")), jsm.logsumexp(x, axis=(-1, "a"))
+
+    spread = jax.shard_map(
+        rows, mesh=mesh, in_specs=P(None, "a"), out_specs=(P(None, "a"), P()), axis_names={"a"}
+    )
+    wanted = jsm.log_softmax(x), jsm.logsumexp(x)
+    for one, other in zip(jax.jit(spread)(x), wanted, strict=True):
+        np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (one, other)), rtol=1e-2)
+
+
 def test_second_derivatives_beside_a_sink(rng):
     """Under `vmap` of a name, where JAX sums the shares of a sink that all devices have."""
     x, sink = jnp.asarray(rng.normal(size=(3, 2, 4))), jnp.array([0.3, -0.2])

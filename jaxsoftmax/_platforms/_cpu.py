@@ -94,13 +94,12 @@ def rounded(
     XLA for CPU computes a product anew wherever it is used, and does not round it where it is added
     to something: no score might be equal to the largest of them. It does where a minimum is taken.
 
-    But what is converted from half precision, for two uses, it holds in memory. So each use has a
-    conversion of its own, of what XLA is not to know to be the same.
+    But it holds a conversion from half precision that has two uses, in float32. So each use gets a
+    conversion of its own, of scores that XLA does not know to be the same.
     """
     del general
     if stored is not None:
-        first, *sink = scores
-        return lax.optimization_barrier(first.astype(stored)).astype(first.dtype), *sink
+        return tuple(lax.optimization_barrier(z.astype(stored)).astype(z.dtype) for z in scores)
     most = jnp.finfo(scores[0].dtype).max
     return tuple(jnp.where(z == jnp.inf, z, jnp.minimum(z, most)) for z in scores)
 

@@ -164,7 +164,9 @@ def check_offset(offset: ArrayLike, sizes: Sizes) -> Array:
             f"query_offset must be an integer or one per batch, shape {(sizes.batch,)}, got shape "
             f"{offset.shape}."
         )
-    offset = jnp.clip(at_least_int32(offset), -_FAR, _FAR).astype(jnp.int32)
+    offset = at_least_int32(offset)
+    least = max(-_FAR, int(jnp.iinfo(offset.dtype).min))
+    offset = jnp.clip(offset, least, _FAR).astype(jnp.int32)
     return jnp.broadcast_to(offset, (sizes.batch,)).reshape(-1, 1, 1, 1)
 
 
@@ -172,12 +174,12 @@ def known_offset(offset: ArrayLike | None) -> int | None:
     """The position of the first query, if it is one that is known while tracing."""
     known = as_int(offset)
     if known is not None and abs(known) > _FAR:
-        raise ValueError(f"query_offset must be from -2**30 to 2**30, got {known}.")
+        raise ValueError(f"query_offset must be from -2**29 to 2**29, got {known}.")
     return known
 
 
-# Further from the keys than any is, and with any number of queries still an int32.
-_FAR = 2**30
+# Further than any key is; and what an offset, a window and a length add up to is an int32.
+_FAR = 2**29
 
 
 def check_segments(
@@ -219,8 +221,7 @@ def check_window(
             "local_window_size must be one or two ints, before and after, not negative, got "
             f"{window!r}."
         )
-    # No sequence is longer, and sums of two such numbers are integers of 32 bits.
-    before, after = (min(int(n), 2**30) for n in pair)
+    before, after = (min(int(n), _FAR) for n in pair)
     return before, 0 if is_causal else after
 
 

@@ -153,7 +153,7 @@ def dot_product_attention(
         out, and `bias` and `mask` have the device's queries and the keys of all. That goes with
         normalizers that have a threshold: softmax, sparsemax, entmax15, entmax and those of a
         `Form`. For all but softmax, keys go round once more for each pass of the search for it.
-      query_offset: the position of the first query, in the count of the keys, from -2^30 to 2^30;
+      query_offset: the position of the first query, in the count of the keys, from -2^29 to 2^29;
         None: 0. Causal masks and windows go by positions, as do the indices of queries that
         `score_mod` and `mask_mod` get. An int for all, which saves what is out of reach but is
         compiled for; or integers, (B,), which may be traced: the length of the cache before it, to

@@ -104,9 +104,9 @@ def _shared_cuts(block_size: int | None, query: Array, sizes: Sizes, tiling: Til
 
 
 def _aligned(x: Any) -> Any:
-    """An array of a normalizer with the axes of the scores, if it has some of a head's."""
+    """An array of a normalizer with the axes of the scores, if it may have one of queries."""
     x = jnp.asarray(x)
-    return with_ndim(x, 4) if x.ndim == 3 else x
+    return with_ndim(x, 4) if x.ndim in (2, 3) else x
 
 
 def _layout_of_normalizer(x: Array, sizes: Sizes) -> Operand:

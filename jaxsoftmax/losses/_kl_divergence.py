@@ -43,7 +43,7 @@ def kl_divergence(
 
     Returns:
       One value per row, in the dtype of `scores`, or float32 for half precision. It is never
-      negative. It is inf if, for some class, `p` is 0 and `q` is not.
+      negative. It is inf if, for some class, `p` is 0 and `q` is not, and 0 if no class has a `q`.
 
     Raises:
       TypeError: if `scores` or `target_scores` are not real.

@@ -205,8 +205,7 @@ log_probabilities = batched_in_kernels(_log, 0)
 @custom_vjp
 def log_sum(rows: Rows, scores: Entries) -> Array:
     """Log-sum-exp of prepared scores, one value per row."""
-    total = total_at_once(rows, scores)
-    return jnp.where(total.sum == 0, -jnp.inf, total.top + total.log)
+    return _log_sum_and_shares(rows, scores)[0]
 
 
 def _log_sum_fwd(rows: Rows, scores: Entries) -> tuple[Array, Any]:
@@ -295,7 +294,7 @@ def total_of(rows: Rows, scores: Entries) -> Total:
 def total_at_once(rows: Rows, scores: Entries) -> Total:
     """What `total_of` returns, in one pass where a platform takes maximum and sum together.
 
-    Not for who goes through the scores once more: a GPU makes one kernel of all three passes.
+    Log-softmax does without: a GPU makes one kernel of its three passes.
     """
 
     def at_once(scores: Entries) -> Total:

@@ -26,6 +26,7 @@ from jaxsoftmax.attention._kernels._tiles import (
     Place,
     Refs,
     keys_seen,
+    least,
     queries_seeing,
 )
 
@@ -170,7 +171,8 @@ def _kernel_of_queries(
     over = arrays.within(keys_seen(place, block))
     if "bias" in outs:
         zeros = rows.settled(jnp.zeros((BLOCK, call.part), F32))
-        for start, stop in ((0, over.first), (over.last, call.blocks_of(call.sizes.keys))):
+        blocks = call.blocks_of(call.sizes.keys)
+        for start, stop in ((0, least(over.first, blocks)), (over.last, blocks)):
             _hopper.loop(start, stop, call.part, lambda keys: store_tile(keys, zeros))
     acc, sums, of_bias = arrays.pipeline(body, over, refs, carry)
     by = call.scale if call.is_exact else call.factor

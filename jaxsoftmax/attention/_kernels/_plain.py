@@ -23,7 +23,7 @@ def is_known(function: Callable[..., Any], *args: Any) -> bool:
 
 
 def exp(x: Array, **_: Any) -> Array:
-    """As a power of 2: of others, Mosaic GPU looks for small results even where it approximates."""
+    """As a power of 2: the `exp` of Mosaic GPU handles small results apart, even approximately."""
     return jnp.exp2(x * math.log2(math.e))
 
 
