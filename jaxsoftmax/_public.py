@@ -120,7 +120,7 @@ TEMPERATURE = Kind(_temperature)
 ALPHA = Kind(_alpha, is_parameter=True, is_traced=lambda x: isinstance(_alpha("", x), float))
 # How much there is to spend it on is known only of a whole row, of which attention sees parts.
 BUDGET = Kind(
-    _number, is_parameter=True, is_traced=lambda x: isinstance(x, numbers.Real) and x >= 0
+    _number, is_parameter=True, is_traced=lambda x: isinstance(x, numbers.Real) and float(x) >= 0
 )
 PARAMETER = Kind(
     lambda _, value: value, is_parameter=True, is_traced=lambda x: isinstance(x, float)
