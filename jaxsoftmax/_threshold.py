@@ -16,7 +16,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax.numpy as jnp
-from jax import lax
 from jaxtyping import Array, ArrayLike
 
 from jaxsoftmax._differentiation import custom_vjp
@@ -24,13 +23,10 @@ from jaxsoftmax._form import Form
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import looked_at
-from jaxsoftmax._reductions import (
-    Entries,
-    Rows,
-    sum_to,
-)
+from jaxsoftmax._reductions import Entries, Rows, sum_to
 from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
 from jaxsoftmax._scores import Options, prepare
+from jaxsoftmax._tops import gap, relative_to_dominating, top_of
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -170,8 +166,8 @@ def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     rows, p, params = residuals
     if form.only_scales:
         p = rows.map(functools.partial(_slopes, form), [p], params)
-        pull = functools.partial(by_platform, _softmax_jacobian_at_once, _softmax_jacobian)
-        return None, _by_symmetric(pull, _softmax_jacobian, (rows, p), ct)
+        pull = functools.partial(by_platform, _softmax_jacobian_at_once, softmax_jacobian)
+        return None, _by_symmetric(pull, softmax_jacobian, (rows, p), ct)
     if params or form.tau is not None:
         return None, *pull_back(form, rows, p, params, rows.summed_cotangents(ct))
     slow, fast = (functools.partial(_jacobian, form, at_once) for at_once in (False, True))
@@ -205,7 +201,7 @@ def _jacobian(form: Form, at_once: bool, point: tuple[Rows, Entries], ct: Entrie
     return rows.map(lambda s, c, m: s * (c - m), [slope, ct], [mean])
 
 
-def _softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
+def softmax_jacobian(point: tuple[Rows, Entries], ct: Entries) -> Entries:
     """`p (ct - sum(p ct))`; symmetric, and so its own transpose."""
     rows, p = point
     relative = relative_to_dominating(rows, p, ct)
@@ -239,22 +235,6 @@ def by_platform(
         lambda x, ct, rule=rule: rule((rows, x), ct) for rule in (at_once, one_by_one)
     )
     return chosen("sums_at_once", general, x, ct, rows=rows, one_by_one=other)
-
-
-def relative_to_dominating(rows: Rows, p: Entries, x: Entries) -> Entries:
-    """`x` less that of the entry that dominates its row, if there is one: its own is exactly 0.
-
-    To the softmax it is the same. But where `p` is nearly 1, `x - sum(p x)` would cancel, and with
-    it the sum over the other entries, which is all that is left.
-    """
-    of_dominating = rows.sum(rows.map(jnp.multiply, [dominating(rows, p), x]))
-    return rows.map(jnp.subtract, [x], [of_dominating])
-
-
-def dominating(rows: Rows, p: Entries) -> Entries:
-    """1 where a probability is above 1/2, 0 elsewhere."""
-    p = lax.stop_gradient(p)
-    return chosen("dominating", lambda p: rows.map(jnp.round, [p]), p, rows=rows)
 
 
 def pull_back(
@@ -367,30 +347,6 @@ def form_of(
         form = AtThreshold(form.weight, form.score, of=form)
         params = *jnp.split(threshold, 3, -1), *params
     return form, rows, entries, params
-
-
-def top_of(rows: Rows, scores: Entries) -> Array:
-    """The maximum of each row, finite in a row in which nothing takes part."""
-    # JAX has no derivative of a maximum over devices. Only differences of scores matter: it would
-    # change nothing but losses whose targets do not sum to 1.
-    dtype = scores[0].dtype
-    # Half as many bytes to read. (XLA for CPU cannot compare bfloat16 across some meshes.)
-    if rows.stored is not None and not rows.names:
-        scores = tuple(z.astype(rows.stored) for z in scores)
-    least = float(jnp.finfo(scores[0].dtype).min)
-    return rows.max(lax.stop_gradient(scores) if rows.names else scores, least).astype(dtype)
-
-
-def gap(score: Array, top: Array) -> Array:
-    """The score less the maximum: exactly 0 there, be it infinite, and -inf at -inf."""
-    # A finite maximum is 0 by subtraction, which keeps its derivative.
-    return jnp.where(score == jnp.inf, 0, score - top)
-
-
-def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:
-    """The scores less their row's maximum, and that maximum."""
-    top = top_of(rows, scores)
-    return rows.map(gap, [scores], [top]), top
 
 
 def normalized(rows: Rows, weights: Entries) -> Entries:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Integer, Real
 
-from jaxsoftmax import _sharding, _threshold
+from jaxsoftmax import _sharding, _tops
 from jaxsoftmax._public import INTEGER, is_int, public
 from jaxsoftmax._reductions import Rows, is_known
 from jaxsoftmax._scores import (
@@ -220,7 +220,7 @@ def _top_p_mask(
     scores = jnp.moveaxis(lax.stop_gradient(scores), axis, -1)
     reach = jnp.moveaxis(reach, axis, -1)
     descending = _descending(scores)
-    (gaps,), _ = _threshold.below_top(Rows((scores.ndim - 1,)), (descending,))
+    (gaps,), _ = _tops.below_top(Rows((scores.ndim - 1,)), (descending,))
     # Weights are not normalized: that would round equal ones, whose sum is an exact count.
     so_far = jnp.cumsum(jnp.exp(gaps), -1)
     enough = reach * so_far[..., -1:]
@@ -295,7 +295,7 @@ def _min_p_mask(
     rows, scores = prepare(_nan_on_top(as_array(x, "x")), axis, Options(where, temperature))
     scores = (lax.stop_gradient(scores[0]),)
     least = jnp.log(check_per_row("p", p, scores[0], rows))
-    gaps, _ = _threshold.below_top(rows, scores)
+    gaps, _ = _tops.below_top(rows, scores)
 
     def keep(gap: Array, least: Array) -> Array:
         return (gap >= least) & (gap > -jnp.inf)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import FLAG, STATIC, public
@@ -342,7 +342,7 @@ def _perturb(rows: Rows, scores: Entries, noise: Array) -> Entries:
     Below the maximum, since large numbers would round off the noise, and infinite ones swallow it.
     """
     (x,) = scores
-    (gap,), _ = _threshold.below_top(rows, (lax.stop_gradient(x),))
+    (gap,), _ = _tops.below_top(rows, (lax.stop_gradient(x),))
     return (_with_value(x, gap + noise),)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._closed import Closed, is_smooth
 from jaxsoftmax._configured import Configured
 from jaxsoftmax._elementary import nan_unless
@@ -255,7 +255,7 @@ def _total(normalizer: Callable[..., Array], scores: Array, **options: Any) -> A
 
 def _top(normalizer: Callable[..., Array], scores: Array, **options: Any) -> Array:
     _, rows, entries, _ = _prepared(normalizer, scores, options)
-    return _threshold.top_of(rows, entries)[..., 0]
+    return _tops.top_of(rows, entries)[..., 0]
 
 
 def _sums(

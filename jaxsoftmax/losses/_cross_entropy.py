@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
@@ -206,12 +206,12 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
     own = classes.pick(rows, rows.rounded(scores)[0])
     hits = (classes.hits(rows, scores[0]),)
     total = _log_softmax.total_at_once(rows, scores)
-    own_gap = _threshold.gap(own, total.top)
+    own_gap = _tops.gap(own, total.top)
     absent = (own_gap == -jnp.inf) & ~jnp.isnan(total.log)
     surprise = jnp.where(absent, jnp.inf, total.log - own_gap)
 
     def excess(score: Array, hit: Array, top: Array, log: Array, own: Array) -> Array:
-        return jnp.where(hit, own, jnp.exp(_threshold.gap(score, top) - log))
+        return jnp.where(hit, own, jnp.exp(_tops.gap(score, top) - log))
 
     # What takes no part has no gradient, not even as the target.
     own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))

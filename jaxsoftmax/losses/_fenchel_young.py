@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _tops
 from jaxsoftmax._closed import closed_over
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import times
@@ -113,7 +113,7 @@ def _gap(
     rest: list[Array],
 ) -> Array:
     """`(<p, x> + H(p)) - (<y, x> + H(y))` where `p` maximizes the first."""
-    gaps, top = _threshold.below_top(rows, scores)
+    gaps, top = _tops.below_top(rows, scores)
     excess = rows.map(jnp.subtract, [p, target])
     # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
     # keeps the digits.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import sqrt, times
 from jaxsoftmax._form import Form
@@ -207,7 +207,7 @@ def _fenchel_young_fwd(
     p = _threshold.apply(regularizer.form, rows, scores, *params)
     # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
     # keeps the digits.
-    gaps, top = _threshold.below_top(rows, scores)
+    gaps, top = _tops.below_top(rows, scores)
     shift = None if of_classes else _shift(rows, p, target)
 
     def term(gap: Array, p: Array, target: Array) -> Array:

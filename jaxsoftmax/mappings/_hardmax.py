@@ -7,7 +7,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
@@ -56,7 +56,7 @@ def hardmax(
 class _Hardmax(Solved):
     def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
         """The maximum, and the share of each entry there."""
-        top = _threshold.top_of(rows, scores)
+        top = _tops.top_of(rows, scores)
         return top, _threshold.inverse_of(rows.sum(rows.map(_at_top, [scores], [top])))
 
     def at(self, score: Array, *row: Array) -> Array:
@@ -66,7 +66,7 @@ class _Hardmax(Solved):
 
 
 def _at_top(score: Array, top: Array) -> Array:
-    gap = _threshold.gap(score, top)
+    gap = _tops.gap(score, top)
     return jnp.where(jnp.isnan(gap), gap, indicator(gap == 0, gap.dtype))
 
 

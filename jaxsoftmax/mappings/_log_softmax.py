@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, two_sum
 from jaxsoftmax._implementations import Implementation
@@ -141,7 +141,7 @@ def _log_probabilities(rows: Rows, scores: Entries) -> Entries:
     total = total_of(rows, scores)
 
     def log_p(score: Array, top: Array, log: Array) -> Array:
-        return _threshold.gap(score, top) - log
+        return _tops.gap(score, top) - log
 
     return rows.map(log_p, [rows.rounded(scores)], [total.top, total.log])
 
@@ -161,7 +161,7 @@ def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
     """`ct - p sum(ct)`, of which the entry that dominates is minus the sum of the others."""
     rows, log_p = residuals
     p = rows.map(jnp.exp, [log_p])
-    dominates = _threshold.dominating(rows, p)
+    dominates = _tops.dominating(rows, p)
     ct = rows.map(lambda c, lp: jnp.where(lp == -jnp.inf, 0, c), [ct, log_p])
     others = rows.map(lambda c, p, d, s: (1 - d) * (c - p * s), [ct, p, dominates], [rows.sum(ct)])
     return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
@@ -191,7 +191,7 @@ def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
     """`dz - sum(p dz)`, 0 where no score takes part."""
     rows, log_p = residuals
     p = rows.map(jnp.exp, [log_p])
-    relative = _threshold.relative_to_dominating(rows, p, tangents)
+    relative = _tops.relative_to_dominating(rows, p, tangents)
     mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
     return rows.map(
         lambda dz, lp, m: jnp.where(lp == -jnp.inf, 0, dz - m), [relative, log_p], [mean]
@@ -228,7 +228,7 @@ def _log_sum_and_shares(rows: Rows, scores: Entries) -> tuple[Array, Entries]:
     total = total_at_once(rows, scores)
 
     def share(score: Array, top: Array, log: Array) -> Array:
-        return jnp.exp(_threshold.gap(score, top) - log)
+        return jnp.exp(_tops.gap(score, top) - log)
 
     p = rows.map(share, [rows.rounded(scores)], [total.top, total.log])
     return jnp.where(total.sum == 0, -jnp.inf, total.top + total.log), p
@@ -242,13 +242,9 @@ def _log_sum_and_shares_fwd(rows: Rows, scores: Entries) -> tuple[tuple[Array, E
 def _log_sum_and_shares_bwd(residuals: Any, ct: tuple[Array, Entries]) -> tuple[None, Entries]:
     rows, p = residuals
     ct_log, ct_p = rows.summed_cotangent(ct[0]), rows.summed_cotangents(ct[1])
-    relative = _threshold.relative_to_dominating(rows, p, ct_p)
-    mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
-
-    def ct_score(p: Array, ct_p: Array, mean: Array, ct_log: Array) -> Array:
-        return p * (ct_p - mean + ct_log)
-
-    return None, rows.shared_cotangents(rows.map(ct_score, [p, relative], [mean, ct_log]))
+    of_p = _threshold.softmax_jacobian((rows, p), ct_p)
+    ct_scores = rows.map(lambda p, c, ct_log: c + p * ct_log, [p, of_p], [ct_log])
+    return None, rows.shared_cotangents(ct_scores)
 
 
 _log_sum_and_shares.defvjp(_log_sum_and_shares_fwd, _log_sum_and_shares_bwd)
@@ -275,7 +271,7 @@ def total_of(rows: Rows, scores: Entries) -> Total:
     """
 
     def terms(score: Array, top: Array) -> tuple[Array, Array]:
-        gap = _threshold.gap(score, top)
+        gap = _tops.gap(score, top)
         weight = jnp.where(gap == 0, 0, jnp.exp(score - top))
         return weight, indicator(gap == 0, weight.dtype)
 
@@ -284,7 +280,7 @@ def total_of(rows: Rows, scores: Entries) -> Total:
         weight, at_top = terms(score, top)
         return weight * (1 + _lost_by_gap(score, top)), at_top
 
-    top = _threshold.top_of(rows, scores)
+    top = _tops.top_of(rows, scores)
     others, tops = rows.sums(terms, [rows.rounded(scores)], [top], exact_terms)
     total = tops + others
     # 1 is taken from what is there: a row in which nothing takes part has neither.

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless, sqrt
 from jaxsoftmax._form import Form
@@ -89,7 +89,7 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
     if is_two:
         squares = _threshold.probabilities(_SQUARES, rows, scores)
         return _threshold.normalized(rows, rows.map(jnp.sqrt, [squares]))
-    gaps, _ = _threshold.below_top(rows, scores)
+    gaps, _ = _tops.below_top(rows, scores)
     alpha = nan_unless(alpha > 1, alpha)
     q = alpha / (alpha - 1)
     powers = _threshold.probabilities(ENTMAX, rows, rows.map(jnp.multiply, [gaps], [q]), 1 + 1 / q)
