@@ -12,12 +12,14 @@ def top_of(rows: Rows, scores: Entries) -> Array:
     """The maximum of each row, finite in a row in which nothing takes part."""
     # JAX has no derivative of a maximum over devices. Only differences of scores matter: it would
     # change nothing but losses whose targets do not sum to 1.
-    dtype = scores[0].dtype
-    # Half as many bytes to read. (XLA for CPU cannot compare bfloat16 across some meshes.)
-    if rows.stored is not None and not rows.names:
-        scores = tuple(z.astype(rows.stored) for z in scores)
-    least = float(jnp.finfo(scores[0].dtype).min)
-    return rows.max(lax.stop_gradient(scores) if rows.names else scores, least).astype(dtype)
+    scores = lax.stop_gradient(scores) if rows.names else scores
+
+    def largest(scores: Entries) -> Array:
+        return rows.max(scores, float(jnp.finfo(scores[0].dtype).min))
+
+    if rows.stored is None or rows.names:
+        return largest(scores)
+    return chosen("largest", largest, scores, stored=rows.stored)
 
 
 def gap(score: Array, top: Array) -> Array:

@@ -104,6 +104,11 @@ def rounded(
     return tuple(jnp.where(z == jnp.inf, z, jnp.minimum(z, most)) for z in scores)
 
 
+def largest(general: Callable[..., Array], scores: tuple[Array, ...], *, stored: Any) -> Array:
+    """The largest of what is stored in half precision, which saves a conversion."""
+    return general(tuple(z.astype(stored) for z in scores)).astype(scores[0].dtype)
+
+
 def first_tau(
     general: Callable[..., Any],
     scores: tuple[Array, ...],
