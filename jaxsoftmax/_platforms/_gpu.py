@@ -15,6 +15,9 @@ def sums_at_once(general: Callable[..., Any], *args: Any, rows: Any, one_by_one:
     return (one_by_one if is_held else general)(*args)
 
 
+log_sums_at_once = sums_at_once
+
+
 def dominating(general: Callable[..., Any], p: Any, *, rows: Any) -> Any:
     """1 where a probability is above 1/2, 0 elsewhere.
 

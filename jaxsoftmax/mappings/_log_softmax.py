@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p, two_sum
 from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._platforms import chosen
+from jaxsoftmax._platforms import apart, chosen
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
@@ -152,7 +153,9 @@ def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
 
 
 def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    pull = functools.partial(_threshold.by_platform, _log_pulled_back_at_once, _log_pulled_back)
+    pull = functools.partial(
+        _threshold.by_platform, "log_sums_at_once", _log_pulled_back_at_once, _log_pulled_back
+    )
     fast, slow = (functools.partial(_threshold.of_shares, p) for p in (pull, _log_pulled_back))
     return None, linear_pair(fast, _log_pushed_forward, residuals, ct, reference=slow)
 
@@ -167,24 +170,26 @@ def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
     return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
 
 
+# What dominates its row has more.
+_HALF = math.log(0.5)
+
+
 def _log_pulled_back_at_once(residuals: Any, ct: Entries) -> Entries:
     """The same, of which all sums are one pass."""
     rows, log_p = residuals
 
-    def parts(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
-        p = jnp.exp(log_p)
-        return p, jnp.round(p), jnp.where(log_p == -jnp.inf, 0, ct)
-
     def terms(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
-        p, dominates, ct = parts(log_p, ct)
-        return ct, (1 - dominates) * ct, (1 - dominates) * p
+        of_others = jnp.where((log_p > -jnp.inf) & (log_p <= _HALF), ct, 0)
+        of_all = jnp.where(log_p == -jnp.inf, 0, ct)
+        return of_all, of_others, jnp.where(log_p > _HALF, 0, jnp.exp(log_p))
 
     def pulled(log_p: Array, ct: Array, total: Array, left: Array) -> Array:
-        p, dominates, ct = parts(log_p, ct)
-        return (1 - dominates) * (ct - p * total) - dominates * left
+        others = jnp.where(log_p > _HALF, -left, ct - jnp.exp(log_p) * total)
+        return jnp.where(log_p == -jnp.inf, 0, others)
 
     total, of_others, others = rows.sums(terms, [log_p, ct])
-    return rows.map(pulled, [log_p, ct], [total, of_others - others * total])
+    log_p, ct, total, others = apart((log_p, ct, total, of_others - others * total))
+    return rows.map(pulled, [log_p, ct], [total, others])
 
 
 def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
