@@ -147,7 +147,10 @@ def _checked(form: Form, own: Sequence[str]) -> Form:
     entries, row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1)))
     for fun in functions.values():
         jax.eval_shape(fun, entries, *[row] * len(own))  # computes nothing
-    functions["weight"] = _keeping_nan(functions["weight"])
+    functions["weight"] = _at_infinity(functions["weight"])
+    for part in ("slope", "partials"):
+        if part in functions:
+            functions[part] = _zero_at_zero(functions[part])
     return dataclasses.replace(form, tau=_number_or_none(form.tau), **functions)
 
 
@@ -240,14 +243,28 @@ def _check_inverse(form: Form, *params: Any) -> None:
             )
 
 
-def _keeping_nan(weight: Callable[..., Array]) -> Callable[..., Array]:
-    """The weight, NaN of NaN: a comparison in it would lose that."""
+def _at_infinity(weight: Callable[..., Array]) -> Callable[..., Array]:
+    """The weight, 0 of what takes no part, and NaN of NaN: a comparison in it would lose that."""
 
     @functools.wraps(weight)
-    def kept(u: Array, *params: Array) -> Array:
-        return jnp.where(jnp.isnan(u), u, weight(u, *params))
+    def whole(u: Array, *params: Array) -> Array:
+        takes_part = u != -jnp.inf
+        found = jnp.where(takes_part, weight(jnp.where(takes_part, u, 0), *params), 0)
+        return jnp.where(jnp.isnan(u), u, found)
 
-    return kept
+    return whole
+
+
+def _zero_at_zero(part: Callable[..., Any]) -> Callable[..., Any]:
+    """The slopes or partials of a form, 0 of what has no weight: it may have taken no part."""
+
+    @functools.wraps(part)
+    def safe(p: Array, *params: Array) -> Any:
+        has_none = p == 0
+        found = part(jnp.where(has_none, 1, p), *params)
+        return jax.tree.map(lambda x: jnp.where(has_none, 0, x), found)
+
+    return safe
 
 
 def _signature_of(part: str, fun: Callable[..., Any]) -> inspect.Signature:

@@ -251,6 +251,39 @@ def test_any_increasing_function(form, rng):
         assert np.all(most - least < 1e-7)
 
 
+# What they make of -inf: NaN, what rounding leaves of 0, and more than 0.
+SQUAREPLUS = jsm.Form(lambda u: (u + jnp.sqrt(u * u + 4)) / 2, lambda p: p - 1 / p)
+ARCTAN = jsm.Form(lambda u: 1 + 2 / jnp.pi * jnp.arctan(u), lambda p: jnp.tan((p - 1) * jnp.pi / 2))
+LIFTED = jsm.Form(
+    lambda u: jax.nn.sigmoid(u) + 0.1,
+    lambda p: jnp.log(p - 0.1) - jnp.log1p(0.1 - p),
+    slope=lambda p: (p - 0.1) * (1.1 - p),
+    tau=0.0,
+)
+
+
+@pytest.mark.parametrize("form", [SQUAREPLUS, ARCTAN, LIFTED])
+def test_what_takes_no_part_has_no_weight(form, rng):
+    """Whatever a form makes of -inf: the others are as they are without it."""
+    mapping = jsm.threshold_mapping(form)
+    x, takes_part = rng.normal(size=(3, 4)), np.arange(4) < 3
+    wanted, jacobian = (f(x[:, :3]) for f in (mapping, jax.vmap(jax.jacrev(mapping))))
+    for excluded in (0.5, np.inf, np.nan):
+        x[:, 3] = excluded
+        found = mapping(x, where=takes_part)
+        np.testing.assert_allclose(found[:, :3], wanted, rtol=1e-12)
+        assert np.all(found[:, 3] == 0)
+        for derivative in (jax.jacrev, jax.jacfwd):
+            found = jax.vmap(derivative(functools.partial(mapping, where=takes_part)))(x)
+            np.testing.assert_allclose(found[:, :3, :3], jacobian, rtol=1e-9)
+            assert np.all(found[:, 3] == 0) and np.all(found[:, :, 3] == 0)
+    x[:, 3] = -np.inf
+    np.testing.assert_allclose(mapping(x), np.pad(wanted, ((0, 0), (0, 1))), rtol=1e-12)
+    if form.tau is None:
+        np.testing.assert_allclose(wanted.sum(-1), 1)
+        np.testing.assert_array_equal(mapping(jnp.array([jnp.inf, 1, jnp.inf])), [0.5, 0, 0.5])
+
+
 def test_attention_and_losses_of_a_form(rng):
     query, key, value = rng.normal(size=(3, 2, 12, 2, 4))
     form = jsm.Form(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * jnp.sqrt(p))
