@@ -132,6 +132,13 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
             raise TypeError(f"{self._name} must be called with positional arguments, got {given}.")
         bound.apply_defaults()
         static = {i: bound.args[i] for i in self._nondiff_argnums}
+        for i, arg in static.items():
+            if isinstance(arg, core.Tracer):
+                raise TypeError(
+                    f"argument {i} of {self._name}, one of nondiff_argnums, must be known while "
+                    f"tracing, got {jax.typeof(arg)} that is traced: pass it as an array that is "
+                    "differentiated, whose cotangent may be None."
+                )
         dynamic = [arg for i, arg in enumerate(bound.args) if i not in static]
 
         def merged(dynamic: Sequence[Any]) -> list[Any]:
@@ -309,7 +316,7 @@ class _Pullback:
         """The tangents of the output: the transpose.
 
         There is none of a `bwd` that is not linear, and so the right answer is to refuse. JAX
-        refuses by one of four errors, depending on the primitive that it meets first; for one
+        refuses by one of five errors, depending on the primitive that it meets first; for one
         without a transpose it is `NotImplementedError`. Two of them say nothing that a user could
         understand. All become a `TypeError` that names `bwd`.
         """
@@ -321,7 +328,8 @@ class _Pullback:
         try:
             transpose = jax.linear_transpose(pull, *(self.out.tangents[i] for i in self.out.smooth))
             return transpose(list(tangents))
-        except (TypeError, NotImplementedError, AssertionError, ValueError) as error:
+        # `NotImplementedError` is one of the first.
+        except (RuntimeError, TypeError, AssertionError, ValueError) as error:
             raise TypeError(
                 f"bwd of {self.rule.name} must be linear in the cotangent for forward mode, got "
                 f"one that JAX cannot transpose: {error or type(error).__name__}"
@@ -366,6 +374,11 @@ class _Pullback:
             raise ValueError(
                 f"bwd of {self.rule.name} must return cotangents of the shapes of the arguments, "
                 f"got shape {jnp.shape(ct)} for one of shape {wanted.shape}."
+            )
+        if jnp.iscomplexobj(ct) and not jnp.issubdtype(wanted.dtype, jnp.complexfloating):
+            raise TypeError(
+                f"bwd of {self.rule.name} must return real cotangents for real arguments, got "
+                f"{jnp.result_type(ct)} for {wanted.dtype}."
             )
         return jnp.asarray(ct).astype(wanted.dtype)
 

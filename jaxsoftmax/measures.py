@@ -92,7 +92,7 @@ def tsallis_entropy(
     shape = _as_shape(rows, values, alpha)
 
     def term(p: Array, alpha: Array) -> Array:
-        return nan_unless(~(p < 0), -negentropy(p, alpha))
+        return nan_unless(p >= 0, -negentropy(p, alpha))
 
     terms = rows.map(term, [(values,)], [shape])
     return rows.flatten(rows.sum(terms)).astype(output_dtype(p))

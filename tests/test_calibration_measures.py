@@ -1,6 +1,7 @@
 """Measures of calibration: against NumPy, scikit-learn and algebra; netcal, relplot if there."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -112,6 +113,13 @@ def test_edges_of_the_bins_belong_to_the_left():
     probs = np.stack([confidence, 1 - confidence], -1)
     curve = reliability_curve(probs, np.zeros(6, int), num_bins=10)
     np.testing.assert_array_equal(curve.count, [0, 0, 0, 0, 1, 1, 1, 1, 1, 1])
+    for dtype, num_bins in itertools.product((np.float32, np.float64), (25, 49, 50, 100)):
+        edges = np.arange(1, num_bins + 1, dtype=dtype) / num_bins
+        curve = reliability_curve(edges, np.zeros(num_bins, int), num_bins=num_bins)
+        np.testing.assert_array_equal(curve.count, np.ones(num_bins))
+        above = np.nextafter(edges[:-1], dtype(2))
+        curve = reliability_curve(above, np.zeros(num_bins - 1, int), num_bins=num_bins)
+        np.testing.assert_array_equal(curve.count, np.arange(num_bins) > 0)
 
 
 def test_bins_of_equal_mass_are_even(predictions):

@@ -335,6 +335,14 @@ def test_one_static_argument_by_number_and_by_name(static):
     close(jax.grad(functools.partial(fun, jnp.exp))(0.0), 7.0)
 
 
+def test_traced_static_arguments_are_refused():
+    scaled = jsm.custom_vjp(lambda x, n: n * x, nondiff_argnums=1)
+    scaled.defvjp(lambda x, n: (scaled(x, n), None), lambda n, _, ct: (n * ct,))
+    for of in (jax.grad(lambda n: scaled(1.0, n)), jax.jit(lambda n: scaled(1.0, n))):
+        with pytest.raises(TypeError, match=r"argument 1 of .*, one of nondiff_argnums, must be"):
+            of(2.0)
+
+
 def test_a_static_argument_that_there_is_not():
     with pytest.raises(ValueError, match=r"nondiff_argnames .* which are f, x, got g"):
         jsm.custom_vjp(lambda f, x: f(x), nondiff_argnames=("g",))
@@ -555,6 +563,11 @@ def test_rules_that_are_not_linear_serve_reverse_mode():
         close(jax.grad(lambda x, wrap=wrap: jnp.sum(5 * wrap(clipped)(x)))(X), np.ones(3))
     with pytest.raises(TypeError, match="bwd of clipped must be linear in the cotangent for"):
         jax.jvp(clipped, (X,), (X,))
+    unit = jsm.custom_vjp(jnp.sin)
+    unit.defvjp(lambda x: (x, None), lambda _, ct: (ct / jnp.linalg.norm(ct),))
+    close(jax.grad(lambda x: jnp.sum(5 * unit(x)))(X), np.ones(3) / np.sqrt(3))
+    with pytest.raises(TypeError, match="bwd of sin must be linear in the cotangent for"):
+        jax.jvp(unit, (X,), (X,))
 
 
 def test_parts_that_do_not_depend_on_the_cotangent_count_in_reverse_mode():
@@ -675,6 +688,7 @@ def test_eager_functions_are_called_as_they_are():
         (lambda _, ct: ct, TypeError, "bwd of twice must return a tuple with the cotangents of"),
         (lambda _, ct: (ct, ct), TypeError, "of the structure .*, got"),
         (lambda _, ct: (jnp.zeros(2),), ValueError, r"got shape \(2,\) for one of shape \(3,\)"),
+        (lambda _, ct: (ct.astype(complex),), TypeError, "real cotangents for real arguments, got complex"),
     ],
 )
 def test_wrong_cotangents_are_refused(bwd, error, message):

@@ -477,6 +477,15 @@ def test_nan_and_infinite_scores(case):
 
 
 @every_loss
+@pytest.mark.asks_for_nan
+def test_class_beside_an_infinite_score(case):
+    """It takes part, and so the gradient is still `p - y`."""
+    loss, gradient = jax.value_and_grad(case.fun)(np.array([np.inf, 0.0, 0.0]), np.array(1))
+    assert loss == np.inf
+    np.testing.assert_array_equal(gradient, [1, -1, 0])
+
+
+@every_loss
 def test_no_rows(case):
     out = case.fun(np.zeros((0, 3)), np.zeros(0, int))
     assert out.shape == (0,)

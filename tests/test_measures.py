@@ -78,6 +78,8 @@ def test_entropies_at_the_edges():
     assert np.isnan(jsm.shannon_entropy(np.float32([-0.1, 1.1])))
     assert np.isnan(jsm.tsallis_entropy(np.float32([-0.1, 1.1]), 1.5))
     assert np.isnan(jsm.shannon_entropy(np.float32([np.nan, 1])))
+    for alpha in (0.5, 1.0, 1.5, jnp.float32(1)):
+        assert np.isnan(jsm.tsallis_entropy(np.float32([np.nan, 1]), alpha))
     assert np.isnan(jsm.tsallis_entropy(P, jnp.float32(-1))).all()
     assert jsm.shannon_entropy(jnp.zeros((3, 0))).tolist() == [0, 0, 0]
     assert jsm.shannon_entropy(jnp.zeros(3, jnp.bfloat16)).dtype == jnp.bfloat16

@@ -165,6 +165,10 @@ def into_bins(events: Events, num_bins: int, binning: str) -> Binned:
 def _by_width(value: Array, weights: Array, num_bins: int) -> Array:
     del weights
     bins = jnp.ceil(value * num_bins)
+    # The product may be rounded across an edge. XLA would divide by a constant inexactly.
+    count = lax.optimization_barrier(jnp.full((), num_bins, value.dtype))
+    bins = jnp.where(value <= (bins - 1) / count, bins - 1, bins)
+    bins = jnp.where(value > bins / count, bins + 1, bins)
     # NaN is in the last bin, lest the conversion put it anywhere.
     bins = jnp.where(jnp.isnan(value), num_bins, bins).astype(jnp.int32) - 1
     return jnp.clip(bins, 0, num_bins - 1)

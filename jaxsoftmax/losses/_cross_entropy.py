@@ -214,7 +214,7 @@ def _surprise_and_excess(rows: Rows, scores: Entries, classes: Classes) -> tuple
         return jnp.where(hit, own, jnp.exp(_tops.gap(score, top) - log))
 
     # What takes no part has no gradient, not even as the target.
-    own_excess = jnp.where(absent, 0, jnp.expm1(-surprise))
+    own_excess = jnp.where(own == -jnp.inf, 0, jnp.expm1(-surprise))
     values = lax.optimization_barrier((total.top, total.log, own_excess))
     return surprise, rows.map(excess, [rows.rounded(scores), hits], values)
 
