@@ -688,7 +688,7 @@ def test_eager_functions_are_called_as_they_are():
         (lambda _, ct: ct, TypeError, "bwd of twice must return a tuple with the cotangents of"),
         (lambda _, ct: (ct, ct), TypeError, "of the structure .*, got"),
         (lambda _, ct: (jnp.zeros(2),), ValueError, r"got shape \(2,\) for one of shape \(3,\)"),
-        (lambda _, ct: (ct.astype(complex),), TypeError, "real cotangents for real arguments, got complex"),
+        (lambda _, ct: (ct.astype(complex),), TypeError, "real cotangents for real arguments, got"),
     ],
 )
 def test_wrong_cotangents_are_refused(bwd, error, message):

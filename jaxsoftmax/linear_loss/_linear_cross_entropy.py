@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -25,7 +24,7 @@ from jaxsoftmax._scores import (
     with_ndim,
 )
 from jaxsoftmax.linear_loss._layer import as_layer
-from jaxsoftmax.linear_loss._losses import How, summed_or_each
+from jaxsoftmax.linear_loss._losses import How, number_of_classes, summed_or_each
 from jaxsoftmax.linear_loss._mesh import on_explicit_mesh, sharding_of
 from jaxsoftmax.losses import cross_entropy
 from jaxsoftmax.losses._targets import check_known, without_ignored
@@ -132,7 +131,7 @@ def linear_cross_entropy(
     keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
     keep = keep if ignored is None else keep & ~ignored
     if are_classes:
-        length = num_classes * math.prod(lax.axis_size(name) for name in names)
+        length = number_of_classes(layer.weight, names)
         known = (labels >= 0) & (labels < length) | ~keep
         labels = check_known("labels", jnp.where(keep, labels, 0), known, length)
     else:

@@ -1,7 +1,8 @@
 """The losses of the rows of one device, or their sum, chunk by chunk."""
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._closed import closed_over
-from jaxsoftmax._elementary import times
+from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._reductions import untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
@@ -41,7 +42,13 @@ class How:
         if self.soft_cap is not None:
             scores = soft_cap(scores, self.soft_cap)
         axis = {"axis": (-1, *self.names)} if self.names else {}
-        return _check_losses(self.loss(scores, labels, **axis), scores)
+        if not jnp.issubdtype(labels.dtype, jnp.integer):
+            return _check_losses(self.loss(scores, labels, **axis), scores)
+        # A loss of one's own might take -1 for the last class.
+        known = (labels >= 0) & (labels < number_of_classes(scores, self.names))
+        losses = self.loss(scores, jnp.where(known, labels, 0), **axis)
+        losses = jnp.where(known, _check_losses(losses, scores), 0)
+        return nan_unless(known, losses)
 
 
 def summed_or_each(
@@ -76,6 +83,11 @@ def summed_or_each(
         names = untracked(how.names)
         return lax.pmean(losses, names) if names else losses
     return jnp.sum(times(weights, each(pure, group, operands, rows)))
+
+
+def number_of_classes(scores: Array, names: Sequence[str]) -> int:
+    """How many there are on all devices, given the scores of one or its weights."""
+    return scores.shape[-1] * math.prod(lax.axis_size(name) for name in names)
 
 
 def _check_losses(losses: Any, scores: Array) -> Array:
