@@ -668,6 +668,18 @@ def test_values_without_features_have_a_residual(rng):
     np.testing.assert_allclose(found, wanted, rtol=1e-12)
 
 
+def test_residual_without_keys_is_the_sink(rng):
+    q, k, v = inputs(rng)
+    sink = np.array([0.5, -1.0, 2.0, 0.0])[:N]
+    by_normalizer = functools.partial(jsm.softmax, sink=sink[:, None, None])
+    for options in ({"sink": sink}, {"normalizer": by_normalizer}):
+        out, found = attend(q, k[:, :0], v[:, :0], return_residual=True, **options)
+        assert np.all(out == 0)
+        np.testing.assert_allclose(found, np.broadcast_to(sink, found.shape))
+    found = attend(q, k[:, :0], v[:, :0], return_residual=True)[1]
+    np.testing.assert_array_equal(found, np.full(found.shape, -np.inf))
+
+
 def test_what_a_normalizer_says_of_rows_is_refused(rng):
     q, k, v = inputs(rng)
     masked = functools.partial(jsm.softmax, where=np.ones(S, bool))

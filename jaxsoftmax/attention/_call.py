@@ -291,5 +291,6 @@ def _nothing(sizes: Sizes, rules: Rules, sink: Array | None, dtype: Any) -> tupl
     out = jnp.zeros((*shape, sizes.value_features), dtype)
     if rules.row_value is None:
         return (out,)
-    least = -jnp.inf if sink is None else sink[..., 0]
-    return out, jnp.broadcast_to(jnp.asarray(least, dtype), shape)
+    masked = jnp.zeros((*shape, 1), dtype)  # one key that nobody sees, beside what a sink adds
+    options = {} if sink is None else {"sink": sink}
+    return out, rules.row_value(masked, where=jnp.zeros(masked.shape, bool), **options)
