@@ -52,6 +52,13 @@ def gathered(x: Array, axis: int) -> Array:
     return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
 
 
+def gathered_whole(x: Array) -> Array:
+    """`x`, of which each device of an explicit mesh has all."""
+    for axis in range(x.ndim):
+        x = gathered(x, axis)
+    return x
+
+
 def parts_of(x: Array, axis: int) -> int:
     """Into how many equal parts XLA may have split an axis, as far as types tell; 1 if none."""
     mesh = jax.typeof(x).sharding.mesh

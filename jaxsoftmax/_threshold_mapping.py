@@ -16,6 +16,7 @@ from jax import core
 from jaxtyping import Array
 
 from jaxsoftmax import _threshold
+from jaxsoftmax._closed import Closed
 from jaxsoftmax._form import Form
 from jaxsoftmax._implementations import KERNELS, refuse
 from jaxsoftmax._public import PARAMETER, is_array, public
@@ -48,7 +49,7 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
 
     Raises:
       TypeError: if `form` is not a `Form`, or a function in it is none in `jax.numpy`, takes other
-        parameters, or returns no array.
+        parameters, returns no array, or depends on what is traced and no parameter.
       ValueError: if such a function is not elementwise, or `form.weight` has parameters without a
         name of their own; when the mapping is called with no parameters but its defaults, if
         `form.weight` is not the inverse of `form.score`, or never reaches 1.
@@ -74,6 +75,8 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     safe = _checked(form, own)
     # Nothing is solved for: JAX's own derivatives do, at the score rather than at `p`.
     by_jax = form.tau is not None and form.slope is None
+    if not by_jax:
+        _check_closes_over_nothing_traced(form, own)
 
     def of_rows(rows: Rows, scores: Entries, **given: Any) -> tuple[Form, tuple[Array, ...]]:
         params = [given.get(p, signature.parameters[p].default) for p in own]
@@ -107,6 +110,8 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
 _OF_ROWS = tuple(field.name for field in dataclasses.fields(Options))
 _OPTIONS = ("axis", *_OF_ROWS)
 _FUNCTIONS = ("weight", "score", "slope", "partials")
+# What a form is tried on: entries of rows, and a parameter for each row.
+_ENTRIES, _ROW = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1)))
 
 
 def _check_members(form: Any) -> None:
@@ -144,14 +149,28 @@ def _checked(form: Form, own: Sequence[str]) -> Form:
         _check_takes(part, fun, own)
         returns = _one_per_parameter if part == "partials" else _as_entries
         functions[part] = _returning(functools.partial(returns, part), part, fun)
-    entries, row = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1)))
     for fun in functions.values():
-        jax.eval_shape(fun, entries, *[row] * len(own))  # computes nothing
+        jax.eval_shape(fun, _ENTRIES, *[_ROW] * len(own))  # computes nothing
     functions["weight"] = _at_infinity(functions["weight"])
     for part in ("slope", "partials"):
         if part in functions:
             functions[part] = _zero_at_zero(functions[part])
     return dataclasses.replace(form, tau=_number_or_none(form.tau), **functions)
+
+
+def _check_closes_over_nothing_traced(form: Form, own: Sequence[str]) -> None:
+    """Refuses what would get no gradient: a rule knows the parameters of a form alone."""
+    closed = {"tau": isinstance(form.tau, core.Tracer)}
+    for part in _FUNCTIONS:
+        if getattr(form, part) is not None:
+            found = Closed()
+            found.opened(getattr(form, part), _ENTRIES, *[_ROW] * len(own))
+            closed[part] = bool(found.arrays)
+    if wrong := [part for part, is_traced in closed.items() if is_traced]:
+        raise TypeError(
+            f"form.{wrong[0]} must not depend on an array that is traced, which would get no "
+            "gradient: make that a parameter of form.weight."
+        )
 
 
 def _returning(

@@ -162,7 +162,7 @@ def top_p_mask(
     Args:
       x: scores of any shape and real dtype. -inf is never kept. NaN counts as +inf.
       p: the probability to reach; a number from 0 to 1 or one value per row. 1 keeps every entry
-        that is not -inf.
+        that is not -inf; of a row with +inf, all that are +inf.
       axis: one array axis.
       where: which entries take part, such as another mask. The probabilities are computed among
         these.

@@ -35,7 +35,7 @@ from jaxsoftmax._scores import (
     split_axis,
     temper,
 )
-from jaxsoftmax._sharding import share_like
+from jaxsoftmax._sharding import gathered, share_like
 from jaxsoftmax.mappings import _softmax, hardmax
 
 
@@ -148,7 +148,7 @@ def _without_replacement(
         raise ValueError(
             f"shape must ask for at most {length} draws of a row if replace=False, got {count}."
         )
-    highest, drawn = lax.top_k(last, count)
+    highest, drawn = lax.top_k(gathered(last, last.ndim - 1), count)
     drawn = jnp.where(highest > -jnp.inf, drawn, -1).astype(jnp.int32)
     return jnp.moveaxis(drawn, -1, 0).reshape(draws + drawn.shape[:-1])
 

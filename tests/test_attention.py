@@ -680,6 +680,14 @@ def test_residual_without_keys_is_the_sink(rng):
     np.testing.assert_array_equal(found, np.full(found.shape, -np.inf))
 
 
+def test_normalizers_that_draw_are_refused(rng):
+    """Blocks would share their noise, and the gradient would draw other noise than the output."""
+    for options in ({}, {"hard": True}):
+        drawing = functools.partial(jsm.gumbel_softmax, jax.random.key(0), **options)
+        with pytest.raises(ValueError, match="same weights in every block, got gumbel_softmax"):
+            attend(*inputs(rng), normalizer=drawing)
+
+
 def test_what_a_normalizer_says_of_rows_is_refused(rng):
     q, k, v = inputs(rng)
     masked = functools.partial(jsm.softmax, where=np.ones(S, bool))

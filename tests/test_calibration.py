@@ -523,6 +523,16 @@ def test_vector_scaling_with_classes_ruled_out(rng):
     assert np.all(np.isnan(matrix[0]))
 
 
+def test_rows_that_are_ruled_out_do_not_strengthen_penalties(rng):
+    logits = 2 * rng.normal(size=(60, 4))
+    labels = np.argmax(logits + rng.gumbel(size=(60, 4)), -1)
+    ruled_out = logits.copy()
+    ruled_out[np.arange(60), labels] = -np.inf
+    both = np.concatenate([logits, ruled_out]), np.concatenate([labels, labels])
+    found, wanted = (fit_vector_scaling(*args, penalty=0.3) for args in (both, (logits, labels)))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("penalties", [(0.1, 0.5), (100.0, 0.0)])
 @pytest.mark.asks_for_x64
 def test_matrix_scaling_equals_scipy(penalties, rng):

@@ -127,6 +127,16 @@ def test_isotonic_equals_scikit_learn(distinct, rng):
     close(isotonic(q[:, None], points, values)[:, 0], theirs.predict(q))
 
 
+@pytest.mark.asks_for_nan
+def test_isotonic_keeps_nan():
+    points, values = fit_isotonic(np.array([0.1, 0.2, 0.6, 0.9]), np.array([0, 1, 0, 1]))
+    found = isotonic(np.array([np.nan, 0.5]), points, values)
+    assert np.isnan(found).tolist() == [True, False]
+    points, values = (np.repeat(x, 2, 0) for x in (points, values))
+    found = isotonic(np.array([[np.nan, 0.5], [0.3, 0.7]]), points, values)
+    assert np.isnan(found).tolist() == [[True, True], [False, False]]
+
+
 def test_isotonic_where_it_takes_many_rounds():
     """One low value after many rising ones takes them down one after the other."""
     y = np.repeat([0, 1] * 30, np.array([[30 - i, 1 + i] for i in range(30)]).ravel())

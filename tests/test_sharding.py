@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
 from benchmarks.collectives import collectives
+from jaxsoftmax import calibration
 from tests.cases import FUNCTIONS, LOSSES, named
 from tests.tools import jaxprs
 
@@ -147,6 +148,30 @@ def test_masks_by_order_on_an_explicit_mesh(rng):
     for mask, expected in zip(actual, masks(x, where), strict=True):
         np.testing.assert_array_equal(mask, expected)
         assert mask.sharding.spec == P("a", "b")
+
+
+def test_measures_and_draws_on_an_explicit_mesh(rng):
+    """Examples are gathered to be sorted into bins; so are the scores of a row, to be ordered."""
+    p, labels = rng.dirichlet(np.ones(WIDTH), size=ROWS), rng.integers(WIDTH, size=ROWS)
+    key = jax.random.key(0)
+
+    def measured(p, labels):
+        mass = calibration.expected_calibration_error(p, labels, binning="mass")
+        decomposed = calibration.brier_decomposition(p, labels)
+        return (
+            calibration.expected_calibration_error(p, labels),
+            mass,
+            calibration.classwise_calibration_error(p, labels),
+            calibration.smooth_calibration_error(p, labels),
+            decomposed,
+            calibration.reliability_curve(p, labels).count,
+            calibration.fit_isotonic(p, labels),
+            jsm.sample(key, p, shape=(3, ROWS), replace=False),
+        )
+
+    for spec in (P("a", None), P("a", "b")):
+        actual, _ = on_mesh(mesh_of((4, 2)), measured, [p, labels], [spec, P("a")])
+        assert_equal(actual, jax.jit(measured)(p, labels))
 
 
 @pytest.mark.parametrize("case", **named(LOSSES))

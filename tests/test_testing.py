@@ -285,6 +285,51 @@ def test_what_takes_no_part_has_no_weight(form, rng):
         np.testing.assert_array_equal(mapping(jnp.array([jnp.inf, 1, jnp.inf])), [0.5, 0, 0.5])
 
 
+def test_parameters_beside_what_takes_no_part(rng):
+    """Where JAX finds derivatives, and where they are given: no NaN from -inf."""
+    x, takes_part = rng.normal(size=4), np.arange(4) < 3
+
+    def weight(u, rate):
+        return jax.nn.sigmoid(rate * u)
+
+    def score(p, rate):
+        return (jnp.log(p) - jnp.log1p(-p)) / rate
+
+    for slope in (None, lambda p, rate: rate * p * (1 - p)):
+        gate = jsm.threshold_mapping(jsm.Form(weight, score, slope, tau=0.0))
+
+        def loss(rate, where, gate=gate):
+            return jnp.sum(jnp.where(takes_part, gate(x, rate, where=where), 0) ** 2)
+
+        for derivative in (jax.grad, lambda f: jax.jacfwd(jax.grad(f))):
+            found = derivative(lambda rate: loss(rate, takes_part))(1.3)
+            np.testing.assert_allclose(found, derivative(lambda rate: loss(rate, None))(1.3))
+
+
+def test_forms_of_what_is_traced_are_refused():
+    def logit(p):
+        return jnp.log(p) - jnp.log1p(-p)
+
+    def at(rate):
+        form = jsm.Form(lambda u: jnp.exp(rate * u), lambda p: jnp.log(p) / rate)
+        return jsm.threshold_mapping(form)(jnp.arange(3.0))[0]
+
+    def beyond(tau):
+        form = jsm.Form(jax.nn.sigmoid, logit, lambda p: p * (1 - p), tau=tau)
+        return jsm.threshold_mapping(form)(jnp.arange(3.0))[0]
+
+    for fun, part in ((at, "weight"), (beyond, "tau")):
+        for of in (jax.grad(fun), jax.jit(jax.grad(fun))):
+            with pytest.raises(TypeError, match=rf"form.{part} must not depend on .* traced"):
+                of(2.0)
+    # JAX finds the derivatives of what is not solved for.
+
+    def shifted(tau):
+        return jsm.threshold_mapping(jsm.Form(jax.nn.sigmoid, logit, tau=tau))(jnp.zeros(1))[0]
+
+    np.testing.assert_allclose(jax.grad(shifted)(0.5), -jax.grad(jax.nn.sigmoid)(-0.5))
+
+
 def test_attention_and_losses_of_a_form(rng):
     query, key, value = rng.normal(size=(3, 2, 12, 2, 4))
     form = jsm.Form(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * jnp.sqrt(p))

@@ -1,6 +1,7 @@
 """What was passed: checked, and brought into the layouts that blocks are cut from."""
 
 import dataclasses
+import functools
 import inspect
 import numbers
 from collections.abc import Callable, Mapping
@@ -267,6 +268,17 @@ def takes(function: Callable, name: str) -> bool:
     except (TypeError, ValueError):  # a callable that cannot tell
         return True
     return has_parameter(signature, name)
+
+
+def check_draws_nothing(normalizer: Callable[..., Any]) -> None:
+    """Refuses a key: blocks would share what is drawn, and gradients be of what is drawn anew."""
+    partial = functools.partial(normalizer)
+    given = jax.tree.leaves((partial.args, partial.keywords))
+    if any(jnp.issubdtype(getattr(x, "dtype", bool), jax.dtypes.prng_key) for x in given):
+        raise ValueError(
+            "normalizer must make the same weights in every block, got "
+            f"{function_name(partial.func)} with a key: for noise in the scores, give it as a bias."
+        )
 
 
 def function_name(function: Callable) -> str:

@@ -199,10 +199,8 @@ def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Cal
     The gradient is taken block by block along with the value. A row whose loss is infinite is so
     at any parameters, as one of a class that was ruled out, and has no say.
     """
-    total_weight = jnp.sum(examples.weights)
-    total_weight = jnp.where(total_weight == 0, 1, total_weight)
 
-    def of_block(params: Any, block: Examples) -> Array:
+    def of_block(params: Any, block: Examples) -> tuple[Array, Array]:
         losses = loss(params, block)
         if losses.shape != block.weights.shape:
             raise ValueError(
@@ -210,15 +208,22 @@ def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Cal
                 f"{losses.shape}."
             )
         losses = losses.astype(block.dtype)
-        counts = (block.weights > 0) & (losses != jnp.inf)
-        return jnp.sum(jnp.where(counts, block.weights * losses, 0)) / total_weight
+        weights = jnp.where(losses == jnp.inf, 0, block.weights)
+        return jnp.sum(jnp.where(weights > 0, weights * losses, 0)), jnp.sum(weights)
+
+    def share_of(weight: Array) -> Array:
+        return 1 / jnp.where(weight == 0, 1, weight)
 
     @custom_vjp
     def mean(params: Any) -> Array:
-        return examples.sum(lambda block: of_block(params, block))
+        total, weight = examples.sum(functools.partial(of_block, params))
+        return total * share_of(weight)
 
     def fwd(params: Any) -> tuple[Array, Any]:
-        return examples.sum(lambda block: jax.value_and_grad(of_block)(params, block))
+        slope_of = jax.value_and_grad(of_block, has_aux=True)
+        (total, weight), slope = examples.sum(functools.partial(slope_of, params))
+        share = share_of(weight)
+        return total * share, jax.tree.map(lambda x: x * share, slope)
 
     def bwd(gradient: Any, ct: Array) -> tuple[Any]:
         return (jax.tree.map(lambda g: ct * g, gradient),)

@@ -287,7 +287,12 @@ def isotonic(
       estimates.
     """
     parameters = {"points": as_scores(points, "points"), "values": as_scores(values, "values")}
-    return _class_by_class(jnp.interp, probs, parameters)
+    return _class_by_class(_interpolated, probs, parameters)
+
+
+def _interpolated(p: Array, points: Array, values: Array) -> Array:
+    """The function at `p`, NaN there: it would be what lies beyond the points."""
+    return jnp.where(jnp.isnan(p), p, jnp.interp(p, points, values))
 
 
 def _class_by_class(

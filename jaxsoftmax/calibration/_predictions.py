@@ -22,6 +22,7 @@ from jaxsoftmax._scores import (
     check_real,
     with_ndim,
 )
+from jaxsoftmax._sharding import gathered_whole
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -83,11 +84,12 @@ class Predictions:
 
     def of_each_class(self, function: Callable[["Events"], T]) -> T:
         """`function` of each column, one after the other: bins of all would fill the memory."""
+        probs, outcomes = map(gathered_whole, (self.probs, self.came_true()))
 
         def of_one(column: tuple[Array, Array]) -> T:
-            return function(Events(*column, self.weights).all_or_none(self.probs))
+            return function(Events(*column, self.weights).all_or_none(probs))
 
-        return lax.map(of_one, (self.probs.T, self.came_true().T))
+        return lax.map(of_one, (probs.T, outcomes.T))
 
 
 @functools.partial(
@@ -110,10 +112,13 @@ class Events:
     weights: Array
 
     def all_or_none(self, probs: Array) -> "Events":
-        """NaN, all of them, if any of `probs` is: a maximum, or a bin, may lose it."""
+        """NaN, all of them, if any of `probs` is: a maximum, or a bin, may lose it.
+
+        They are gathered from the devices of an explicit mesh: bins are of all of them.
+        """
         known = ~jnp.any(jnp.isnan(probs))
-        value, outcome = (nan_unless(known, x) for x in (self.value, self.outcome))
-        return Events(value, outcome, self.weights)
+        value, outcome, weights = map(gathered_whole, (self.value, self.outcome, self.weights))
+        return Events(nan_unless(known, value), nan_unless(known, outcome), weights)
 
 
 def measure(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
