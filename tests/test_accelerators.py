@@ -237,6 +237,7 @@ def test_kernels_fit(device, name):
 
 GPU_KERNELS = {
     "softmax": of_kernels(jnp.bfloat16, 64, is_causal=True),
+    "softmax, 80 features": of_kernels(jnp.bfloat16, 80),
     "softmax, 128 features": of_kernels(jnp.float16, 128),
     "sparsemax": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.sparsemax),
     "entmax15": of_kernels(jnp.bfloat16, 64, is_causal=True, normalizer=jsm.entmax15),

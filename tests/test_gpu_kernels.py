@@ -81,6 +81,20 @@ def test_bfloat16_and_wide_heads(rng):
     assert max(found.values()) < 1e-2, found
 
 
+WIDTHS = ("softmax", (32, 32)), ("entmax15", (80, 80)), ("softmax", (96, 64)), ("softmax", (9, 40))
+
+
+@pytest.mark.parametrize(("name", "widths"), WIDTHS, ids=str)
+@pytest.mark.usefixtures("step_by_step")
+def test_other_widths(name, widths, rng, monkeypatch):
+    """Of keys and of values; what kernels have more is cut off."""
+    monkeypatch.setitem(OPTIONS, "short", ((), {"is_causal": True}, CAUSAL[..., :100, :100]))
+    arrays = {name: x[:1, :100, :1] for name, x in arrays_of(rng, np.float16, (), widths).items()}
+    ct = jnp.asarray(rng.normal(size=(1, 100, 1, widths[1])), np.float16).astype(np.float64)
+    found = test_kernels.errors(name, "short", arrays, ct, kernels, lambda f: f)
+    assert max(found.values()) < 2e-3, found
+
+
 @pytest.mark.usefixtures("step_by_step")
 def test_masks_and_biases_of_keys(rng, monkeypatch):
     """Those of padding, which are the same for all queries."""
@@ -209,7 +223,7 @@ def of_value(attend, x=X, platform="cuda"):
 
 WITHOUT = {
     "float32": (jax.ShapeDtypeStruct(X.shape, np.float32), {}),
-    "32 features": (jax.ShapeDtypeStruct((2, 200, 4, 32), X.dtype), {}),
+    "136 features": (jax.ShapeDtypeStruct((2, 200, 4, 136), X.dtype), {}),
     "floor": (X, {"score_mod": lambda score, *_: jnp.floor(score)}),
 }
 

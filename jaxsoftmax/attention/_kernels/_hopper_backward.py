@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxsoftmax.attention._kernels import _hopper, _operands
+from jaxsoftmax.attention._kernels import _hopper
 from jaxsoftmax.attention._kernels._backward import of_group, of_numbers, pairs_of, summed
 from jaxsoftmax.attention._kernels._forms import gaps, shares, terms_of_numbers, with_slope
 from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
 from jaxsoftmax.attention._kernels._hopper_arrays import OverScores, is_of_pairs, is_own
-from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, operands
+from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, laid, operands
 from jaxsoftmax.attention._kernels._operands import Arrays
 from jaxsoftmax.attention._kernels._scores import scores
 from jaxsoftmax.attention._kernels._tiles import (
@@ -38,7 +38,7 @@ def backward(
 ) -> dict[str, Array]:
     """As `Kernels` asks."""
     sizes = call.sizes
-    ct = _operands.lengthened(jnp.swapaxes(ct, 1, 2), 1, call.queries)
+    ct = laid(ct, (0, 2, 1, 3), call.queries, sizes.value_features)
     delta = jnp.transpose(jnp.sum(ct * kept["mean"], 3), (0, 2, 1))[:, :, None]
     params = [arrays[f"param {i}"] for i in range(call.params)]
     rows = [kept["rows"][:, :, i, None] for i in range(kept["rows"].shape[2])]
@@ -48,12 +48,14 @@ def backward(
     of_queries = _of_queries(call, operands(call, arrays) | own, names, bias)
     of_keys = _of_keys(call, operands(call, arrays, by_keys=True) | own, bias)
 
-    def turned(x: Array, length: int, order: tuple[int, ...]) -> Array:
-        return jnp.transpose(x[:, :length], order)
+    def turned(x: Array, length: int, width: int, order: tuple[int, ...]) -> Array:
+        return jnp.transpose(x[:, :length, :, :width], order)
 
-    cts = {"query": turned(of_queries["query"], sizes.queries, (0, 2, 1, 3))}
+    width = arrays["query"].shape[3]
+    cts = {"query": turned(of_queries["query"], sizes.queries, width, (0, 2, 1, 3))}
     for name in ("key", "value"):
-        cts[name] = of_group(call, turned(of_keys[name], sizes.keys, (0, 2, 3, 1)))
+        width = arrays[name].shape[2]
+        cts[name] = of_group(call, turned(of_keys[name], sizes.keys, width, (0, 2, 3, 1)))
     if "bias" in of_queries:
         cts["bias"] = of_queries["bias"][:, :, : sizes.queries, : sizes.keys]
     elif "sum" in of_queries:

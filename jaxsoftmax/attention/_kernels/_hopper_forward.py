@@ -42,7 +42,7 @@ def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Ar
     """As `Kernels` asks.
 
     Kept are of each row "rows", numbers, (B, N, R, T), and "mean", (B, T, N, V), both in whole
-    blocks.
+    blocks, and this with all features that values are given.
     """
     sizes = call.sizes
     ins = operands(call, arrays)
@@ -63,25 +63,31 @@ def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Ar
     kernel = functools.partial(_kernel, call)
     found = _hopper.run(kernel, call, call.blocks_of(sizes.queries), ins, outs, scratch)
     out = found.pop("out")
-    return jnp.swapaxes(out, 1, 2)[:, :, : sizes.queries], {"mean": out, **found} if keep else {}
+    given = jnp.swapaxes(out, 1, 2)[:, :, : sizes.queries, : arrays["value"].shape[2]]
+    return given, {"mean": out, **found} if keep else {}
 
 
 def operands(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, Array]:
-    """Queries, keys and values, (B, length, heads, width) in whole blocks, and all other arrays.
+    """Queries, keys and values, and all other arrays.
 
     Those over scores are for programs of queries or of keys.
     """
-
-    def laid(x: Array, order: tuple[int, ...], length: int) -> Array:
-        return _operands.lengthened(jnp.transpose(x, order), 1, length)
-
+    features, values = call.sizes.features, call.sizes.value_features
     return {
-        "query": laid(call.scaled(arrays["query"]), (0, 2, 1, 3), call.queries),
-        "key": laid(arrays["key"], (0, 3, 1, 2), call.keys),
-        "value": laid(arrays["value"], (0, 3, 1, 2), call.keys),
+        "query": laid(call.scaled(arrays["query"]), (0, 2, 1, 3), call.queries, features),
+        "key": laid(arrays["key"], (0, 3, 1, 2), call.keys, features),
+        "value": laid(arrays["value"], (0, 3, 1, 2), call.keys, values),
         **{name: x for name, (_, x) in _operands.numbers(call, arrays).items()},
         **over_scores(call, arrays, by_keys),
     }
+
+
+def laid(x: Array, order: tuple[int, ...], length: int, width: int) -> Array:
+    """An array turned to (B, length, heads, width), in whole blocks and in all features.
+
+    Features that are 0 change neither scores nor sums.
+    """
+    return _operands.lengthened(_operands.lengthened(jnp.transpose(x, order), 1, length), 3, width)
 
 
 def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
