@@ -25,9 +25,10 @@ from jaxsoftmax.attention._kernels._plain import is_known
 from jaxsoftmax.attention._kernels._rule import Kernels
 from jaxsoftmax.attention._kernels._tiles import F32, Call
 
-# Heads have features in multiples of this, the others 0: rows in stretches of it can be swizzled.
-# And the most of which sums leave registers for a tile.
-_STRETCH, _MOST = 32, 128
+# Heads get more features, of zeros, up to a multiple of this: so rows can be swizzled.
+_STRETCH = 32
+# Sums of more would not leave registers for a tile.
+_MOST = 256
 
 _refuse = functools.partial(refuse, "pallas")
 

@@ -5,7 +5,7 @@ A program has a block of queries. Scores are made anew for each pass over the ke
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,6 +36,8 @@ from jaxsoftmax.attention._kernels._tiles import (
 # Keys fall into this many classes, of each of which the two largest scores start the search: as
 # many as there are registers for.
 CLASSES = 32
+# Some features of the values, what is found of them by name, and what is kept of rows.
+Found = Iterator[tuple[Any, dict[str, Array], State]]
 
 
 def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
@@ -56,7 +58,7 @@ def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Ar
             outs["mean"] = shape, F32
     scratch = {
         "query": _hopper.tiles(call, sizes.features, query.dtype),
-        "out": _hopper.tiles(call, width, F32),
+        "out": _hopper.stretch(call, F32, width),
         "row": _hopper.row(),
         "barrier": _hopper.barrier(),
     }
@@ -104,13 +106,13 @@ def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     if "sink" in ins:
         sink = jnp.minimum(rows.full(place.number("sink")), MOST)
     attend = _online if call.form.only_scales else _searching
-    found = attend(keys, sink)
-    kept = found.pop("rows")
-    unseeing = kept[0] >= NOWHERE
-    for name, x in found.items():
-        if name in outs:
-            x = jnp.where(rows.spread(unseeing, x), 0, x)
-            _hopper.store(x, scratch["out"], outs[name].at[place.batch, at, place.head])
+    kept: State = ()
+    for of, found, kept in attend(keys, sink):
+        unseeing = kept[0] >= NOWHERE
+        for name, x in found.items():
+            if name in outs:
+                x = jnp.where(rows.spread(unseeing, x), 0, x)
+                _hopper.store(x, scratch["out"], outs[name].at[place.batch, at, place.head, of])
     if "rows" in outs:
         for i, row in enumerate(kept):
             target = outs["rows"].at[place.batch, place.head, i, at]
@@ -149,13 +151,13 @@ class Keys:
         """`carry = body(first, scores, carry)`: one pass."""
         return self._pass(lambda first, _, x, carry: body(first, x, carry), [self.key], carry)
 
-    def loop_with_values(self, body: Callable[..., Any], carry: Any) -> Any:
-        """`carry = body(values, scores, carry)`: one pass."""
+    def loop_with_values(self, of: Any, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry = body(values, scores, carry)`, with some features of the values: one pass."""
 
         def step(_: Any, parts: Any, x: Array, carry: Any) -> Any:
             return body(parts[1], x, carry)
 
-        return self._pass(step, [self.key, self.value], carry)
+        return self._pass(step, [self.key, self.value.at[:, of]], carry)
 
     def _pass(self, body: Callable[..., Any], refs: list[Any], carry: Any) -> Any:
         """`carry = body(first, parts, scores, carry)`, with parts of the keys and of other refs."""
@@ -180,17 +182,21 @@ class Keys:
         index = rows.settled(lax.broadcasted_iota(jnp.int32, (BLOCK,), 0))
         return nothing | (self.block * BLOCK + index >= self.place.queries)
 
-    def zeros(self) -> Array:
-        """What sums of values begin with."""
+    def stretches(self, most: int) -> list[Any]:
+        """The features of the values, so many at a time."""
         width = self.place.call.sizes.value_features
-        return self.place.rows.settled(jnp.zeros((BLOCK, width), F32))
+        return [pl.ds(start, min(most, width - start)) for start in range(0, width, most)]
+
+    def zeros(self, of: Any) -> Array:
+        """What sums of some features of the values begin with."""
+        return self.place.rows.settled(jnp.zeros((BLOCK, of.size), F32))
 
     def added(self, out: Array, weights: Array, value: Any) -> Array:
         """A sum of values, given the weights of one more tile."""
         return _hopper.add_product(out, weights, value, self.place.call.interpret)
 
 
-def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
+def _online(keys: Keys, sink: Array | None) -> Found:
     """Softmax: what was added up is scaled down as the maximum rises."""
     rows = keys.place.rows
     top = rows.full(LEAST) if sink is None else sink
@@ -204,16 +210,20 @@ def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
         acc = keys.added(acc * rows.spread(old, acc), weights, value)
         return acc, new, total * old + rows.sum(weights)
 
-    acc, top, total = keys.loop_with_values(body, (keys.zeros(), top, total))
+    (of,) = keys.stretches(keys.place.call.sizes.value_features)
+    acc, top, total = keys.loop_with_values(of, body, (keys.zeros(of), top, total))
     total = jnp.where(total > 0, total, 1)
     log_total = jnp.log(total)
     origin = jnp.where(keys.unseeing(top), NOWHERE, top + log_total)
     of_infinite = jnp.where(top == MOST, -log_total, 0)
-    return {"out": acc * rows.spread(1 / total, acc), "rows": (origin, of_infinite)}
+    yield of, {"out": acc * rows.spread(1 / total, acc)}, (origin, of_infinite)
 
 
-def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
-    """Any other form: a threshold is found, and then all is added up at once."""
+def _searching(keys: Keys, sink: Array | None) -> Found:
+    """Any other form: a threshold is found, and then all is added up at once.
+
+    That is two sums of values, which only as many features leave registers for.
+    """
     place, rows = keys.place, keys.place.rows
     few = _largest(keys)
     top = rows.max(few[0])
@@ -222,7 +232,8 @@ def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
     seen_top = rows.settled(jnp.where(unseeing, 0, top))
     search = Search(place.call.form, place.params, seen_top, unseeing, sink, rows)
     state = search.solve(lambda: few, keys.loop, place.call.sizes.keys)
-    return _mix(keys, search, state)
+    for of in keys.stretches(_hopper.NARROW):
+        yield of, *_mix(keys, search, state, of)
 
 
 def _largest(keys: Keys) -> tuple[Array, Array]:
@@ -240,8 +251,8 @@ def _largest(keys: Keys) -> tuple[Array, Array]:
     return keys.loop(body, (none, none))
 
 
-def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
-    """The output, the mean of values by slopes, and what is kept of rows."""
+def _mix(keys: Keys, search: Search, state: State, of: Any) -> tuple[dict[str, Array], State]:
+    """The output and the mean of values by slopes, of some features, and what is kept of rows."""
 
     def body(value: Any, x: Array, carry: Any) -> Any:
         out, of_slopes, sums = carry
@@ -249,12 +260,8 @@ def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
         out, of_slopes = keys.added(out, terms[0], value), keys.added(of_slopes, terms[1], value)
         return out, of_slopes, search.added(sums, terms[:2])
 
-    carry = keys.zeros(), keys.zeros(), search.zeros(2)
-    out, of_slopes, sums = keys.loop_with_values(body, carry)
+    carry = keys.zeros(of), keys.zeros(of), search.zeros(2)
+    out, of_slopes, sums = keys.loop_with_values(of, body, carry)
     sums = search.with_sink(sums, state)
     mean = search.mean(sums, of_slopes)
-    return {
-        "out": search.output(sums, out, mean),
-        "mean": mean,
-        "rows": search.kept(sums, state),
-    }
+    return {"out": search.output(sums, out, mean), "mean": mean}, search.kept(sums, state)
