@@ -3,9 +3,10 @@
 They are counted in the loops of what the assembler makes; nothing runs. The peer is JAX's own
 attention for Hopper GPUs. Needs the extra "aot": `python -m benchmarks.instructions`.
 
-Times made of them are estimates, for batch 4, length 4096, 8 heads, 64 features, and queries that
-see the keys up to their own. What is counted is not causal: there, tiles on the diagonal have a
-mask besides. Of the peer too, only what a warpgroup does that computes is counted. Assumed is:
+Times made of them are estimates, for batch 4, length 4096, 8 heads, 64 features where no other
+number is told, and queries that see the keys up to their own. What is counted is not causal: there,
+tiles on the diagonal have a mask besides. Of the peer too, only what a warpgroup does that computes
+is counted. Assumed is:
 
 - A block of 64 queries or keys is four warps, one on each quarter of a core. A quarter starts one
   instruction a cycle. Minima, comparisons, selections, integers and conversions take it 2 cycles,
@@ -112,13 +113,15 @@ class Program:
       function: attends.
       dtype: of what it takes.
       kernels: its kernels in the order in which they are compiled.
-      keys: how many keys a pass of the loop of the output and of the gradient of queries takes.
+      keys: how many keys a pass of a loop takes, which is not that of "dkv".
+      features: those of its heads.
     """
 
     function: Callable[..., Any]
     dtype: Any
-    kernels: tuple[str, str, str]
+    kernels: tuple[str, ...]
     keys: int = TILE
+    features: int = FEATURES
 
     def tiles(self, kernel: str) -> float:
         """How many tiles a pass of a loop is."""
@@ -128,6 +131,12 @@ class Program:
 def ours(name: str) -> Program:
     """Attention by our kernels."""
     return Program(bundles.ours(name), jnp.bfloat16, ("forward", "dq", "dkv"))
+
+
+def of_256_features(name: str) -> Program:
+    """The same, of which keys and values have a kernel each, and tiles come by halves."""
+    kernels = "forward", "dv", "dq", "dk"
+    return Program(bundles.ours(name), jnp.bfloat16, kernels, TILE // 2, 256)
 
 
 def theirs(keys: int) -> Program:
@@ -156,6 +165,7 @@ PROGRAMS = {
     "softmax": ours("softmax"),
     "entmax15": ours("entmax15"),
     "sparsemax": ours("sparsemax"),
+    "softmax, 256 features": of_256_features("softmax"),
     "JAX's attention_mgpu, 64 keys": theirs(64),
     "JAX's attention_mgpu, 128 keys": theirs(128),
 }
@@ -216,7 +226,7 @@ def loops(text: str) -> tuple[Work, list[Work]]:
 def compile_for_gpu(name: str) -> None:
     """Compiles the value and the gradients of attention."""
     program = PROGRAMS[name]
-    x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, FEATURES), program.dtype)
+    x = jax.ShapeDtypeStruct((BATCH, LENGTH, HEADS, program.features), program.dtype)
 
     def both(args: Sequence[Any], ct: Any) -> Any:
         out, pull_back = jax.vjp(program.function, *args)
@@ -286,7 +296,7 @@ def main() -> None:
             titles = LOOPS_OF_SEARCH if len(kernel.loops) > 1 else ("tile",)
             for title, loop in zip(titles, kernel.loops, strict=True):
                 *counts, flops = (x / tiles for x in loop)
-                counts.append(flops / (2 * TILE * TILE * FEATURES))
+                counts.append(flops / (2 * TILE * TILE * program.features))
                 print(f"| {name} | {kind} | {title} | {' | '.join(f'{x:.0f}' for x in counts)} |")
             low, high = (f"{1e3 * x:.2f}" for x in estimate(kernel, tiles))
             has = kernel.registers, kernel.spilled, kernel.shared, kernel.at_once

@@ -81,6 +81,30 @@ def test_bfloat16_and_wide_heads(rng):
     assert max(found.values()) < 1e-2, found
 
 
+WIDTHS = [
+    ("softmax", (32, 32)),
+    ("entmax15", (80, 9)),
+    ("softmax", (96, 64)),
+    ("softmax", (256, 256)),
+    ("entmax15", (136, 200)),
+]
+
+
+@pytest.mark.parametrize(("name", "widths"), WIDTHS, ids=str)
+@pytest.mark.usefixtures("step_by_step")
+def test_other_widths(name, widths, rng, monkeypatch):
+    """Of keys and of values, under a mask of keys; what kernels have more is cut off."""
+    seen = np.arange(100) < 90
+    options = {"is_causal": True, "mask": jnp.asarray(seen[None, None, None])}
+    monkeypatch.setitem(OPTIONS, "short", ((), options, seen & CAUSAL[..., :100, :100]))
+    arrays = {name: x[:1, :100, :1] for name, x in arrays_of(rng, np.float16, (), widths).items()}
+    if max(widths) > 128:  # of which tiles come in parts
+        arrays["bias"] = jnp.asarray(rng.normal(size=(1, 1, 100, 100)), np.float16)
+    ct = jnp.asarray(rng.normal(size=(1, 100, 1, widths[1])), np.float16).astype(np.float64)
+    found = test_kernels.errors(name, "short", arrays, ct, kernels, lambda f: f)
+    assert max(found.values()) < 2e-3, found
+
+
 @pytest.mark.usefixtures("step_by_step")
 def test_masks_and_biases_of_keys(rng, monkeypatch):
     """Those of padding, which are the same for all queries."""
@@ -209,7 +233,7 @@ def of_value(attend, x=X, platform="cuda"):
 
 WITHOUT = {
     "float32": (jax.ShapeDtypeStruct(X.shape, np.float32), {}),
-    "32 features": (jax.ShapeDtypeStruct((2, 200, 4, 32), X.dtype), {}),
+    "257 features": (jax.ShapeDtypeStruct((2, 200, 4, 257), X.dtype), {}),
     "floor": (X, {"score_mod": lambda score, *_: jnp.floor(score)}),
 }
 

@@ -162,11 +162,11 @@ def dot_product_attention(
         platform. "pallas" are kernels on a TPU and on a Hopper GPU, and blocks elsewhere; they take
         softmax and what has a form (sparsemax, entmax15, entmax, a `threshold_mapping`), and a
         `score_mod` and `mask_mod` that close over no arrays. Those of a TPU take bfloat16 and
-        float32; those of a GPU bfloat16 and float16, and heads of 64 or 128 features: what they do
-        not take is left to blocks there. They were compiled for both and checked in an interpreter,
-        but have not run on either. Their gradients are kernels, too; all other derivatives are
-        those of blocks. "cudnn" is softmax in 16 bits as `jax.nn` has it, on a GPU with cuDNN, to
-        be differentiated once, in reverse mode.
+        float32; those of a GPU bfloat16 and float16, and heads of up to 256 features: what they
+        do not take is left to blocks there. They were compiled for both and checked in an
+        interpreter, but have not run on either. Their gradients are kernels, too; all other
+        derivatives are those of blocks. "cudnn" is softmax in 16 bits as `jax.nn` has it, on a GPU
+        with cuDNN, to be differentiated once, in reverse mode.
 
     Returns:
       The outputs, (B, T, N, V) or (T, N, V), in the dtype of `query`; with `return_residual` also

@@ -24,6 +24,8 @@ from jaxsoftmax.attention._kernels._tiles import F32, Call, Range
 BLOCK = 64
 # How many tiles are on their way or at work.
 STAGES = 2
+# Rows of more features come a part of a tile at a time, so that shared memory holds them.
+NARROW = 128
 TILE = plgpu.Layout.WGMMA
 
 
@@ -141,6 +143,11 @@ def tiles(call: Call, width: int, dtype: Any) -> Any:
     return plgpu.SMEM((BLOCK, width), dtype, transforms=_transforms(call.part, width, dtype))
 
 
+def stretch(call: Call, dtype: Any, *widths: int) -> Any:
+    """Shared memory for as many of so many features as a part of a tile has columns."""
+    return tiles(call, min(call.part, *widths), dtype)
+
+
 def columns(call: Call) -> Any:
     """Shared memory for a part of a tile of scores."""
     return plgpu.SMEM((BLOCK, call.part), F32, transforms=_transforms_of_columns(call.part, F32))
@@ -175,38 +182,42 @@ def pipeline(
       columns: arrays over (block, columns); parts of all come in this order.
       carry: what the loop carries.
     """
-    first = jnp.asarray(over.first, jnp.int32)
+    size = part if any(ref.shape[-1] > NARROW for ref in rows if len(ref.shape) > 1) else BLOCK
+    copies = BLOCK // size
+    first = jnp.asarray(over.first * copies, jnp.int32)
     is_whole = is_same(over.first, over.inner) and is_same(over.outer, over.last)
     # A product waits until it has read all; `loaded` does not.
     is_loaded = bool(columns) or any(len(ref.shape) == 1 for ref in rows)
 
     def spec(ref: Any) -> Any:
         if len(ref.shape) == 1:
-            return plgpu.BlockSpec((BLOCK,), lambda j: (j + first,))
-        shape = BLOCK, ref.shape[1]
+            return plgpu.BlockSpec((size,), lambda j: (j + first,))
+        shape = size, ref.shape[1]
         transforms = _transforms(part, shape[1], ref.dtype)
         return plgpu.BlockSpec(shape, lambda j: (j + first, 0), transforms=transforms)
 
     def spec_of_columns(ref: Any) -> Any:
         transforms = _transforms_of_columns(part, ref.dtype)
-        return plgpu.BlockSpec((BLOCK, BLOCK), lambda j: (0, j + first), transforms=transforms)
+        return plgpu.BlockSpec((BLOCK, size), lambda j: (0, j + first), transforms=transforms)
 
     def step(index: Any, *parts_and_carry: Any) -> Any:
         *tiles, carry = parts_and_carry
-        tile = index[0] + first
-        is_cut = False if is_whole else (tile < over.inner) | (tile >= over.outer)
-        for start in range(0, BLOCK, part):
+        copy = index[0] + first
+        is_cut = False
+        if not is_whole:
+            is_cut = (copy < over.inner * copies) | (copy >= over.outer * copies)
+        for start in range(0, size, part):
             at = pl.ds(start, part)
             parts = [ref.at[at] for ref in tiles[: len(rows)]]
             parts += [ref.at[:, at] for ref in tiles[len(rows) :]]
-            carry = body(tile * BLOCK + start, is_cut, parts, carry)
+            carry = body(copy * size + start, is_cut, parts, carry)
         if is_loaded:
             release()
         return carry
 
     return plgpu.emit_pipeline(
         step,
-        grid=(over.last - over.first,),
+        grid=((over.last - over.first) * copies,),
         in_specs=[*map(spec, rows), *map(spec_of_columns, columns)],
         max_concurrent_steps=STAGES,
         init_carry=carry,
@@ -230,11 +241,17 @@ def fetch(source: Any, target: Any, barrier: Any) -> None:
 
 
 def store(x: Array, through: Any, target: Any) -> None:
-    """Writes by way of shared memory, and waits until that is free again."""
-    through[...] = x.astype(through.dtype)
-    plgpu.commit_smem()
-    plgpu.copy_smem_to_gmem(through, target)
-    plgpu.wait_smem_to_gmem(0)
+    """Writes by way of shared memory, as many columns at a time as it has.
+
+    Waits until it is free again.
+    """
+    length, width = x.shape[-1], through.shape[-1]
+    for start in range(0, length, width):
+        stop = start + width
+        through[...] = x[..., start:stop].astype(through.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(through, target.at[..., pl.ds(start, width)])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=stop < length)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -17,7 +17,7 @@ from jaxtyping import Array
 from jaxsoftmax.attention._kernels import _hopper, _operands
 from jaxsoftmax.attention._kernels._hopper import BLOCK
 from jaxsoftmax.attention._kernels._operands import OVER_SCORES, Arrays
-from jaxsoftmax.attention._kernels._tiles import Call, Place, Range, least, most
+from jaxsoftmax.attention._kernels._tiles import F32, Call, Place, Range, least, most
 
 
 def over_scores(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, Array]:
@@ -32,8 +32,8 @@ def over_scores(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, 
             x = arrays[name]
             if x.dtype != jnp.float16:  # which a TPU does not load
                 x = _operands.loadable(name, x)
-            if name == "mask" and 1 in x.shape[2:]:
-                x = x.astype(jnp.int32)  # so that 64 numbers have as many bytes as a copy takes
+            if 1 in x.shape[2:]:  # so that few numbers have as many bytes as a copy takes
+                x = x.astype(F32 if name == "bias" else jnp.int32)
             if x.shape[2:] == (1, 1):  # a number is one of each key
                 x = jnp.broadcast_to(x, (*x.shape[:3], call.keys))
             for axis, length in ((2, call.queries), (3, call.keys)):

@@ -1,9 +1,10 @@
 """The gradients of attention on a Hopper GPU, in two kernels: those of queries, and of keys.
 
-Each makes the weights of a tile anew. So nothing is added up in main memory, and results do not
-depend on which program comes first.
+Wide keys and values have one each. Each makes the weights of a tile anew. So nothing is added up in
+main memory, and results do not depend on which program comes first.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import Any
@@ -12,14 +13,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jaxtyping import Array
 
-from jaxsoftmax.attention._kernels import _hopper, _operands
+from jaxsoftmax.attention._kernels import _hopper
 from jaxsoftmax.attention._kernels._backward import of_group, of_numbers, pairs_of, summed
 from jaxsoftmax.attention._kernels._forms import gaps, shares, terms_of_numbers, with_slope
 from jaxsoftmax.attention._kernels._hopper import BLOCK, RowsInRegisters
 from jaxsoftmax.attention._kernels._hopper_arrays import OverScores, is_of_pairs, is_own
-from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, operands
+from jaxsoftmax.attention._kernels._hopper_forward import head_of_group, laid, operands
 from jaxsoftmax.attention._kernels._operands import Arrays
-from jaxsoftmax.attention._kernels._scores import scores
+from jaxsoftmax.attention._kernels._scores import Scores, scores
 from jaxsoftmax.attention._kernels._tiles import (
     F32,
     Call,
@@ -31,6 +32,8 @@ from jaxsoftmax.attention._kernels._tiles import (
 )
 
 State = tuple[Array, ...]
+# How many features keys and values may have for one kernel to have registers for the sums of both.
+_AT_ONCE = 320
 
 
 def backward(
@@ -38,7 +41,7 @@ def backward(
 ) -> dict[str, Array]:
     """As `Kernels` asks."""
     sizes = call.sizes
-    ct = _operands.lengthened(jnp.swapaxes(ct, 1, 2), 1, call.queries)
+    ct = laid(ct, (0, 2, 1, 3), call.queries, sizes.value_features)
     delta = jnp.transpose(jnp.sum(ct * kept["mean"], 3), (0, 2, 1))[:, :, None]
     params = [arrays[f"param {i}"] for i in range(call.params)]
     rows = [kept["rows"][:, :, i, None] for i in range(kept["rows"].shape[2])]
@@ -46,14 +49,19 @@ def backward(
     own = {"ct": ct.astype(arrays["query"].dtype), "rows": jnp.concatenate(rows, 2)}
     names, bias = summed(wanted), "bias" in wanted
     of_queries = _of_queries(call, operands(call, arrays) | own, names, bias)
-    of_keys = _of_keys(call, operands(call, arrays, by_keys=True) | own, bias)
+    ins, of_keys = operands(call, arrays, by_keys=True) | own, {}
+    is_one = sizes.features + sizes.value_features <= _AT_ONCE
+    for which in [("key", "value")] if is_one else [("key",), ("value",)]:
+        of_keys |= _of_keys(call, ins, which, bias and "key" in which)
 
-    def turned(x: Array, length: int, order: tuple[int, ...]) -> Array:
-        return jnp.transpose(x[:, :length], order)
+    def turned(x: Array, length: int, width: int, order: tuple[int, ...]) -> Array:
+        return jnp.transpose(x[:, :length, :, :width], order)
 
-    cts = {"query": turned(of_queries["query"], sizes.queries, (0, 2, 1, 3))}
+    width = arrays["query"].shape[3]
+    cts = {"query": turned(of_queries["query"], sizes.queries, width, (0, 2, 1, 3))}
     for name in ("key", "value"):
-        cts[name] = of_group(call, turned(of_keys[name], sizes.keys, (0, 2, 3, 1)))
+        width = arrays[name].shape[2]
+        cts[name] = of_group(call, turned(of_keys[name], sizes.keys, width, (0, 2, 3, 1)))
     if "bias" in of_queries:
         cts["bias"] = of_queries["bias"][:, :, : sizes.queries, : sizes.keys]
     elif "sum" in of_queries:
@@ -97,26 +105,26 @@ def _sum_of_bias(call: Call, bias: Array, length: int) -> dict[str, Any]:
     return {"sum": (shape, F32)} if is_own(bias) else {}
 
 
-def _of_keys(call: Call, ins: Arrays, bias: bool) -> dict[str, Array]:
-    """The cotangents of keys and values, (B, S, N, ...) of each head.
+def _of_keys(call: Call, ins: Arrays, names: Sequence[str], bias: bool) -> dict[str, Array]:
+    """The cotangents of keys, values or both, by name, (B, S, N, ...) of each head.
 
     And that of a bias, if it is the same for all queries: "sum", over these, (B, N, S).
     """
     sizes, dtype = call.sizes, ins["query"].dtype
     widths = {"key": sizes.features, "value": sizes.value_features}
+    # Weights take keys alone.
+    read = widths if "key" in names else ("key",)
     # What several heads add up to is not rounded before.
     of_head = dtype if sizes.heads == sizes.key_heads else F32
     shape = sizes.batch, call.keys, sizes.heads
-    outs: dict[str, Any] = {name: ((*shape, width), of_head) for name, width in widths.items()}
-    scratch = {name: _hopper.tiles(call, width, dtype) for name, width in widths.items()}
+    outs: dict[str, Any] = {name: ((*shape, widths[name]), of_head) for name in names}
+    scratch = {name: _hopper.tiles(call, widths[name], dtype) for name in read}
     scratch["barrier"] = _hopper.barrier()
     if bias:
         outs |= _sum_of_bias(call, ins["bias"], call.keys)
         scratch["row"] = _hopper.row()
-    if of_head != dtype:
-        scratch |= {
-            f"{name} out": _hopper.tiles(call, width, F32) for name, width in widths.items()
-        }
+    if of_head != dtype or "key" not in names:
+        scratch["out"] = _hopper.stretch(call, of_head, *(widths[name] for name in names))
     kernel = functools.partial(_kernel_of_keys, call)
     return _hopper.run(kernel, call, call.blocks_of(sizes.keys), ins, outs, scratch)
 
@@ -147,10 +155,10 @@ def _kernel_of_queries(
         products = _hopper.product(scratch["query"], key, call.interpret)
         of_values = _hopper.product(scratch["ct"], value, call.interpret)
         first = keys, block * BLOCK
-        made, ct_scores = _weights(place, first, is_cut, read, (products, of_values), of_rows)
-        *of_weights, worth = made
+        weights = _weights(place, first, is_cut, read, products, of_rows)
+        worth, ct_scores = weights.pull_back(of_values)
         if names:
-            sums = _added(place, names, sums, of_weights, worth)
+            sums = _added(place, names, sums, weights.made, worth)
         if "bias" in outs:
             store_tile(keys, ct_scores)
         of_bias = tuple(x + jnp.sum(ct_scores, 1) for x in of_bias)
@@ -191,33 +199,67 @@ def _kernel_of_keys(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     keys = _hopper.index("blocks")
     at = pl.ds(keys * BLOCK, BLOCK)
     for name in ("key", "value"):
-        _hopper.fetch(ins[name].at[batch, at, group], scratch[name], scratch["barrier"])
+        if name in scratch:
+            _hopper.fetch(ins[name].at[batch, at, group], scratch[name], scratch["barrier"])
 
-    def body(queries: Any, is_cut: Any, parts: Any, read: Any, carry: State) -> State:
-        (query, ct, *of_rows), (key_out, value_out, *of_bias) = parts, carry
-        products = _hopper.product(scratch["key"], query, call.interpret)
-        of_values = _hopper.product(scratch["value"], ct, call.interpret)
+    def body(queries: Any, is_cut: Any, parts: Any, read: Any, carry: Any) -> Any:
+        (query, ct, *of_rows), sums = parts, dict(carry)
+        products, of_values = _hopper.product(scratch["key"], query, call.interpret), None
+        if "key" in sums:
+            of_values = _hopper.product(scratch["value"], ct, call.interpret)
         of_rows, first = rows.read(of_rows), (keys * BLOCK, queries)
-        made, ct_scores = _weights(place, first, is_cut, read, (products, of_values), of_rows)
-        value_out = _hopper.add_product(value_out, made[1], ct, call.interpret)
-        key_out = _hopper.add_product(key_out, ct_scores, query, call.interpret)
-        return key_out, value_out, *(x + jnp.sum(ct_scores, 1) for x in of_bias)
+        weights = _weights(place, first, is_cut, read, products, of_rows)
+        if "value" in sums:
+            share = weights.made[1]
+            sums["value"] = _hopper.add_product(sums["value"], share, ct, call.interpret)
+        if of_values is not None:
+            _, ct_scores = weights.pull_back(of_values)
+            sums["key"] = _hopper.add_product(sums["key"], ct_scores, query, call.interpret)
+            if "sum" in sums:
+                sums["sum"] += jnp.sum(ct_scores, 1)
+        return sums
 
-    sizes = call.sizes
-    widths = sizes.features, sizes.value_features
-    zeros = tuple(rows.settled(jnp.zeros((BLOCK, width), F32)) for width in widths)
+    zeros = {
+        name: rows.settled(jnp.zeros((BLOCK, outs[name].shape[3]), F32))
+        for name in ("key", "value")
+        if name in outs
+    }
     if "sum" in outs:
-        zeros = *zeros, RowsInRegisters(1, BLOCK, call.interpret).full(0.0)
+        zeros["sum"] = RowsInRegisters(1, BLOCK, call.interpret).full(0.0)
     refs = [ins[name].at[batch, :, head] for name in ("query", "ct")]
     refs += [ins["rows"].at[batch, head, i] for i in range(ins["rows"].shape[2])]
     arrays = OverScores(place, keys)
     over = arrays.within(queries_seeing(place, keys))
-    of_key, of_value, *of_bias = arrays.pipeline(body, over, refs, zeros)
-    for x in of_bias:
-        _hopper.store(x, scratch["row"], outs["sum"].at[batch, head, at])
-    for name, x in {"key": of_key * call.factor, "value": of_value}.items():
-        through = scratch.get(f"{name} out", scratch[name])
+    sums = arrays.pipeline(body, over, refs, zeros)
+    if "sum" in sums:
+        _hopper.store(sums.pop("sum"), scratch["row"], outs["sum"].at[batch, head, at])
+    for name, x in sums.items():
+        x = x * call.factor if name == "key" else x
+        through = scratch["out"] if "out" in scratch else scratch[name]
         _hopper.store(x, through, outs[name].at[batch, at, head])
+
+
+@dataclasses.dataclass(frozen=True)
+class _Weights:
+    """The weights of a tile.
+
+    Attributes:
+      made: gaps, weights and slopes.
+      scores: what they are made of.
+      delta: what the output is worth, at each score.
+    """
+
+    made: State
+    scores: Scores
+    delta: Array
+
+    def pull_back(self, of_values: Array) -> State:
+        """What each is worth, and the cotangent of the products of queries and keys.
+
+        Given are those of cotangents and values.
+        """
+        worth = of_values - self.delta
+        return worth, self.scores.pull_back(self.made[2] * worth)
 
 
 def _weights(
@@ -225,27 +267,26 @@ def _weights(
     first: tuple[Any, Any],
     is_cut: Any,
     read: Any,
-    products: State,
+    products: Array,
     of_rows: Sequence[Array],
-) -> tuple[State, Array]:
-    """Gaps, weights, slopes and what each is worth, and the cotangent of the products.
+) -> _Weights:
+    """The weights of a tile.
 
     Args:
       place: where the program works.
       first: the first key and the first query.
       is_cut: whether positions may exclude some of it.
       read: gives the part of an array over scores that belongs to the tile, by name.
-      products: those of queries and keys, and of cotangents and values.
+      products: those of queries and keys.
       of_rows: what the output is worth, and what is kept of rows.
     """
     call, rows = place.call, place.rows
-    made = scores(place, *first, read, is_cut, products[0])
+    made = scores(place, *first, read, is_cut, products)
     delta, *kept = (rows.spread(row, made.scores) for row in of_rows)
     params = [rows.spread(param, made.scores) for param in place.params]
     gap = gaps(call.form, made.scores, kept)
     share, slope = rows.plain(functools.partial(shares, call.form))(gap, kept, params)
-    worth = products[1] - delta
-    return (gap, share, slope, worth), made.pull_back(slope * worth)
+    return _Weights((gap, share, slope), made, delta)
 
 
 def _added(

@@ -25,7 +25,10 @@ from jaxsoftmax.attention._kernels._plain import is_known
 from jaxsoftmax.attention._kernels._rule import Kernels
 from jaxsoftmax.attention._kernels._tiles import F32, Call
 
-_WIDTHS = 64, 128
+# Heads get more features, of zeros, up to a multiple of this: so rows can be swizzled.
+_STRETCH = 32
+# Sums of more would not leave registers for a tile.
+_MOST = 256
 
 _refuse = functools.partial(refuse, "pallas")
 
@@ -37,16 +40,18 @@ def found(call: Call, operands: Mapping[str, Array]) -> tuple[Kernels, Call]:
     dtypes = {operands[name].dtype for name in ("query", "key", "value")}
     if dtypes not in ({jnp.dtype(jnp.bfloat16)}, {jnp.dtype(jnp.float16)}):
         _refuse(f"the dtypes {', '.join(sorted(map(str, dtypes)))} on a GPU")
-    sizes = call.sizes
-    for width in (sizes.features, sizes.value_features):
-        if width not in _WIDTHS:
-            _refuse(f"{width} features on a GPU")
+    widths = call.sizes.features, call.sizes.value_features
+    if max(widths) > _MOST:
+        _refuse(f"{max(widths)} features on a GPU")
     if not _can_lower(call):
         _refuse("these functions on a GPU")
     # Where sums of wide values, or forms with many terms, would not leave registers for a tile.
-    is_light = call.params == 0 and max(sizes.features, sizes.value_features) == 64
+    is_light = call.params == 0 and max(widths) <= 64
     part = BLOCK if is_light else BLOCK // 2
-    return Kernels(forward, backward), dataclasses.replace(call, block=BLOCK, part=part)
+    features, value_features = (-(-width // _STRETCH) * _STRETCH for width in widths)
+    sizes = dataclasses.replace(call.sizes, features=features, value_features=value_features)
+    call = dataclasses.replace(call, sizes=sizes, block=BLOCK, part=part)
+    return Kernels(forward, backward), call
 
 
 def _can_lower(call: Call) -> bool:

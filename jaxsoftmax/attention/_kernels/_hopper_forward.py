@@ -5,7 +5,7 @@ A program has a block of queries. Scores are made anew for each pass over the ke
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax.numpy as jnp
@@ -36,13 +36,15 @@ from jaxsoftmax.attention._kernels._tiles import (
 # Keys fall into this many classes, of each of which the two largest scores start the search: as
 # many as there are registers for.
 CLASSES = 32
+# Some features of the values, what is found of them by name, and what is kept of rows.
+Found = Iterator[tuple[Any, dict[str, Array], State]]
 
 
 def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Array]]:
     """As `Kernels` asks.
 
     Kept are of each row "rows", numbers, (B, N, R, T), and "mean", (B, T, N, V), both in whole
-    blocks.
+    blocks, and this with all features that values are given.
     """
     sizes = call.sizes
     ins = operands(call, arrays)
@@ -56,32 +58,38 @@ def forward(call: Call, arrays: Arrays, keep: bool) -> tuple[Array, dict[str, Ar
             outs["mean"] = shape, F32
     scratch = {
         "query": _hopper.tiles(call, sizes.features, query.dtype),
-        "out": _hopper.tiles(call, width, F32),
+        "out": _hopper.stretch(call, F32, width),
         "row": _hopper.row(),
         "barrier": _hopper.barrier(),
     }
     kernel = functools.partial(_kernel, call)
     found = _hopper.run(kernel, call, call.blocks_of(sizes.queries), ins, outs, scratch)
     out = found.pop("out")
-    return jnp.swapaxes(out, 1, 2)[:, :, : sizes.queries], {"mean": out, **found} if keep else {}
+    given = jnp.swapaxes(out, 1, 2)[:, :, : sizes.queries, : arrays["value"].shape[2]]
+    return given, {"mean": out, **found} if keep else {}
 
 
 def operands(call: Call, arrays: Arrays, by_keys: bool = False) -> dict[str, Array]:
-    """Queries, keys and values, (B, length, heads, width) in whole blocks, and all other arrays.
+    """Queries, keys and values, and all other arrays.
 
     Those over scores are for programs of queries or of keys.
     """
-
-    def laid(x: Array, order: tuple[int, ...], length: int) -> Array:
-        return _operands.lengthened(jnp.transpose(x, order), 1, length)
-
+    features, values = call.sizes.features, call.sizes.value_features
     return {
-        "query": laid(call.scaled(arrays["query"]), (0, 2, 1, 3), call.queries),
-        "key": laid(arrays["key"], (0, 3, 1, 2), call.keys),
-        "value": laid(arrays["value"], (0, 3, 1, 2), call.keys),
+        "query": laid(call.scaled(arrays["query"]), (0, 2, 1, 3), call.queries, features),
+        "key": laid(arrays["key"], (0, 3, 1, 2), call.keys, features),
+        "value": laid(arrays["value"], (0, 3, 1, 2), call.keys, values),
         **{name: x for name, (_, x) in _operands.numbers(call, arrays).items()},
         **over_scores(call, arrays, by_keys),
     }
+
+
+def laid(x: Array, order: tuple[int, ...], length: int, width: int) -> Array:
+    """An array turned to (B, length, heads, width), in whole blocks and in all features.
+
+    Features that are 0 change neither scores nor sums.
+    """
+    return _operands.lengthened(_operands.lengthened(jnp.transpose(x, order), 1, length), 3, width)
 
 
 def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
@@ -98,13 +106,13 @@ def _kernel(call: Call, ins: Refs, outs: Refs, scratch: Refs) -> None:
     if "sink" in ins:
         sink = jnp.minimum(rows.full(place.number("sink")), MOST)
     attend = _online if call.form.only_scales else _searching
-    found = attend(keys, sink)
-    kept = found.pop("rows")
-    unseeing = kept[0] >= NOWHERE
-    for name, x in found.items():
-        if name in outs:
-            x = jnp.where(rows.spread(unseeing, x), 0, x)
-            _hopper.store(x, scratch["out"], outs[name].at[place.batch, at, place.head])
+    kept: State = ()
+    for of, found, kept in attend(keys, sink):
+        unseeing = kept[0] >= NOWHERE
+        for name, x in found.items():
+            if name in outs:
+                x = jnp.where(rows.spread(unseeing, x), 0, x)
+                _hopper.store(x, scratch["out"], outs[name].at[place.batch, at, place.head, of])
     if "rows" in outs:
         for i, row in enumerate(kept):
             target = outs["rows"].at[place.batch, place.head, i, at]
@@ -143,13 +151,13 @@ class Keys:
         """`carry = body(first, scores, carry)`: one pass."""
         return self._pass(lambda first, _, x, carry: body(first, x, carry), [self.key], carry)
 
-    def loop_with_values(self, body: Callable[..., Any], carry: Any) -> Any:
-        """`carry = body(values, scores, carry)`: one pass."""
+    def loop_with_values(self, of: Any, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry = body(values, scores, carry)`, with some features of the values: one pass."""
 
         def step(_: Any, parts: Any, x: Array, carry: Any) -> Any:
             return body(parts[1], x, carry)
 
-        return self._pass(step, [self.key, self.value], carry)
+        return self._pass(step, [self.key, self.value.at[:, of]], carry)
 
     def _pass(self, body: Callable[..., Any], refs: list[Any], carry: Any) -> Any:
         """`carry = body(first, parts, scores, carry)`, with parts of the keys and of other refs."""
@@ -174,17 +182,21 @@ class Keys:
         index = rows.settled(lax.broadcasted_iota(jnp.int32, (BLOCK,), 0))
         return nothing | (self.block * BLOCK + index >= self.place.queries)
 
-    def zeros(self) -> Array:
-        """What sums of values begin with."""
+    def stretches(self, most: int) -> list[Any]:
+        """The features of the values, so many at a time."""
         width = self.place.call.sizes.value_features
-        return self.place.rows.settled(jnp.zeros((BLOCK, width), F32))
+        return [pl.ds(start, min(most, width - start)) for start in range(0, width, most)]
+
+    def zeros(self, of: Any) -> Array:
+        """What sums of some features of the values begin with."""
+        return self.place.rows.settled(jnp.zeros((BLOCK, of.size), F32))
 
     def added(self, out: Array, weights: Array, value: Any) -> Array:
         """A sum of values, given the weights of one more tile."""
         return _hopper.add_product(out, weights, value, self.place.call.interpret)
 
 
-def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
+def _online(keys: Keys, sink: Array | None) -> Found:
     """Softmax: what was added up is scaled down as the maximum rises."""
     rows = keys.place.rows
     top = rows.full(LEAST) if sink is None else sink
@@ -198,16 +210,20 @@ def _online(keys: Keys, sink: Array | None) -> dict[str, Any]:
         acc = keys.added(acc * rows.spread(old, acc), weights, value)
         return acc, new, total * old + rows.sum(weights)
 
-    acc, top, total = keys.loop_with_values(body, (keys.zeros(), top, total))
+    (of,) = keys.stretches(keys.place.call.sizes.value_features)
+    acc, top, total = keys.loop_with_values(of, body, (keys.zeros(of), top, total))
     total = jnp.where(total > 0, total, 1)
     log_total = jnp.log(total)
     origin = jnp.where(keys.unseeing(top), NOWHERE, top + log_total)
     of_infinite = jnp.where(top == MOST, -log_total, 0)
-    return {"out": acc * rows.spread(1 / total, acc), "rows": (origin, of_infinite)}
+    yield of, {"out": acc * rows.spread(1 / total, acc)}, (origin, of_infinite)
 
 
-def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
-    """Any other form: a threshold is found, and then all is added up at once."""
+def _searching(keys: Keys, sink: Array | None) -> Found:
+    """Any other form: a threshold is found, and then all is added up at once.
+
+    That is two sums of values, which only as many features leave registers for.
+    """
     place, rows = keys.place, keys.place.rows
     few = _largest(keys)
     top = rows.max(few[0])
@@ -216,7 +232,8 @@ def _searching(keys: Keys, sink: Array | None) -> dict[str, Any]:
     seen_top = rows.settled(jnp.where(unseeing, 0, top))
     search = Search(place.call.form, place.params, seen_top, unseeing, sink, rows)
     state = search.solve(lambda: few, keys.loop, place.call.sizes.keys)
-    return _mix(keys, search, state)
+    for of in keys.stretches(_hopper.NARROW):
+        yield of, *_mix(keys, search, state, of)
 
 
 def _largest(keys: Keys) -> tuple[Array, Array]:
@@ -234,8 +251,8 @@ def _largest(keys: Keys) -> tuple[Array, Array]:
     return keys.loop(body, (none, none))
 
 
-def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
-    """The output, the mean of values by slopes, and what is kept of rows."""
+def _mix(keys: Keys, search: Search, state: State, of: Any) -> tuple[dict[str, Array], State]:
+    """The output and the mean of values by slopes, of some features, and what is kept of rows."""
 
     def body(value: Any, x: Array, carry: Any) -> Any:
         out, of_slopes, sums = carry
@@ -243,12 +260,8 @@ def _mix(keys: Keys, search: Search, state: State) -> dict[str, Any]:
         out, of_slopes = keys.added(out, terms[0], value), keys.added(of_slopes, terms[1], value)
         return out, of_slopes, search.added(sums, terms[:2])
 
-    carry = keys.zeros(), keys.zeros(), search.zeros(2)
-    out, of_slopes, sums = keys.loop_with_values(body, carry)
+    carry = keys.zeros(of), keys.zeros(of), search.zeros(2)
+    out, of_slopes, sums = keys.loop_with_values(of, body, carry)
     sums = search.with_sink(sums, state)
     mean = search.mean(sums, of_slopes)
-    return {
-        "out": search.output(sums, out, mean),
-        "mean": mean,
-        "rows": search.kept(sums, state),
-    }
+    return {"out": search.output(sums, out, mean), "mean": mean}, search.kept(sums, state)
