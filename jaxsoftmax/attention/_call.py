@@ -294,4 +294,5 @@ def _nothing(sizes: Sizes, rules: Rules, sink: Array | None, dtype: Any) -> tupl
         return (out,)
     masked = jnp.zeros((*shape, 1), dtype)  # one key that nobody sees, beside what a sink adds
     options = {} if sink is None else {"sink": sink}
-    return out, rules.row_value(masked, where=jnp.zeros(masked.shape, bool), **options)
+    row_values = rules.row_value(masked, where=jnp.zeros(masked.shape, bool), **options)
+    return out, *jax.tree.leaves(row_values)
