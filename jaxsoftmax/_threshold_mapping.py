@@ -49,7 +49,8 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
 
     Raises:
       TypeError: if `form` is not a `Form`, or a function in it is none in `jax.numpy`, takes other
-        parameters, returns no array, or depends on what is traced and no parameter.
+        parameters, or returns no array; or if a form with a slope, or without a tau, depends on a
+        traced array that is no parameter.
       ValueError: if such a function is not elementwise, or `form.weight` has parameters without a
         name of their own; when the mapping is called with no parameters but its defaults, if
         `form.weight` is not the inverse of `form.score`, or never reaches 1.
@@ -73,10 +74,7 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
     signature = _signature(form)
     own = [p for p in signature.parameters if p not in ("x", *_OPTIONS)]
     safe = _checked(form, own)
-    # Nothing is solved for: JAX's own derivatives do, at the score rather than at `p`.
-    by_jax = form.tau is not None and form.slope is None
-    if not by_jax:
-        _check_closes_over_nothing_traced(form, own)
+    by_jax = _by_jax(form)
 
     def of_rows(rows: Rows, scores: Entries, **given: Any) -> tuple[Form, tuple[Array, ...]]:
         params = [given.get(p, signature.parameters[p].default) for p in own]
@@ -114,6 +112,11 @@ _FUNCTIONS = ("weight", "score", "slope", "partials")
 _ENTRIES, _ROW = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1)))
 
 
+def _by_jax(form: Form) -> bool:
+    """Whether nothing is solved for: JAX's own derivatives do, at the score rather than at `p`."""
+    return form.tau is not None and form.slope is None
+
+
 def _check_members(form: Any) -> None:
     """Refuses what can be refused before anything is called."""
     if not isinstance(form, Form):
@@ -149,28 +152,22 @@ def _checked(form: Form, own: Sequence[str]) -> Form:
         _check_takes(part, fun, own)
         returns = _one_per_parameter if part == "partials" else _as_entries
         functions[part] = _returning(functools.partial(returns, part), part, fun)
-    for fun in functions.values():
-        jax.eval_shape(fun, _ENTRIES, *[_ROW] * len(own))  # computes nothing
-    functions["weight"] = _at_infinity(functions["weight"])
+    traced = ["tau"] if isinstance(form.tau, core.Tracer) else []
+    for part, fun in functions.items():
+        closed = Closed()
+        closed.opened(fun, _ENTRIES, *[_ROW] * len(own))  # computes nothing
+        traced += [part] if closed.arrays else []
+    # A rule knows the parameters of a form alone; JAX finds the others.
+    if traced and not _by_jax(form):
+        raise TypeError(
+            f"form.{traced[0]} must not depend on an array that is traced, which would get no "
+            "gradient: make that a parameter of form.weight, or the mapping outside of jax.jit."
+        )
+    functions["weight"] = _at_infinity(functions["weight"], functions["score"])
     for part in ("slope", "partials"):
         if part in functions:
             functions[part] = _zero_at_zero(functions[part])
     return dataclasses.replace(form, tau=_number_or_none(form.tau), **functions)
-
-
-def _check_closes_over_nothing_traced(form: Form, own: Sequence[str]) -> None:
-    """Refuses what would get no gradient: a rule knows the parameters of a form alone."""
-    closed = {"tau": isinstance(form.tau, core.Tracer)}
-    for part in _FUNCTIONS:
-        if getattr(form, part) is not None:
-            found = Closed()
-            found.opened(getattr(form, part), _ENTRIES, *[_ROW] * len(own))
-            closed[part] = bool(found.arrays)
-    if wrong := [part for part, is_traced in closed.items() if is_traced]:
-        raise TypeError(
-            f"form.{wrong[0]} must not depend on an array that is traced, which would get no "
-            "gradient: make that a parameter of form.weight."
-        )
 
 
 def _returning(
@@ -262,13 +259,20 @@ def _check_inverse(form: Form, *params: Any) -> None:
             )
 
 
-def _at_infinity(weight: Callable[..., Array]) -> Callable[..., Array]:
+# What takes no part has a score of -inf, or in a kernel the least float32, which is below this.
+_LEAST = -1e30
+# Where the functions of a form are defined, whatever it is.
+_INSIDE = 0.25
+
+
+def _at_infinity(weight: Callable[..., Array], score: Callable[..., Array]) -> Callable[..., Array]:
     """The weight, 0 of what takes no part, and NaN of NaN: a comparison in it would lose that."""
 
     @functools.wraps(weight)
     def whole(u: Array, *params: Array) -> Array:
-        takes_part = u != -jnp.inf
-        found = jnp.where(takes_part, weight(jnp.where(takes_part, u, 0), *params), 0)
+        takes_part = u > _LEAST
+        inside = score(jnp.full((1,) * u.ndim, _INSIDE, u.dtype), *params)
+        found = jnp.where(takes_part, weight(jnp.where(takes_part, u, inside), *params), 0)
         return jnp.where(jnp.isnan(u), u, found)
 
     return whole
@@ -280,7 +284,7 @@ def _zero_at_zero(part: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(part)
     def safe(p: Array, *params: Array) -> Any:
         has_none = p == 0
-        found = part(jnp.where(has_none, 1, p), *params)
+        found = part(jnp.where(has_none, _INSIDE, p), *params)
         return jax.tree.map(lambda x: jnp.where(has_none, 0, x), found)
 
     return safe

@@ -304,6 +304,32 @@ def test_parameters_beside_what_takes_no_part(rng):
         for derivative in (jax.grad, lambda f: jax.jacfwd(jax.grad(f))):
             found = derivative(lambda rate: loss(rate, takes_part))(1.3)
             np.testing.assert_allclose(found, derivative(lambda rate: loss(rate, None))(1.3))
+    # Neither 0 as a score nor 1 as a probability is within reach of every form.
+    pole = jsm.threshold_mapping(
+        jsm.Form(lambda u, a: (-u) ** -a, lambda p, a: -(p ** (-1 / a)), tau=3.0)
+    )
+    gate = jsm.threshold_mapping(
+        jsm.Form(
+            weight,
+            score,
+            lambda p, rate: rate * p * (1 - p),
+            lambda p, rate: (p * (1 - p) * (jnp.log(p) - jnp.log1p(-p)) / rate,),
+            tau=0.0,
+        )
+    )
+    for mapping in (pole, gate):
+        third = jax.jacfwd(jax.jacfwd(jax.grad(lambda a, x, f=mapping: jnp.sum(f(x, a)))))
+        found = third(1.3, jnp.array([2.0, 1.0, -jnp.inf]))
+        np.testing.assert_allclose(found, third(1.3, jnp.array([2.0, 1.0])), rtol=1e-9)
+
+
+def test_kernels_of_a_form_that_has_weight_at_infinity(rng):
+    q, k, v = jnp.float32(rng.normal(size=(3, 1, 8, 1, 4)))
+    attend = functools.partial(
+        jsm.dot_product_attention, normalizer=jsm.threshold_mapping(SQUAREPLUS), is_causal=True
+    )
+    found = attend(q, k, v, implementation="pallas, interpreted")
+    np.testing.assert_allclose(found, attend(q, k, v), atol=1e-5)
 
 
 def test_forms_of_what_is_traced_are_refused():

@@ -110,9 +110,9 @@ def largest(general: Callable[..., Array], scores: tuple[Array, ...], *, stored:
 
 
 def apart(general: Callable[..., Any], x: Any) -> Any:
-    """The same, as if it were something else.
+    """The same, as if it were other arrays.
 
-    XLA for CPU would hold in memory what two loops make of it.
+    If two loops begin with the same steps, XLA for CPU takes these once and holds what they give.
     """
     del general
     return jax.tree.map(lax.optimization_barrier, x)

@@ -15,7 +15,7 @@ def sums_at_once(general: Callable[..., Any], *args: Any, rows: Any, one_by_one:
     return (one_by_one if is_held else general)(*args)
 
 
-log_sums_at_once = sums_at_once
+log_sums_at_once = sums_at_once  # on a CPU these are at once, as in general
 
 
 def dominating(general: Callable[..., Any], p: Any, *, rows: Any) -> Any:

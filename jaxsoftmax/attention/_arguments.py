@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._public import is_int
+from jaxsoftmax._public import is_int, is_public
 from jaxsoftmax._scores import (
     as_counts,
     as_int,
@@ -273,8 +273,9 @@ def takes(function: Callable, name: str) -> bool:
 def check_draws_nothing(normalizer: Callable[..., Any]) -> None:
     """Refuses a key: blocks would share what is drawn, and gradients be of what is drawn anew."""
     partial = functools.partial(normalizer)
-    given = jax.tree.leaves((partial.args, partial.keywords))
-    if any(jnp.issubdtype(getattr(x, "dtype", bool), jax.dtypes.prng_key) for x in given):
+    arrays = [x for x in (*partial.args, *partial.keywords.values()) if isinstance(x, jax.Array)]
+    has_key = any(jnp.issubdtype(x.dtype, jax.dtypes.prng_key) for x in arrays)
+    if has_key or (is_public(partial.func) and "key" in inspect.signature(partial.func).parameters):
         raise ValueError(
             "normalizer must make the same weights in every block, got "
             f"{function_name(partial.func)} with a key: for noise in the scores, give it as a bias."

@@ -211,19 +211,17 @@ def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Cal
         weights = jnp.where(losses == jnp.inf, 0, block.weights)
         return jnp.sum(jnp.where(weights > 0, weights * losses, 0)), jnp.sum(weights)
 
-    def share_of(weight: Array) -> Array:
-        return 1 / jnp.where(weight == 0, 1, weight)
+    def mean_of(total: Array, weight: Array) -> Array:
+        return total / jnp.where(weight == 0, 1, weight)
 
     @custom_vjp
     def mean(params: Any) -> Array:
-        total, weight = examples.sum(functools.partial(of_block, params))
-        return total * share_of(weight)
+        return mean_of(*examples.sum(functools.partial(of_block, params)))
 
     def fwd(params: Any) -> tuple[Array, Any]:
         slope_of = jax.value_and_grad(of_block, has_aux=True)
         (total, weight), slope = examples.sum(functools.partial(slope_of, params))
-        share = share_of(weight)
-        return total * share, jax.tree.map(lambda x: x * share, slope)
+        return mean_of(total, weight), jax.tree.map(lambda x: mean_of(x, weight), slope)
 
     def bwd(gradient: Any, ct: Array) -> tuple[Any]:
         return (jax.tree.map(lambda g: ct * g, gradient),)
