@@ -316,9 +316,8 @@ class _Pullback:
         """The tangents of the output: the transpose.
 
         There is none of a `bwd` that is not linear, and so the right answer is to refuse. JAX
-        refuses by one of five errors, depending on the primitive that it meets first; for one
-        without a transpose it is `NotImplementedError`. Two of them say nothing that a user could
-        understand. All become a `TypeError` that names `bwd`.
+        refuses by one of five errors, depending on the primitive that it meets first. Two of them
+        say nothing that a user could understand. All become a `TypeError` that names `bwd`.
         """
 
         def pull(*cts: Any) -> list[Any]:
@@ -328,7 +327,6 @@ class _Pullback:
         try:
             transpose = jax.linear_transpose(pull, *(self.out.tangents[i] for i in self.out.smooth))
             return transpose(list(tangents))
-        # `NotImplementedError` is one of the first.
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
             raise TypeError(
                 f"bwd of {self.rule.name} must be linear in the cotangent for forward mode, got "

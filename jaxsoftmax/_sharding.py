@@ -42,21 +42,16 @@ def share_like(x: Array, other: Array) -> Array:
     return jax.sharding.reshard(x, sharding.update(spec=spec))
 
 
-def gathered(x: Array, axis: int) -> Array:
-    """`x`, whose `axis` is not spread over an explicit mesh."""
-    if not explicit_names(x, axis):
+def gathered(x: Array, *axes: int) -> Array:
+    """`x`, whose `axes`, or all of them if none is named, are not spread over an explicit mesh."""
+    axes = axes or tuple(range(x.ndim))
+    if not any(explicit_names(x, axis) for axis in axes):
         return x
     sharding = jax.typeof(x).sharding
     spec = list(sharding.spec)
-    spec[axis] = None
+    for axis in axes:
+        spec[axis] = None
     return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
-
-
-def gathered_whole(x: Array) -> Array:
-    """`x`, of which each device of an explicit mesh has all."""
-    for axis in range(x.ndim):
-        x = gathered(x, axis)
-    return x
 
 
 def parts_of(x: Array, axis: int) -> int:

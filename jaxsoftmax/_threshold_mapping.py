@@ -163,7 +163,10 @@ def _checked(form: Form, own: Sequence[str]) -> Form:
             f"form.{traced[0]} must not depend on an array that is traced, which would get no "
             "gradient: make that a parameter of form.weight, or the mapping outside of jax.jit."
         )
-    functions["weight"] = _at_infinity(functions["weight"], functions["score"])
+    weight = functions["weight"]
+    # A rule differentiates at probabilities, where they are above 0.
+    weight = _inside(weight, functions["score"]) if _by_jax(form) else weight
+    functions["weight"] = _at_infinity(weight)
     for part in ("slope", "partials"):
         if part in functions:
             functions[part] = _zero_at_zero(functions[part])
@@ -265,17 +268,25 @@ _LEAST = -1e30
 _INSIDE = 0.25
 
 
-def _at_infinity(weight: Callable[..., Array], score: Callable[..., Array]) -> Callable[..., Array]:
+def _at_infinity(weight: Callable[..., Array]) -> Callable[..., Array]:
     """The weight, 0 of what takes no part, and NaN of NaN: a comparison in it would lose that."""
 
     @functools.wraps(weight)
     def whole(u: Array, *params: Array) -> Array:
-        takes_part = u > _LEAST
-        inside = score(jnp.full((1,) * u.ndim, _INSIDE, u.dtype), *params)
-        found = jnp.where(takes_part, weight(jnp.where(takes_part, u, inside), *params), 0)
-        return jnp.where(jnp.isnan(u), u, found)
+        return jnp.where(u > _LEAST, weight(u, *params), jnp.where(jnp.isnan(u), u, 0))
 
     return whole
+
+
+def _inside(weight: Callable[..., Array], score: Callable[..., Array]) -> Callable[..., Array]:
+    """The weight, of another score where that is -inf: there JAX's derivatives would be NaN."""
+
+    @functools.wraps(weight)
+    def safe(u: Array, *params: Array) -> Array:
+        inside = score(jnp.full((1,) * u.ndim, _INSIDE, u.dtype), *params)
+        return weight(jnp.where(u > _LEAST, u, inside), *params)
+
+    return safe
 
 
 def _zero_at_zero(part: Callable[..., Any]) -> Callable[..., Any]:

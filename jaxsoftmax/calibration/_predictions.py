@@ -22,7 +22,7 @@ from jaxsoftmax._scores import (
     check_real,
     with_ndim,
 )
-from jaxsoftmax._sharding import gathered_whole
+from jaxsoftmax._sharding import gathered
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -80,14 +80,15 @@ class Predictions:
         else:
             value = jnp.max(self.probs, 1)
             outcome = (jnp.argmax(self.probs, 1) == self.labels).astype(self.probs.dtype)
-        return Events(value, outcome, self.weights).all_or_none(self.probs)
+        events = jax.tree.map(gathered, Events(value, outcome, self.weights))
+        return events.all_or_none(self.probs)
 
     def of_each_class(self, function: Callable[["Events"], T]) -> T:
         """`function` of each column, one after the other: bins of all would fill the memory."""
-        probs, outcomes = map(gathered_whole, (self.probs, self.came_true()))
+        probs, outcomes, weights = map(gathered, (self.probs, self.came_true(), self.weights))
 
         def of_one(column: tuple[Array, Array]) -> T:
-            return function(Events(*column, self.weights).all_or_none(probs))
+            return function(Events(*column, weights).all_or_none(probs))
 
         return lax.map(of_one, (probs.T, outcomes.T))
 
@@ -99,7 +100,7 @@ class Predictions:
 )
 @dataclasses.dataclass(frozen=True)
 class Events:
-    """Predictions of one event each.
+    """Predictions of one event each, on each device of an explicit mesh: bins are of all of them.
 
     Attributes:
       value: the probabilities.
@@ -112,13 +113,10 @@ class Events:
     weights: Array
 
     def all_or_none(self, probs: Array) -> "Events":
-        """NaN, all of them, if any of `probs` is: a maximum, or a bin, may lose it.
-
-        They are gathered from the devices of an explicit mesh: bins are of all of them.
-        """
+        """NaN, all of them, if any of `probs` is: a maximum, or a bin, may lose it."""
         known = ~jnp.any(jnp.isnan(probs))
-        value, outcome, weights = map(gathered_whole, (self.value, self.outcome, self.weights))
-        return Events(nan_unless(known, value), nan_unless(known, outcome), weights)
+        value, outcome = (nan_unless(known, x) for x in (self.value, self.outcome))
+        return Events(value, outcome, self.weights)
 
 
 def measure(**kinds: Kind) -> Callable[[Callable[P, R]], Callable[P, R]]:
