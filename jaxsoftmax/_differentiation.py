@@ -133,12 +133,13 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
         bound.apply_defaults()
         static = {i: bound.args[i] for i in self._nondiff_argnums}
         for i, arg in static.items():
-            if isinstance(arg, core.Tracer):
-                raise TypeError(
-                    f"argument {i} of {self._name}, one of nondiff_argnums, must be known while "
-                    f"tracing, got {jax.typeof(arg)} that is traced: pass it as an array that is "
-                    "differentiated, whose cotangent may be None."
-                )
+            for leaf in jax.tree.leaves(arg):
+                if isinstance(leaf, core.Tracer):
+                    raise TypeError(
+                        f"argument {i} of {self._name}, one of nondiff_argnums, must be known "
+                        f"while tracing, got {jax.typeof(leaf)} that is traced: pass it as an "
+                        "array that is differentiated, whose cotangent may be None."
+                    )
         dynamic = [arg for i, arg in enumerate(bound.args) if i not in static]
 
         def merged(dynamic: Sequence[Any]) -> list[Any]:

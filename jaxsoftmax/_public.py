@@ -57,8 +57,15 @@ def _static(name: str, value: Any, kinds: str = "known while tracing") -> Any:
     try:
         hash(value)
     except TypeError:
-        raise TypeError(f"{name} must be {kinds}, got {type(value).__name__}.") from None
+        raise TypeError(f"{name} must be {kinds}, got {_kind_of(value)}.") from None
     return value
+
+
+def _kind_of(value: Any) -> str:
+    """What came, in words."""
+    if isinstance(value, core.Tracer):
+        return "an array that is traced: a jax.jit around the call names it in static_argnames"
+    return type(value).__name__
 
 
 def _axis(name: str, value: Any) -> Any:
@@ -68,7 +75,7 @@ def _axis(name: str, value: Any) -> Any:
 
 def _integer(name: str, value: Any) -> int:
     if not is_int(value):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}.")
+        raise TypeError(f"{name} must be an integer, got {_kind_of(value)}.")
     return int(value)
 
 
@@ -78,7 +85,7 @@ def _integer_or_none(name: str, value: Any) -> int | None:
 
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool | np.bool_):
-        raise TypeError(f"{name} must be True or False, got {type(value).__name__}.")
+        raise TypeError(f"{name} must be True or False, got {_kind_of(value)}.")
     return bool(value)
 
 

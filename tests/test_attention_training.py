@@ -208,3 +208,31 @@ def test_attention_fn_pairs_equal_batch_axes_only(rng):
     for i, j in np.ndindex(2, 3):
         expected = jax.nn.dot_product_attention(*(x[i, j] for x in (q, swapped, swapped)))
         np.testing.assert_allclose(out[i, j], expected, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("promotion")
+def test_options_of_each_sequence_have_the_batch_axes(rng):
+    """As the arrays have them, or one for all of them; or none."""
+    q, k, v = rng.normal(size=(3, 2, 3, 5, 2, 4)).astype(np.float32)
+    options = {
+        "query_segment_ids": rng.integers(2, size=(2, 3, 5)),
+        "key_value_segment_ids": rng.integers(2, size=(2, 3, 5)),
+        "query_seq_lengths": np.array([[5, 4, 3], [5, 5, 2]]),
+        "key_value_seq_lengths": np.array([[5, 2, 5], [1, 5, 4]]),
+        "query_offset": np.array([[0, 1, 2], [0, -1, 3]]),
+    }
+    attend = functools.partial(jsm.attention_fn, is_causal=True)
+    out = attend(q, k, v, **options)
+    flat = {name: x.reshape(6, *x.shape[2:]) for name, x in options.items()}
+    np.testing.assert_array_equal(attend(q, k, v, **flat), out)
+    for i, j in np.ndindex(2, 3):
+        one = attend(q[i, j], k[i, j], v[i, j], **{name: x[i, j] for name, x in options.items()})
+        np.testing.assert_allclose(one, out[i, j], rtol=1e-5, atol=1e-6)
+        rows, columns = np.arange(5)[:, None] + options["query_offset"][i, j], np.arange(5)
+        segments = [options[f"{x}_segment_ids"][i, j] for x in ("query", "key_value")]
+        seen = (columns <= rows) & (segments[0][:, None] == segments[1])
+        seen &= columns < options["key_value_seq_lengths"][i, j]
+        seen &= np.arange(5)[:, None] < options["query_seq_lengths"][i, j]
+        weights = jsm.softmax(np.einsum("tnh,snh->nts", q[i, j], k[i, j]) / 2, where=seen)
+        expected = np.einsum("nts,snh->tnh", weights, v[i, j])
+        np.testing.assert_allclose(out[i, j], expected, rtol=1e-4, atol=1e-6)

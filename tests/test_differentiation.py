@@ -341,6 +341,11 @@ def test_traced_static_arguments_are_refused():
     for of in (jax.grad(lambda n: scaled(1.0, n)), jax.jit(lambda n: scaled(1.0, n))):
         with pytest.raises(TypeError, match=r"argument 1 of .*, one of nondiff_argnums, must be"):
             of(2.0)
+    scaled = jsm.custom_vjp(lambda x, ns: ns["n"] * x, nondiff_argnums=1)
+    scaled.defvjp(lambda x, ns: (scaled(x, ns), None), lambda ns, _, ct: (ns["n"] * ct,))
+    assert jax.grad(scaled)(1.0, {"n": 2.0}) == 2
+    with pytest.raises(TypeError, match=r"argument 1 of .*, one of nondiff_argnums, must be"):
+        jax.grad(lambda n: scaled(1.0, {"n": n}))(2.0)
 
 
 def test_a_static_argument_that_there_is_not():

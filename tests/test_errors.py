@@ -118,6 +118,12 @@ SENTENCES = [
     ),
     (
         TypeError,
+        "axis must be an int, a mesh axis name, a tuple of these or None, got an array that is "
+        "traced: a jax.jit around the call names it in static_argnames.",
+        lambda: jax.jit(jsm.softmax)(X, 0),
+    ),
+    (
+        TypeError,
         "reduction must be known while tracing, got list.",
         lambda: jsm.linear_cross_entropy(X, W, Y, reduction=["mean"]),
     ),

@@ -221,3 +221,15 @@ def test_wrong_calls(rng):
         beta_scaling(np.full((4, 2), 0.5), *np.ones((3, 1)))
     with pytest.raises(ValueError, match="points must be of 2 classes, as probs of shape"):
         isotonic(np.full((4, 2), 0.5), np.zeros((1, 2)), np.zeros((1, 2)))
+
+
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize(("fit", "mend"), PAIRS)
+def test_logits_are_not_mended(fit, mend, rng):
+    fitted = fit(*events(rng))
+    for logits, got in ((np.array([0.3, 3.0]), "3"), (np.array([0.3, -2.0]), "-2")):
+        with pytest.raises(ValueError, match=f"probs must be from 0 to 1, got {got}; softmax"):
+            mend(logits, *fitted)
+        assert np.isnan(jax.jit(mend)(logits, *fitted)).tolist() == [False, True]
+    rounded = np.array([-1e-3, 1 + 1e-3])
+    np.testing.assert_array_equal(mend(rounded, *fitted), mend(np.array([0.0, 1.0]), *fitted))

@@ -154,6 +154,7 @@ def test_measures_and_draws_on_an_explicit_mesh(rng):
     """Examples are gathered to be sorted into bins; so are the scores of a row, to be ordered."""
     p, labels = rng.dirichlet(np.ones(WIDTH), size=ROWS), rng.integers(WIDTH, size=ROWS)
     key = jax.random.key(0)
+    line, beta = calibration.fit_isotonic(p, labels), calibration.fit_beta_scaling(p, labels)
 
     def measured(p, labels):
         mass = calibration.expected_calibration_error(p, labels, binning="mass")
@@ -165,7 +166,11 @@ def test_measures_and_draws_on_an_explicit_mesh(rng):
             calibration.smooth_calibration_error(p, labels),
             decomposed,
             calibration.reliability_curve(p, labels).count,
+            calibration.negative_log_likelihood(p, labels),
             calibration.fit_isotonic(p, labels),
+            calibration.fit_beta_scaling(p, labels),
+            jax.value_and_grad(lambda p: jnp.sum(calibration.isotonic(p, *line) ** 2))(p),
+            jax.value_and_grad(lambda p: jnp.sum(calibration.beta_scaling(p, *beta) ** 2))(p),
             jsm.sample(key, p, shape=(3, ROWS), replace=False),
         )
 

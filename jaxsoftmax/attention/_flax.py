@@ -52,7 +52,8 @@ def attention_fn(
         unit matrix: for small inputs.
       is_causal: whether no query sees keys after its own position. To decode with a cache, Flax
         passes a mask instead; without that, pass `query_offset`.
-      options: all other options of `dot_product_attention`.
+      options: all other options of `dot_product_attention`. What is of each sequence, such as
+        lengths and segments, has the batch axes of `query`, or one for all of them.
 
     Returns:
       The attention outputs, in the layout of `query`.
@@ -98,7 +99,7 @@ def attention_fn(
         bias=None if bias is None else _one_batch_axis(jnp.asarray(bias), batch),
         mask=None if mask is None else _one_batch_axis(jnp.asarray(mask) != 0, batch),
         is_causal=is_causal,
-        **options,
+        **_with_one_batch_axis(options, batch),
     )
     dropout = {} if deterministic else {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
     out = attend(value=value, **dropout)
@@ -117,6 +118,30 @@ def _sow(module: Any, weights: Array) -> None:
 
     collection: Any = "intermediates" if isinstance(module, linen.Module) else nnx.Intermediate
     module.sow(collection, "attention_weights", weights)
+
+
+# How many axes options of each sequence have beside those of the batch.
+_OF_EACH = {
+    "query_seq_lengths": 0,
+    "key_value_seq_lengths": 0,
+    "query_offset": 0,
+    "query_segment_ids": 1,
+    "key_value_segment_ids": 1,
+}
+
+
+def _with_one_batch_axis(options: dict[str, Any], batch: tuple[int, ...]) -> dict[str, Any]:
+    """The options, in which arrays that have the batch axes have one instead."""
+    n = len(batch)
+
+    def flat(name: str, x: Any) -> Any:
+        if name not in _OF_EACH or not hasattr(x, "reshape"):
+            return x
+        if x.ndim != n + _OF_EACH[name] or x.shape[:n] != batch:
+            return x
+        return x.reshape(-1, *x.shape[n:])
+
+    return {name: flat(name, x) for name, x in options.items()}
 
 
 def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:

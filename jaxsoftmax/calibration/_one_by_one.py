@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -12,12 +13,29 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import public
 from jaxsoftmax._scores import as_scores, output_dtype
+from jaxsoftmax._sharding import gathered, share_like
 from jaxsoftmax.calibration._minimize import minimize, precise
-from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
+from jaxsoftmax.calibration._predictions import (
+    Events,
+    are_probs,
+    as_predictions,
+    explained,
+    measure,
+    within_bounds,
+    wrong_probs,
+)
 from jaxsoftmax.calibration._scaling import strength
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 # No parameter is fitted beyond this.
 _LIMIT = 1000.0
+
+
+def _mends(fun: Callable[P, R]) -> Callable[P, R]:
+    """Jits what is applied to `(probs, ...)`; see `explained`."""
+    return explained(public(fun), lambda probs, **_: wrong_probs(as_scores(probs, "probs")))
 
 
 @measure()
@@ -112,7 +130,7 @@ def _logs(p: Array) -> tuple[Array, Array]:
     return jnp.log(jnp.maximum(p, limits.tiny)), -jnp.log1p(-jnp.minimum(p, 1 - limits.eps))
 
 
-@public
+@_mends
 def beta_scaling(
     probs: Real[ArrayLike, "*rows classes"],
     a: Real[ArrayLike, " classes"],
@@ -137,7 +155,8 @@ def beta_scaling(
 
     Raises:
       TypeError: if an argument is not real.
-      ValueError: if there are not as many parameters as columns.
+      ValueError: if there are not as many parameters as columns. Outside of `jit`, also if a number
+        in `probs` is no probability (up to rounding). While tracing, its row is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -251,7 +270,7 @@ def _pool(sums: Array, weights: Array, block: Array) -> Array:
     return means(parts)[block]
 
 
-@public
+@_mends
 def isotonic(
     probs: Real[ArrayLike, "*rows classes"],
     points: Real[ArrayLike, "classes points"],
@@ -274,7 +293,8 @@ def isotonic(
 
     Raises:
       TypeError: if an argument is not real.
-      ValueError: if there are not as many functions as columns.
+      ValueError: if there are not as many functions as columns. Outside of `jit`, also if a number
+        in `probs` is no probability (up to rounding). While tracing, its row is then NaN.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -287,12 +307,7 @@ def isotonic(
       estimates.
     """
     parameters = {"points": as_scores(points, "points"), "values": as_scores(values, "values")}
-    return _class_by_class(_interpolated, probs, parameters)
-
-
-def _interpolated(p: Array, points: Array, values: Array) -> Array:
-    """The function at `p`, NaN there: it would be what lies beyond the points."""
-    return jnp.where(jnp.isnan(p), p, jnp.interp(p, points, values))
+    return _class_by_class(jnp.interp, probs, parameters)
 
 
 def _class_by_class(
@@ -309,9 +324,11 @@ def _class_by_class(
                 f"{name} must be of {columns.shape[1]} classes, as probs of shape {p.shape}, got "
                 f"shape {parameters[name].shape}."
             )
-    values = tuple(x.astype(p.dtype) for x in parameters.values())
-    mended = jax.vmap(fun)(columns.T, *values).T
+    known = are_probs(columns)[:, None]
+    values = (gathered(x.astype(p.dtype)) for x in parameters.values())
+    mended = jax.vmap(fun)(gathered(within_bounds(columns)).T, *values).T
     if columns.shape[1] > 1:
         total = jnp.sum(mended, 1, keepdims=True)
         mended = jnp.where(total == 0, 1, mended) / jnp.where(total == 0, columns.shape[1], total)
+    mended = nan_unless(known, share_like(mended, columns))
     return mended.reshape(p.shape).astype(output_dtype(probs))

@@ -181,14 +181,27 @@ def _what_is_wrong(
 ) -> dict[str, Array]:
     probs, labels, rows = _checked(probs, labels)
     counts = _weights(rows, where, weights, probs.dtype) != 0
-    faults = {}
-    beyond = ((probs < -_SLACK) | (probs > 1 + _SLACK)) & counts[..., None]
-    faults["probs must be from 0 to 1, got {}; softmax makes them of logits."] = _one_of(
-        probs, beyond
-    )
+    faults = wrong_probs(probs, counts[..., None])
     faults |= wrong_labels(labels, max(probs.shape[-1], 2), counts)
     faults |= wrong_weights("weights", weights, counts)
     return faults | wrong_weights("penalty", penalty, True)
+
+
+def wrong_probs(probs: Array, counts: ArrayLike = True) -> dict[str, Array]:
+    """A number that counts and is no probability, for `raise_first`."""
+    sentence = "probs must be from 0 to 1, got {}; softmax makes them of logits."
+    return {sentence: _one_of(probs, ((probs < -_SLACK) | (probs > 1 + _SLACK)) & counts)}
+
+
+def are_probs(rows: Array) -> Array:
+    """Whether all of a row are probabilities, up to rounding."""
+    return jnp.all((rows >= -_SLACK) & (rows <= 1 + _SLACK), -1)
+
+
+def within_bounds(probs: Array) -> Array:
+    """Probabilities without what rounding has added."""
+    # Not by a minimum, which has no derivative at 1 itself.
+    return jnp.where(probs > 1, 1, jnp.where(probs < 0, 0, probs))
 
 
 def wrong_labels(labels: Array, classes: int, counts: Array) -> dict[str, Array]:
@@ -229,11 +242,8 @@ def as_predictions(
     labels = jnp.where(counts, labels, 0)
     # An impossible row that does not count has no say, and one that is certain has no NaN.
     probs = jnp.where(counts[..., None], probs, 1)
-    known = (labels >= 0) & (labels < max(classes, 2))
-    known &= jnp.all((probs >= -_SLACK) & (probs <= 1 + _SLACK), -1)
-    # Not by a minimum, which has no derivative at 1 itself.
-    probs = jnp.where(probs > 1, 1, jnp.where(probs < 0, 0, probs))
-    probs = nan_unless(known[..., None], probs)
+    known = (labels >= 0) & (labels < max(classes, 2)) & are_probs(probs)
+    probs = nan_unless(known[..., None], within_bounds(probs))
     n = labels.size
     return Predictions(probs.reshape(n, classes), labels.reshape(n), counted.reshape(n), unit, rows)
 

@@ -71,8 +71,9 @@ def cross_entropy(
 
     Returns:
       One value per row, in the dtype of `scores`, or float32 for half precision. A target that
-      `where` excludes gives inf. A target out of range gives NaN and gradient 0, and an error under
-      `jax.experimental.checkify`. (In the gradient of a `scan`, checkify loses all errors.)
+      `where` excludes gives inf; as part of a distribution it adds nothing to the gradient. A
+      target out of range gives NaN and gradient 0, and an error under `jax.experimental.checkify`.
+      (In the gradient of a `scan`, checkify loses all errors.)
 
     Raises:
       TypeError: if `scores` is not real, or `targets` are not integers or real numbers.
