@@ -1,6 +1,7 @@
 """What XLA has not, or not as exactly on every platform."""
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array
 
 
@@ -18,8 +19,13 @@ def log1p(x: Array) -> Array:
 
 
 def times(weight: Array, x: Array) -> Array:
-    """The product, 0 where the weight is 0, even if `x` is infinite."""
-    return weight * jnp.where((weight == 0) & jnp.isinf(x), 0, x)
+    """The product, 0 where the weight is 0, even if `x` is infinite.
+
+    The weight of what is infinite has derivative 0: a cotangent of 0 would make NaN of another.
+    """
+    infinite = jnp.isinf(x)
+    product = weight * jnp.where(infinite, 0, x)
+    return product + lax.stop_gradient(weight) * jnp.where(infinite & (weight != 0), x, 0)
 
 
 def expm1(x: Array) -> Array:

@@ -223,6 +223,42 @@ def test_ignored_rows_may_hold_anything():
     close(gradients[1], wanted[1])
 
 
+def test_class_weights_over_several_axes(rng):
+    """In the shape of the axes, or one after the other, as classes are counted."""
+    scores, weights = rng.normal(size=(3, 2, 4)), rng.uniform(size=8)
+    flat = jsm.cross_entropy(scores.reshape(3, 8), np.array([5, 0, 7]), class_weights=weights)
+    for w in (weights, weights.reshape(2, 4)):
+        close(jsm.cross_entropy(scores, np.array([5, 0, 7]), (1, 2), class_weights=w), flat)
+    turned = jsm.cross_entropy(
+        scores.swapaxes(1, 2), np.array([5, 0, 7]), (2, 1), class_weights=weights
+    )
+    close(turned, flat)
+
+
+@pytest.mark.parametrize("name", ["label_smoothing", "class_weights", "targets"])
+def test_what_multiplies_an_infinite_loss_that_is_left_out(name, rng):
+    """It has the gradient of the other rows, and not NaN."""
+    scores, labels = rng.normal(size=(2, 3)), np.array([2, 1])
+    mask = np.array([True, True, False])
+    given = {"label_smoothing": 0.1, "class_weights": np.array([0.5, 1.0, 2.0])}
+    x = jnp.asarray((given | {"targets": one_hot(labels, 3)})[name])
+
+    def losses(x, rows):
+        options = {"targets": labels[rows], "where": mask}
+        return jsm.cross_entropy(scores[rows], **options | {name: x})
+
+    def left_out(x):
+        return jnp.sum(losses(x, slice(None)), where=np.array([False, True]))
+
+    def others(x):
+        return jnp.sum(losses(x[1:] if name == "targets" else x, slice(1, None)))
+
+    assert losses(x, slice(None))[0] == np.inf
+    close(left_out(x), others(x))
+    close(jax.grad(left_out)(x), jax.grad(others)(x))
+    close(jax.jacfwd(left_out)(x), jax.grad(others)(x))
+
+
 def test_class_weights_and_ignored_classes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"class_weights must have one value per class, shape"):
         jsm.cross_entropy(SCORES, LABELS, class_weights=np.ones(2))

@@ -58,7 +58,7 @@ def negative_log_likelihood(
     if predictions.of_events:
         true = jnp.where(came > 0, probs, 1 - probs)[:, 0]
     else:  # no lookup: on an explicit mesh there is no one place to look it up
-        true = jnp.sum(jnp.where(came > 0, probs, 0), 1)
+        true = jnp.sum(came * probs, 1)
     return predictions.reduce(-jnp.log(true), reduction)
 
 

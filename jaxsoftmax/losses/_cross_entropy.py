@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -132,13 +133,13 @@ def _as_weights(rows: Rows, scores: Entries, weights: ArrayLike, axis: Axis) -> 
     check_real("class_weights", weights)
     order = in_given_order(axis, len(shape))
     wanted = tuple(shape[i] for i in order)
-    if weights.shape != wanted:
+    if weights.shape not in (wanted, (math.prod(wanted),)):
         raise ValueError(
             f"class_weights must have one value per class, shape {wanted}, got shape "
             f"{weights.shape}."
         )
     weights = nan_unless(weights >= 0, weights.astype(scores[0].dtype))
-    weights = jnp.transpose(weights, [order.index(i) for i in rows.axes])
+    weights = jnp.transpose(weights.reshape(wanted), [order.index(i) for i in rows.axes])
     weights = weights.reshape([n if i in rows.axes else 1 for i, n in enumerate(shape)])
     return (jnp.broadcast_to(weights, shape),)
 
@@ -158,11 +159,8 @@ def _surprise(rows: Rows, scores: Entries, target: Classes | Entries) -> Array:
     if isinstance(target, Classes):
         return _surprise_of_class(rows, scores, target)
 
-    def term(target: Array, log_p: Array) -> Array:
-        return target * -jnp.where((log_p == -jnp.inf) & (target == 0), 0, log_p)
-
     log_p = _log_softmax.log_probabilities(rows, scores)
-    return rows.sum(rows.map(term, [target, log_p]))
+    return rows.sum(rows.map(lambda y, log_p: times(y, -log_p), [target, log_p]))
 
 
 def _uniform(rows: Rows, scores: Entries) -> Entries:
