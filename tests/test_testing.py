@@ -17,9 +17,12 @@ from jaxsoftmax import testing
 from jaxsoftmax._public import Fixed, Positive, public
 from tests.cases import MAPPINGS, entmax_by_bisection, named
 
+as_it_comes = pytest.mark.usefixtures("compiled_as_it_comes")
+
 ours = [c for c in MAPPINGS if c.simplex and c.gives == "probabilities" and c.smooth != "nowhere"]
 
 
+@as_it_comes
 @pytest.mark.parametrize("case", **named(ours))
 def test_ours_keep_the_contract(case):
     testing.check_mapping(case.fun, case.reference)
@@ -101,6 +104,7 @@ def _partial(p, rate):
     return jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)) / rate, 0)
 
 
+@as_it_comes
 @pytest.mark.parametrize("times", [0, 1, 1.01, 3])
 def test_faults_of_parameters_are_found(times):
     mapping = functools.partial(sharpened(lambda p, rate: (times * _partial(p, rate),)), rate=2.0)
@@ -109,6 +113,7 @@ def test_faults_of_parameters_are_found(times):
         testing.check_mapping(mapping, lambda x: softmax_by_formula(2 * x))
 
 
+@as_it_comes
 def test_the_edge_of_a_parameter():
     """Where there are no differences of values, nothing is compared with them."""
     testing.check_mapping(functools.partial(jsm.entmax, alpha=1.0), softmax_by_formula)
@@ -169,6 +174,7 @@ power = jsm.threshold_mapping(
 )
 
 
+@as_it_comes
 def test_parameters_of_a_form(rng):
     """Those of entmax, whose derivatives are written by hand."""
     x, ct = rng.normal(size=(2, 3, 40))
@@ -356,6 +362,7 @@ def test_forms_of_what_is_traced_are_refused():
     np.testing.assert_allclose(jax.grad(shifted)(0.5), -jax.grad(jax.nn.sigmoid)(-0.5))
 
 
+@as_it_comes
 def test_attention_and_losses_of_a_form(rng):
     query, key, value = rng.normal(size=(3, 2, 12, 2, 4))
     form = jsm.Form(lambda u: jnp.maximum(u / 2, 0) ** 2, lambda p: 2 * jnp.sqrt(p))
