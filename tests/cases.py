@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.special
@@ -315,3 +316,14 @@ SOLVED = {
 def named(table):
     """The arguments of `pytest.mark.parametrize` after the name."""
     return {"argvalues": table, "ids": [case.name for case in table]}
+
+
+# Forms of one's own. What they make of -inf: NaN, what rounding leaves of 0, and more than 0.
+SQUAREPLUS = jsm.Form(lambda u: (u + jnp.sqrt(u * u + 4)) / 2, lambda p: p - 1 / p)
+ARCTAN = jsm.Form(lambda u: 1 + 2 / jnp.pi * jnp.arctan(u), lambda p: jnp.tan((p - 1) * jnp.pi / 2))
+LIFTED = jsm.Form(
+    lambda u: jax.nn.sigmoid(u) + 0.1,
+    lambda p: jnp.log(p - 0.1) - jnp.log1p(0.1 - p),
+    slope=lambda p: (p - 0.1) * (1.1 - p),
+    tau=0.0,
+)

@@ -11,7 +11,7 @@ import pytest
 import jaxsoftmax as jsm
 from jaxsoftmax.testing import _of_row
 from tests import tools
-from tests.cases import FUNCTIONS, MAPPINGS, named
+from tests.cases import ARCTAN, FUNCTIONS, MAPPINGS, SQUAREPLUS, named
 
 every_function = pytest.mark.parametrize("case", **named(FUNCTIONS))
 every_mapping = pytest.mark.parametrize("case", **named(MAPPINGS))
@@ -33,6 +33,11 @@ ROWS, MASKS = np.repeat(ROWS, len(MASKS), 0), np.tile(MASKS, (len(ROWS), 1))
 HIDDEN = np.where(MASKS, ROWS, -INF)
 HAS_NAN = np.any(MASKS & np.isnan(ROWS), -1)
 IS_EMPTY = np.all(HIDDEN == -INF, -1)
+
+
+@pytest.mark.parametrize("form", [SQUAREPLUS, ARCTAN], ids=["squareplus", "arctan"])
+def test_infinite_scores_share_a_row_of_any_form(form):
+    equal(jsm.threshold_mapping(form)(np.array([INF, 1, INF])), [0.5, 0, 0.5])
 
 
 @of_simplex
