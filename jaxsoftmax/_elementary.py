@@ -24,8 +24,8 @@ def times(weight: Array, x: Array) -> Array:
     The weight of what is infinite has derivative 0: a cotangent of 0 would make NaN of another.
     """
     infinite = jnp.isinf(x)
-    product = weight * jnp.where(infinite, 0, x)
-    return product + lax.stop_gradient(weight) * jnp.where(infinite & (weight != 0), x, 0)
+    at_infinity = lax.stop_gradient(weight) * jnp.where(weight == 0, 0, x)
+    return jnp.where(infinite, at_infinity, weight * jnp.where(infinite, 0, x))
 
 
 def expm1(x: Array) -> Array:
