@@ -110,7 +110,7 @@ def sinkhorn(
     :math:`H`: a soft assignment, and transport with entropic regularization `t`. Rows sum to 1 and
     columns share that evenly, unless `row_sums` (`a`) or `column_sums` (`b`) say otherwise.
 
-    Columns and rows are normalized in turn, as logarithms, and rows come last. So the sums of rows
+    Rows are normalized first, then columns and rows in turn, as logarithms. So the sums of rows
     are exact, and those of columns as good as the iterations make them: at low temperatures that
     takes hundreds. `sinkhorn_residual` tells how far they are, and `tol` ends the iterations when
     they are near enough.
