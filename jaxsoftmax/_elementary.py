@@ -1,7 +1,11 @@
 """What XLA has not, or not as exactly on every platform."""
 
+import functools
+from typing import Any
+
+import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array
 
 
@@ -18,14 +22,25 @@ def log1p(x: Array) -> Array:
     return jnp.log(total) + rest * (1 / total)
 
 
+@jax.custom_jvp
 def times(weight: Array, x: Array) -> Array:
     """The product, 0 where the weight is 0, even if `x` is infinite.
 
-    The weight of what is infinite has derivative 0: a cotangent of 0 would make NaN of another.
+    The derivative in the weight of what is infinite is 0: it may be left out afterwards, and a
+    cotangent of 0 would make NaN of another.
     """
-    infinite = jnp.isinf(x)
-    at_infinity = lax.stop_gradient(weight) * jnp.where(weight == 0, 0, x)
-    return jnp.where(infinite, at_infinity, weight * jnp.where(infinite, 0, x))
+    return weight * jnp.where((weight == 0) & jnp.isinf(x), 0, x)
+
+
+@functools.partial(times.defjvp, symbolic_zeros=True)
+def _times_jvp(primals: tuple[Array, Array], tangents: tuple[Any, Any]) -> tuple[Array, Any]:
+    (weight, x), (of_weight, of_x) = primals, tangents
+    terms = []
+    if not isinstance(of_weight, SymbolicZero):
+        terms.append(of_weight * jnp.where(jnp.isinf(x), 0, x))
+    if not isinstance(of_x, SymbolicZero):
+        terms.append(weight * of_x)
+    return times(weight, x), functools.reduce(jnp.add, terms)
 
 
 def expm1(x: Array) -> Array:

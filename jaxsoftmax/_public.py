@@ -64,13 +64,17 @@ def _static(name: str, value: Any, kinds: str = "known while tracing") -> Any:
 def _kind_of(value: Any) -> str:
     """What came, in words."""
     if isinstance(value, core.Tracer):
-        return "an array that is traced: a jax.jit around the call names it in static_argnames"
+        return "an array that is traced (with jax.jit, name it in static_argnames)"
     return type(value).__name__
 
 
 def _axis(name: str, value: Any) -> Any:
     value = tuple(value) if isinstance(value, list) else value
     return _static(name, value, "an int, a mesh axis name, a tuple of these or None")
+
+
+def _shape(name: str, value: Any) -> Any:
+    return _static(name, tuple(value) if isinstance(value, list) else value)
 
 
 def _integer(name: str, value: Any) -> int:
@@ -119,6 +123,7 @@ def _alpha(_: str, value: Any) -> Any:
 
 STATIC = Kind(_static, is_static=True)
 AXIS = Kind(_axis, is_static=True)
+SHAPE = Kind(_shape, is_static=True)
 INTEGER = Kind(_integer, is_static=True)
 INTEGER_OR_NONE = Kind(_integer_or_none, is_static=True)
 FLAG = Kind(_flag, is_static=True)

@@ -357,9 +357,7 @@ def _divide(scores: Array, divisor: Array) -> Array:
 
 @custom_vjp
 def _quotient(scores: Array, divisor: Array) -> Array:
-    """The quotient, finite where the score is: -inf would take no part."""
-    least = jnp.finfo(scores.dtype).min
-    return jnp.where(scores == -jnp.inf, scores, jnp.maximum(scores / divisor, least))
+    return scores / divisor
 
 
 def _quotient_fwd(scores: Array, divisor: Array) -> tuple[Array, tuple[Array, Array]]:
@@ -370,8 +368,7 @@ def _quotient_fwd(scores: Array, divisor: Array) -> tuple[Array, tuple[Array, Ar
 def _quotient_bwd(residuals: tuple[Array, Array], ct: Array) -> tuple[Array, Array]:
     quotient, divisor = residuals
     ct_scores = ct / divisor
-    within_range = jnp.abs(quotient) < jnp.finfo(quotient.dtype).max
-    finite = jnp.where(within_range, quotient, 0)
+    finite = jnp.where(jnp.isfinite(quotient), quotient, 0)
     return ct_scores, -sum_to(ct_scores * finite, divisor.shape)
 
 

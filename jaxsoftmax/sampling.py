@@ -21,7 +21,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Int, PRNGKeyArray, Real
 from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
-from jaxsoftmax._public import FLAG, STATIC, public
+from jaxsoftmax._public import FLAG, SHAPE, is_int, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, is_known, vary_like
 from jaxsoftmax._scores import (
     Axis,
@@ -39,7 +39,7 @@ from jaxsoftmax._sharding import gathered, share_like
 from jaxsoftmax.mappings import _softmax, hardmax
 
 
-@public(shape=STATIC, replace=FLAG)
+@public(shape=SHAPE, replace=FLAG)
 def sample(
     key: PRNGKeyArray,
     x: Real[ArrayLike, "*shape"],
@@ -126,7 +126,10 @@ def _axes_of_draws(shape: Any, rows: tuple[int, ...]) -> tuple[int, ...]:
         raise ValueError(
             f"shape must be a tuple that ends with the shape of the rows {rows}, got {shape!r}."
         )
-    return shape[: len(shape) - len(rows)]
+    draws = shape[: len(shape) - len(rows)]
+    if any(isinstance(n, float) or (is_int(n) and n < 0) for n in draws):
+        raise ValueError(f"shape must be of whole numbers that are not negative, got {shape!r}.")
+    return draws
 
 
 def _without_replacement(

@@ -8,6 +8,8 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
 
@@ -171,6 +173,36 @@ def test_weights_are_sown_as_flax_does(batch, rng):
             _, state = model.apply(params, x, mask=mask, sow_weights=True, mutable="intermediates")
             outs.append(state["intermediates"]["attention_weights"][0])
         np.testing.assert_allclose(*outs, rtol=1e-5, atol=1e-6)
+
+
+class Module:
+    """Keeps what is sown in it."""
+
+    def sow(self, kind, name, weights):
+        self.weights = weights
+
+
+@pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("names", [("kv_axis_name",), ("kv_axis_name", "query_axis_name")])
+def test_weights_of_keys_that_are_spread(names, rng):
+    """Of the keys of all devices, as without a mesh."""
+    q, k, v = (jnp.asarray(rng.normal(size=(2, 8, 2, 4))) for _ in range(3))
+
+    def sown(*args, **options):
+        module = Module()
+        jsm.attention_fn(*args, module=module, deterministic=True, **options)
+        return module.weights
+
+    here = P(None, "s")
+    in_ring = len(names) == 2
+    mesh = jax.make_mesh((4,), ("s",), (AxisType.Auto,), devices=jax.devices()[:4])
+    spread = jax.shard_map(
+        functools.partial(sown, **dict.fromkeys(names, "s")),
+        mesh=mesh,
+        in_specs=(here if in_ring else P(), here, here),
+        out_specs=P(None, None, "s") if in_ring else P(),
+    )
+    np.testing.assert_allclose(spread(q, k, v), sown(q, k, v), rtol=1e-6)
 
 
 def test_precision_is_not_for_a_layer_to_say():

@@ -303,6 +303,8 @@ def test_negative_log_likelihood_equals_scikit_learn(predictions):
     close(negative_log_likelihood(probs, labels), sklearn.metrics.log_loss(labels, probs))
     impossible = np.array([[0.0, 1.0], [0.5, 0.5]])
     assert negative_log_likelihood(impossible, np.array([0, 0])) == np.inf
+    gradient = jax.grad(negative_log_likelihood)(impossible, np.array([0, 0]))
+    np.testing.assert_array_equal(np.isfinite(gradient), impossible != 0)
 
 
 @pytest.mark.asks_for_nan

@@ -96,20 +96,6 @@ def test_gradients_in_temperature_of_all_extreme_rows(case):
     assert np.all(np.isfinite(along[~HAS_NAN]))
 
 
-@pytest.mark.parametrize(
-    "case", **named([c for c in MAPPINGS if c.simplex and c.takes("temperature")])
-)
-def test_the_least_number_takes_part_at_any_temperature(case):
-    """Masks are often filled with it; a row of nothing else is one of ties."""
-    least = np.finfo(tools.FLOAT).min
-    x = np.array([[least] * 3, [least, least, 0.0]], tools.FLOAT)
-    ties = np.array([[0.0] * 3, [-INF, -INF, 0.0]], tools.FLOAT)
-    close(case.probabilities(x, temperature=0.5), case.probabilities(ties))
-    fun = lambda t: jnp.sum(jnp.cos(case.fun(x[:1], temperature=t)))  # noqa: E731
-    assert jax.grad(fun)(0.5) == 0
-    assert jax.jvp(fun, (0.5,), (1.0,))[1] == 0
-
-
 @every_mapping
 @pytest.mark.asks_for_nan
 def test_nan_stays_in_its_row(case):

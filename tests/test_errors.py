@@ -119,7 +119,7 @@ SENTENCES = [
     (
         TypeError,
         "axis must be an int, a mesh axis name, a tuple of these or None, got an array that is "
-        "traced: a jax.jit around the call names it in static_argnames.",
+        "traced (with jax.jit, name it in static_argnames).",
         lambda: jax.jit(jsm.softmax)(X, 0),
     ),
     (

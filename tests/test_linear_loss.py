@@ -328,6 +328,15 @@ def test_weights_of_0_take_away_what_is_infinite():
             hidden, weight, np.array([0, 1]), weights=np.array([3.0, 0.0]), reduction=reduction
         )
         close(loss, 3 * np.array(expected) if reduction == "none" else expected)
+    for reduction in ("sum", "none"):  # and what is infinite has no derivative in its weight
+        gradient = jax.grad(
+            lambda weights, reduction=reduction: jnp.sum(
+                jsm.linear_cross_entropy(
+                    hidden, weight, np.array([0, 1]), weights=weights, reduction=reduction
+                )
+            )
+        )(np.array([3.0, 0.0]))
+        close(gradient, [np.log(1 + np.e), 0])
 
 
 @pytest.mark.parametrize(

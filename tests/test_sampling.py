@@ -160,6 +160,11 @@ def test_wrong_shape_of_draws():
             ValueError, match=r"shape must be a tuple that ends with .* \(2,\), got"
         ):
             jsm.sample(KEY, np.zeros((2, 6)), shape=shape)
+    for shape in ((-1, 2), (2.0, 2)):
+        with pytest.raises(ValueError, match=r"shape must be of whole numbers that are not neg"):
+            jsm.sample(KEY, np.zeros((2, 6)), shape=shape)
+    draws = jsm.sample(KEY, np.zeros((2, 6)), shape=[3, 2])
+    np.testing.assert_array_equal(draws, jsm.sample(KEY, np.zeros((2, 6)), shape=(3, 2)))
     with pytest.raises(ValueError, match="at most 6 draws of a row if replace=False, got 7"):
         jsm.sample(KEY, X, shape=(7,), replace=False)
     draw = lambda x: jsm.sample(KEY, x, (0, "i"), shape=(2,), replace=False)  # noqa: E731

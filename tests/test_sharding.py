@@ -196,6 +196,28 @@ def test_losses(case, mesh, rng):
     assert_nothing_is_gathered(found)
 
 
+def test_what_is_beside_scores_is_spread_alone(rng):
+    """Targets, and parameters of rows, on an explicit mesh; the scores on all devices."""
+    scores, labels = float32(rng, ROWS, WIDTH), rng.integers(WIDTH, size=ROWS)
+    dense = rng.dirichlet(np.ones(WIDTH), size=ROWS).astype(np.float32)
+    shares = rng.uniform(size=(ROWS, 1)).astype(np.float32)
+    hidden, weight = float32(rng, ROWS, 4), float32(rng, 4, WIDTH)
+
+    def losses(dense, shares):
+        return (
+            jsm.cross_entropy(scores, dense),
+            jsm.sparsemax_loss(scores, dense),
+            jsm.cross_entropy(scores, labels, label_smoothing=shares, z_loss=shares),
+            jsm.softmax(scores, temperature=shares),
+            jsm.linear_cross_entropy(
+                hidden, weight, labels, weights=shares[:, 0], reduction="none"
+            ),
+        )
+
+    actual, _ = on_mesh(mesh_of((4, 2)), losses, [dense, shares], [P("a", "b"), P("a")])
+    assert_equal(actual, jax.jit(losses)(dense, shares))
+
+
 @pytest.mark.leaks_in_jax
 @every_other_mesh
 def test_linear_cross_entropy(mesh, rng):

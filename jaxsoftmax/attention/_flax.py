@@ -7,10 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
 from jaxsoftmax._scores import as_array
 from jaxsoftmax.attention._attention import dot_product_attention
+from jaxsoftmax.attention._options import AxisName
 
 
 def attention_fn(
@@ -53,7 +55,7 @@ def attention_fn(
       is_causal: whether no query sees keys after its own position. To decode with a cache, Flax
         passes a mask instead; without that, pass `query_offset`.
       options: all other options of `dot_product_attention`. What is of each sequence, such as
-        lengths and segments, has the batch axes of `query`, or one for all of them.
+        lengths and segments, has the batch axes of `query`, or these as one axis.
 
     Returns:
       The attention outputs, in the layout of `query`.
@@ -104,12 +106,20 @@ def attention_fn(
     dropout = {} if deterministic else {"dropout_rate": dropout_rate, "dropout_key": dropout_rng}
     out = attend(value=value, **dropout)
     if module is not None:
-        units = jnp.eye(key.shape[1], dtype=dtype)[:, None]
-        weights = attend(value=jnp.broadcast_to(units, (*key.shape[:3], key.shape[1])))
+        units = _units(key.shape[1], options.get("kv_axis_name"), dtype)[:, None]
+        weights = attend(value=jnp.broadcast_to(units, (*key.shape[:3], units.shape[-1])))
         weights = weights[0] if isinstance(weights, tuple) else weights
         weights = jnp.moveaxis(weights, 2, 1)
         _sow(module, weights.reshape(*batch, *weights.shape[1:]))
     return jax.tree.map(lambda x: x.reshape(*batch, *x.shape[1:]), out)
+
+
+def _units(length: int, axis_name: AxisName | None, dtype: Any) -> Array:
+    """A unit vector for each key of this device, among those of all devices."""
+    if axis_name is None:
+        return jnp.eye(length, dtype=dtype)
+    places = lax.axis_index(axis_name) * length + jnp.arange(length, dtype=jnp.int32)
+    return jax.nn.one_hot(places, lax.axis_size(axis_name) * length, dtype=dtype)
 
 
 def _sow(module: Any, weights: Array) -> None:

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
+from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import INTEGER, STATIC
 from jaxsoftmax.calibration._bins import Binning, into_bins
 from jaxsoftmax.calibration._predictions import Events, as_predictions, measure
@@ -58,7 +59,8 @@ def negative_log_likelihood(
     if predictions.of_events:
         true = jnp.where(came > 0, probs, 1 - probs)[:, 0]
     else:  # no lookup: on an explicit mesh there is no one place to look it up
-        true = jnp.sum(came * probs, 1)
+        true = jnp.sum(jnp.where(came > 0, probs, 0), 1)
+        true = nan_unless(jnp.any(came > 0, 1), true)
     return predictions.reduce(-jnp.log(true), reduction)
 
 

@@ -37,8 +37,9 @@ def fit_temperature(
     It is found by L-BFGS with a line search, on the logarithm of the temperature. The search is
     limited to 1/1000 to 1000 times the spread of the logits (the root mean square of their distance
     from the mean of their row). So the result stays finite where there is no optimum: if every
-    example is classified correctly, it decreases as long as the loss decreases, and if the logits
-    mislead, it increases. If there is nothing to fit, as with constant logits or no rows, it is 1.
+    example is classified correctly, it decreases until the loss has no slope beyond rounding, and
+    if the logits mislead, it increases. If there is nothing to fit, as with constant logits or no
+    rows, it is 1.
 
     The result has no derivatives. Under `vmap` there is one temperature per head or group.
 

@@ -186,7 +186,8 @@ def _total_bwd(
 ) -> tuple[Operands, None, Array]:
     gradients, operands, values = residuals
     scaled = jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands)
-    return scaled, None, ct * values
+    # As that of `times`.
+    return scaled, None, ct * jnp.where(jnp.isinf(values), 0, values)
 
 
 total.defvjp(_total_fwd, _total_bwd)
