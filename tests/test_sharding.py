@@ -168,7 +168,7 @@ def test_measures_and_draws_on_an_explicit_mesh(rng):
             calibration.reliability_curve(p, labels).count,
             calibration.negative_log_likelihood(p, labels),
             calibration.fit_isotonic(p, labels),
-            calibration.fit_beta_scaling(p, labels),
+            calibration.fit_beta_scaling(p, labels, penalty=0.1),
             jax.value_and_grad(lambda p: jnp.sum(calibration.isotonic(p, *line) ** 2))(p),
             jax.value_and_grad(lambda p: jnp.sum(calibration.beta_scaling(p, *beta) ** 2))(p),
             jsm.sample(key, p, shape=(3, ROWS), replace=False),
