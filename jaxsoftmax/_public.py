@@ -68,13 +68,12 @@ def _kind_of(value: Any) -> str:
     return type(value).__name__
 
 
+def _sequence(name: str, value: Any, kinds: str = "known while tracing") -> Any:
+    return _static(name, tuple(value) if isinstance(value, list) else value, kinds)
+
+
 def _axis(name: str, value: Any) -> Any:
-    value = tuple(value) if isinstance(value, list) else value
-    return _static(name, value, "an int, a mesh axis name, a tuple of these or None")
-
-
-def _shape(name: str, value: Any) -> Any:
-    return _static(name, tuple(value) if isinstance(value, list) else value)
+    return _sequence(name, value, "an int, a mesh axis name, a tuple of these or None")
 
 
 def _integer(name: str, value: Any) -> int:
@@ -123,7 +122,7 @@ def _alpha(_: str, value: Any) -> Any:
 
 STATIC = Kind(_static, is_static=True)
 AXIS = Kind(_axis, is_static=True)
-SHAPE = Kind(_shape, is_static=True)
+SHAPE = Kind(_sequence, is_static=True)
 INTEGER = Kind(_integer, is_static=True)
 INTEGER_OR_NONE = Kind(_integer_or_none, is_static=True)
 FLAG = Kind(_flag, is_static=True)

@@ -430,7 +430,7 @@ def test_ring_of_any_form(normalizer, rng):
 @pytest.mark.parametrize(
     ("devices", "options", "offsets"),
     [
-        (4, {"is_causal": True}, (5, 16, -3)),
+        (4, {"is_causal": True}, (0, 5, 16, -3)),
         (8, {"is_causal": True}, (5, np.array([16, 3]))),
         (4, {"local_window_size": (4, 2)}, (7, np.array([-3, 9]))),
     ],
