@@ -164,6 +164,7 @@ def test_rows_sum_to_one(case, dtype, rng):
     np.testing.assert_allclose(total, 1, rtol=20 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["sparsemax", "entmax15"])
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def test_scalars_need_axis_none(case):
         case.fun(3.0)
 
 
+@pytest.mark.thorough
 @every_function
 @pytest.mark.parametrize("dtype", ["int8", "int32", "uint8", "int64"])
 def test_integers_become_the_default_float(case, dtype):
@@ -92,6 +93,7 @@ def test_temperature_zero_is_hardmax(case):
         assert np.all(np.isnan(case.fun(np.array([1.0, NAN]), temperature=zero)))
 
 
+@pytest.mark.thorough
 @tempered
 def test_temperature_zero_has_no_gradient(case):
     x = np.array([[1.0, 3.0, 3.0], [INF, 2.0, INF], [-INF, -INF, -INF], [-4.0, -INF, -5.0]])
@@ -107,6 +109,7 @@ def test_temperature_zero_has_no_gradient(case):
     equal(by_temperature, np.zeros((4, 1)))
 
 
+@pytest.mark.thorough
 @tempered
 def test_temperature_zero_in_some_rows(case):
     x = np.array([[1.0, 3.0, 2.5], [1.0, 3.0, 2.5]])

@@ -153,6 +153,7 @@ def test_softmax_with_bias_and_cap(rng):
     assert_same_derivatives(ours, reference, args, rng)
 
 
+@pytest.mark.thorough
 def test_heads_that_learn_their_alpha_and_sink(rng):
     alpha, sink = jnp.array([1.2, 1.5, 1.8, 2.0]), jnp.array([0.1, -1.0, 0.5, 0.0])
     queries, keys = np.repeat([[0, 1, 2]], [3, 4, 3], 1), np.repeat([[0, 2, 1]], [4, 2, 6], 1)
@@ -177,6 +178,7 @@ def test_heads_that_learn_their_alpha_and_sink(rng):
     assert_same_derivatives(ours, reference, (*inputs(rng), alpha, sink), rng, rtol=1e-9)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("normalizer", [jsm.sparsemax, jsm.entmax15])
 def test_sparse_mappings_in_a_window(normalizer, rng):
     def ours(q, k, v):
@@ -197,6 +199,7 @@ OFFSETS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", OFFSETS)
 @pytest.mark.parametrize(
     ("options", "before", "after"),
@@ -478,6 +481,7 @@ TILINGS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
 def test_all_tilings_agree(tiling, tiled, rng):
     """With all that has an axis for the batch or the heads, and all that has not."""
@@ -728,6 +732,7 @@ def test_dropout_drops_its_share_and_scales_the_rest():
     assert np.mean((other > 0) != kept) > 0.35
 
 
+@pytest.mark.thorough
 def test_dropout_depends_on_indices_alone():
     options = {"dropout_rate": 0.5, "dropout_key": jax.random.key(0), "is_causal": True}
     whole = weights_of(**options)

@@ -147,6 +147,7 @@ def test_a_budget_that_is_clear_cut_leaves_no_specks():
         np.testing.assert_array_equal(whole, clear[:, 0] >= 1)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("per_row", [False, True])
 @pytest.mark.parametrize(
     ("fun", "values"),

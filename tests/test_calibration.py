@@ -251,6 +251,7 @@ def test_fit_with_class_weights(rng):
     assert abs(fitted / fit_temperature(logits, labels) - 1) > 1e-3
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fit", FITS)
 def test_weights_count_like_repetitions(fit, rng):
     logits, labels = biased_examples(rng)
@@ -322,6 +323,7 @@ def test_platt_scaling_of_one_column(rng):
     close([weight[0, 0], bias[0]], best, rtol=1e-4)
 
 
+@pytest.mark.thorough
 def test_one_penalty_or_each(rng):
     logits, labels = biased_examples(rng)
     for fit, first in (
@@ -523,6 +525,7 @@ def test_vector_scaling_with_classes_ruled_out(rng):
     assert np.all(np.isnan(matrix[0]))
 
 
+@pytest.mark.thorough
 def test_rows_that_are_ruled_out_do_not_strengthen_penalties(rng):
     logits = 2 * rng.normal(size=(60, 4))
     labels = np.argmax(logits + rng.gumbel(size=(60, 4)), -1)

@@ -399,6 +399,7 @@ def each_way(fun):
     return [fun]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fun", MEASURES)
 @pytest.mark.asks_for_nan
 def test_rows_that_do_not_count(fun, predictions, rng):
@@ -425,6 +426,7 @@ def test_rows_that_do_not_count(fun, predictions, rng):
     jax.tree.map(close, one, fun(probs[:1], labels[:1]))
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("fun", MEASURES)
 @pytest.mark.asks_for_nan
 def test_weights_count_like_repetitions(fun, predictions, rng):

@@ -94,6 +94,7 @@ def fake_result(model, probs, labels, temperature=1.0):
 # The whole of it
 
 
+@pytest.mark.thorough
 def test_default_run(out):
     done = python("-m", "jaxsoftmax", "--out", str(out), timeout=300)
     assert done.returncode == 0, done.stderr

@@ -30,6 +30,7 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 def test_run_after_run_and_jit_after_jit(name):
     fun, args = CALLS[name]

@@ -40,6 +40,7 @@ def test_infinite_scores_share_a_row_of_any_form(form):
     equal(jsm.threshold_mapping(form)(np.array([INF, 1, INF])), [0.5, 0, 0.5])
 
 
+@pytest.mark.thorough
 @of_simplex
 @pytest.mark.asks_for_nan
 def test_all_extreme_rows_under_all_masks(case):
@@ -83,6 +84,7 @@ def test_forward_mode_of_all_extreme_rows_under_all_masks(case):
         assert np.all(np.asarray(along)[~MASKS & ~HAS_NAN[:, None]] == 0)
 
 
+@pytest.mark.thorough
 @tempered
 @pytest.mark.asks_for_nan
 def test_gradients_in_temperature_of_all_extreme_rows(case):
@@ -96,6 +98,7 @@ def test_gradients_in_temperature_of_all_extreme_rows(case):
     assert np.all(np.isfinite(along[~HAS_NAN]))
 
 
+@pytest.mark.thorough
 @every_mapping
 @pytest.mark.asks_for_nan
 def test_nan_stays_in_its_row(case):
@@ -110,6 +113,7 @@ def test_nan_stays_in_its_row(case):
     assert np.any(np.isnan(spoiled[0]))
 
 
+@pytest.mark.thorough
 @every_function
 @pytest.mark.parametrize("shape", [(22_000, 3), (40, 1700)], ids=str)
 @pytest.mark.asks_for_nan
@@ -140,6 +144,7 @@ def test_nan_beside_infinity_in_large_arrays(fun, dtype, shape):
     assert not np.any(np.isnan(out[::2]))
 
 
+@pytest.mark.thorough
 @every_function
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 @pytest.mark.asks_for_nan
@@ -154,6 +159,7 @@ def test_rows_of_large_arrays_are_as_those_of_small_ones(case, dtype):
     np.testing.assert_allclose(jax.vmap(case.fun)(few[rows]).astype(float), p[rows], rtol=4 * ulp)
 
 
+@pytest.mark.thorough
 @of_simplex
 @pytest.mark.parametrize(("dtype", "rows"), [("float32", 5000), ("float32", 40), ("float64", 40)])
 def test_scores_that_are_products(case, dtype, rows, rng):
@@ -184,6 +190,7 @@ def test_softmax_of_large_scores(dtype):
         assert np.all(error <= 6 * finfo.eps * reference + finfo.tiny)
 
 
+@pytest.mark.thorough
 @every_mapping
 def test_nothing_takes_part(case):
     x = np.array([[1.0, 2.0], [-INF, -INF]])

@@ -143,6 +143,7 @@ def test_sums_where_many_are_at_the_edge_of_the_support(dtype, rng):
     np.testing.assert_allclose(p.sum(-1), 1, rtol=0, atol=8 * float(jnp.finfo(dtype).eps))
 
 
+@pytest.mark.thorough
 @solved
 def test_long_ties_and_spacings(mapping):
     rows = np.stack([np.full(100_000, 0.3), 1e-7 * np.arange(100_000)]).astype(np.float32)

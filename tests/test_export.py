@@ -97,6 +97,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CHOICES)
 def test_shapes_of_choices_may_be_symbols(name, rng):
     fun = CHOICES[name]
@@ -148,6 +149,7 @@ WITH_SYMBOLS = {
 }
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", WITH_SYMBOLS)
 def test_sizes_may_be_symbols(name, rng):
     """Of attention and of a last layer, with their gradients."""

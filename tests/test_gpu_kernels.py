@@ -64,6 +64,7 @@ def errors(rng, name, option, dtype, widths=(64, 64)):
     return case(rng, name, option, dtype, widths, **how)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "option"), CASES, ids=lambda name: name)
 @pytest.mark.usefixtures("step_by_step")
 def test_float16(name, option, rng):
@@ -90,6 +91,7 @@ WIDTHS = [
 ]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "widths"), WIDTHS, ids=str)
 @pytest.mark.usefixtures("step_by_step")
 def test_other_widths(name, widths, rng, monkeypatch):

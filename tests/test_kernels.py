@@ -192,6 +192,7 @@ def case(rng, name, option, dtype, widths=(H, V), **how):
     return errors(name, option, arrays_of(rng, dtype, more, widths), ct, **how)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "option"), CASES, ids=lambda name: name)
 def test_float32(name, option, rng):
     found = case(rng, name, option, np.float32)
@@ -277,6 +278,7 @@ def test_forward_mode(rng):
     both(lambda attend, *args: jax.jvp(attend, args, args[::-1]), *args)
 
 
+@pytest.mark.thorough
 def test_hessian_times_vector(rng):
     args = small(rng)
 
@@ -286,6 +288,7 @@ def test_hessian_times_vector(rng):
     both(of, *args, rtol=1e-5, normalizer=jsm.softmax)
 
 
+@pytest.mark.thorough
 def test_gradient_of_gradient(rng):
     args = small(rng)
 

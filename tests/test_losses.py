@@ -398,6 +398,7 @@ def test_targets_of_another_sum_with_a_learned_alpha():
     check_grads(loss, (SCORES, inside, np.array([[1.3], [2.2]])), order=2, modes=("fwd", "rev"))
 
 
+@pytest.mark.thorough
 @every_loss
 def test_first_and_second_derivatives_equal_finite_differences(case):
     """In the scores, in distributions as targets and in the temperature, under a mask."""

@@ -124,6 +124,7 @@ IDS = np.array([2, 0, -1, 2, 0, 7, 3, 2])
 NUM_SEGMENTS = 5
 
 
+@pytest.mark.thorough
 @taking("segment_ids")
 @pytest.mark.parametrize(("axis", "sink"), [(0, False), (1, True)])
 def test_a_segment_is_a_row(case, axis, sink, rng):
@@ -193,6 +194,7 @@ def test_wrong_segments(case):
         jax.jit(lambda ids: case.fun(x, segment_ids=ids))(ids)
 
 
+@pytest.mark.thorough
 @pytest.mark.leaks_in_jax
 @pytest.mark.parametrize("case", **named([c for c in CASES if not c.in_order]))
 def test_rows_over_the_devices_of_a_mesh(case, rng):

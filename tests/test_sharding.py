@@ -325,6 +325,7 @@ def in_ring(fun, sizes=(4,), **specs):
     return jax.shard_map(fun, mesh=mesh, in_specs=tuple(in_specs), out_specs=spread)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", ["softmax", "entmax"])
 def test_ring_with_all_options(name, rng):
     """The value, a tangent, a pullback and a Hessian-vector product, in every argument."""
@@ -386,6 +387,7 @@ SOFTPLUS = jsm.Form(
 )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "normalizer",
     [
@@ -427,6 +429,7 @@ def test_ring_of_any_form(normalizer, rng):
     assert np.all(np.asarray(actual[0])[:, 2::3] == 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("devices", "options", "offsets"),
     [
@@ -716,6 +719,7 @@ def assert_close(found, wanted):
 either = pytest.mark.parametrize("kind", ["vmap", "shard_map"])
 
 
+@pytest.mark.thorough
 @either
 @pytest.mark.parametrize("function", OF_ROWS.values(), ids=OF_ROWS)
 def test_cotangents_of_row_values_are_summed(function, kind, rng):

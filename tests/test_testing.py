@@ -22,6 +22,7 @@ pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
 ours = [c for c in MAPPINGS if c.simplex and c.gives == "probabilities" and c.smooth != "nowhere"]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("case", **named(ours))
 def test_ours_keep_the_contract(case):
     testing.check_mapping(case.fun, case.reference)
@@ -103,6 +104,7 @@ def _partial(p, rate):
     return jnp.where(p > 0, p * jnp.log(jnp.where(p > 0, p, 1)) / rate, 0)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("times", [0, 1, 1.01, 3])
 def test_faults_of_parameters_are_found(times):
     mapping = functools.partial(sharpened(lambda p, rate: (times * _partial(p, rate),)), rate=2.0)
@@ -171,6 +173,7 @@ power = jsm.threshold_mapping(
 )
 
 
+@pytest.mark.thorough
 def test_parameters_of_a_form(rng):
     """Those of entmax, whose derivatives are written by hand."""
     x, ct = rng.normal(size=(2, 3, 40))
