@@ -46,8 +46,8 @@ BOUNDS = {
     ("softmax, long rows, vjp", "h100"): Bound(13, 13, 0.4, 297),
     ("log_softmax, long rows, vjp", "h100"): Bound(14, 14, 0.4, 297),
     ("logsumexp, long rows, vjp", "h100"): Bound(5, 5, 0.2, 111),
-    ("attention", "h100"): Bound(19, 97, 380, 7900),
-    ("attention, vjp", "h100"): Bound(46, 240, 480, 19_000),
+    ("attention", "h100"): Bound(28, 140, 380, 5500),
+    ("attention, vjp", "h100"): Bound(54, 284, 480, 16_300),
     ("attention, causal", "h100"): Bound(32, 58, 550, 5100),
     ("attention, causal, vjp", "h100"): Bound(94, 180, 890, 16_000),
     ("linear_cross_entropy", "h100"): Bound(18, 120, 150, 4300),
@@ -141,7 +141,8 @@ def test_every_gradient_compiles(name, target):
 @pytest.mark.parametrize(("program", "device"), BOUNDS, ids=lambda name: name)
 def test_programs_stay_small(program, device):
     fun, args = PROGRAMS[program]
-    found = ahead.figures(fun, args, DEVICES[device])
+    # No solver; the loop of attention is for maxima far from 0.
+    found = ahead.figures(fun, args, DEVICES[device], passes=0)
     actual = Bound(found.kernels, found.launches, found.memory / 1e6, found.traffic / 1e6)
     assert all(x <= most for x, most in zip(actual, BOUNDS[program, device], strict=True)), actual
 

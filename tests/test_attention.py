@@ -548,6 +548,37 @@ def test_scores_that_are_made_again_are_the_same(dtype, rounding, options, tiled
         )
 
 
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("large", [60.0, 500.0, 4000.0, 5e4, np.array([60.0, 5e4, 500.0])])
+def test_maxima_may_be_far_from_0_where_scores_are_made_again(dtype, large, tiled, rng):
+    """As on GPUs, which write rounded scores for them. Here all scores are whole numbers."""
+    q, k = rng.integers(-3, 4, size=(2, 3, 16, 2, 8)).astype(np.float64)
+    v = rng.integers(-8, 9, size=(3, 16, 2, 8))
+    # In a factor that bfloat16 has, and in several terms: rounded scores differ from their sum.
+    q[..., :4] = 1
+    k[..., :4] = np.reshape(large, (-1, 1, 1, 1)) * np.array([0.5, 0.25, 0.125, 0.125])
+    k = np.asarray(k, jnp.bfloat16).astype(np.float64)
+
+    def everything(q, k, v):
+        def attention(k, v):
+            return jsm.dot_product_attention(q, k, v, scale=1.0)
+
+        out, pull_back = jax.vjp(attention, k, v)
+        return out, *pull_back(jnp.ones_like(out))
+
+    exact = everything(*(jnp.asarray(x, np.float64) for x in (q, k, v)))
+    tiled(Tiling(2**10, 2**10, 2**10, (1, 16), 2, products_again=True))
+    args = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    together = jax.jit(lambda *args: everything(*args))(*args)
+    apart = jax.jit(jax.vmap(lambda *args: everything(*args)))(*args)
+    for i, (x, y, z) in enumerate(zip(together, exact, apart, strict=True)):
+        # Of a maximum and a sum the reverse rule has the logarithm in float32.
+        lost = 2.0**-24 * np.max(large) if i else 0
+        tolerance = 4 * (float(jnp.finfo(dtype).eps) + lost) * np.max(np.abs(y))
+        np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=tolerance)
+        np.testing.assert_allclose(z.astype(np.float64), y, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize(
     ("batch", "key_heads", "row_size", "rows", "group"),
     [

@@ -51,7 +51,7 @@ class Block:
         """
         made, value = self.prepare(first, *parts), parts[self.value]
         if made.form is SOFTMAX:
-            threshold = SOFTMAX.before_sum(made.rows, made.entries)
+            threshold = _before_sum(made, again)
             out, total = _mix_and_sum(made, _weights_of(made, threshold, again), value)
             by = _threshold.inverse_of(total)
             out, threshold = out * by, (threshold[0], by)
@@ -145,11 +145,54 @@ def _grouped(x: Array, key_heads: int) -> Array:
     return x.reshape(batch, key_heads, heads // key_heads * rows, *rest)
 
 
+def _factors_again(made: Prepared, again: bool) -> tuple[Array, Array, Array] | None:
+    """The factors of scores that are made again for weights of softmax."""
+    if not again or made.form is not SOFTMAX or made.factors is None:
+        return None
+    query, key, _ = made.factors
+    return made.factors if _are_many(query, key) else None
+
+
+def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
+    """The threshold of softmax, with 1 for what weights are multiplied by.
+
+    Scores that are made again are written for their maximum alone. Any number does for that which
+    is near and not below it, and so they are written as bfloat16.
+    """
+    factors = _factors_again(made, again)
+    if factors is None:
+        return SOFTMAX.before_sum(made.rows, made.entries)
+    query, key, scale = factors
+
+    def largest(dtype: Any) -> Array:
+        scores = _products.scores(_grouped(query, key.shape[1]), key) * scale
+        top = jnp.max(scores.astype(dtype), -1, keepdims=True)
+        return top.reshape(*query.shape[:-1], 1).astype(scale.dtype)
+
+    rounded = largest(jnp.bfloat16)
+    above = rounded + jnp.abs(rounded) * _ROUNDING
+    is_near = jnp.all(jnp.abs(above) <= _NEAR)
+
+    def exactly(state: tuple[Array, Array]) -> tuple[Array, Array]:
+        _, is_near = state
+        return largest(scale.dtype), is_near | True
+
+    # A loop of no pass, or one. Of a conditional, `vmap` would compute both branches.
+    top, _ = lax.while_loop(lambda state: ~state[1], exactly, (above, is_near))
+    return SOFTMAX.before_sum(made.rows, (top, *made.entries[1:]))
+
+
+# What a number loses at most, relative to itself, where it is rounded to 8 bits.
+_ROUNDING = 2.0**-8
+# Up to here, that is so little that all exponentials that matter are normal numbers.
+_NEAR = 2.0**12
+
+
 def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
     """The weights, given the threshold."""
-    form, factors = made.form, made.factors
-    if not again or factors is None or form is not SOFTMAX or not _are_many(*factors[:2]):
-        return _threshold.weights(form, made.rows, made.entries, threshold, made.params)
+    factors = _factors_again(made, again)
+    if factors is None:
+        return _threshold.weights(made.form, made.rows, made.entries, threshold, made.params)
     query, key, scale = factors
     top, by = threshold
     # In a maximum of +inf a logarithm is lost: NaN rather than the wrong share.
