@@ -9,7 +9,7 @@ import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, ParamSpec, TypeVar, overload
 
 import jax
@@ -65,6 +65,9 @@ def _kind_of(value: Any) -> str:
     """What came, in words."""
     if isinstance(value, core.Tracer):
         return "an array that is traced (with jax.jit, name it in static_argnames)"
+    for item in value if isinstance(value, tuple) else ():
+        if not isinstance(item, Hashable):
+            return f"a tuple with {_kind_of(item)}"
     return type(value).__name__
 
 

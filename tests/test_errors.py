@@ -124,6 +124,12 @@ SENTENCES = [
     ),
     (
         TypeError,
+        "axis must be an int, a mesh axis name, a tuple of these or None, got a tuple with an "
+        "array that is traced (with jax.jit, name it in static_argnames).",
+        lambda: jax.jit(jsm.softmax)(X, (0, 1)),
+    ),
+    (
+        TypeError,
         "reduction must be known while tracing, got list.",
         lambda: jsm.linear_cross_entropy(X, W, Y, reduction=["mean"]),
     ),

@@ -262,6 +262,9 @@ def test_what_multiplies_an_infinite_loss_that_is_left_out(name, rng):
 def test_class_weights_and_ignored_classes_that_do_not_fit():
     with pytest.raises(ValueError, match=r"class_weights must have one value per class, shape"):
         jsm.cross_entropy(SCORES, LABELS, class_weights=np.ones(2))
+    two_axes = r"one value per class, shape \(3, 4\) or \(12,\), got shape \(4,\)"
+    with pytest.raises(ValueError, match=two_axes):
+        jsm.cross_entropy(np.ones((2, 3, 4)), [0, 1], (1, 2), class_weights=np.ones(4))
     with pytest.raises(TypeError, match="ignore_index must be an integer, got float"):
         jsm.cross_entropy(SCORES, LABELS, ignore_index=1.0)
     with pytest.raises(ValueError, match="ignore_index goes with classes, got distributions"):

@@ -134,8 +134,9 @@ def _as_weights(rows: Rows, scores: Entries, weights: ArrayLike, axis: Axis) -> 
     order = in_given_order(axis, len(shape))
     wanted = tuple(shape[i] for i in order)
     if weights.shape not in (wanted, (math.prod(wanted),)):
+        shapes = " or ".join(map(str, dict.fromkeys((wanted, (math.prod(wanted),)))))
         raise ValueError(
-            f"class_weights must have one value per class, shape {wanted}, got shape "
+            f"class_weights must have one value per class, shape {shapes}, got shape "
             f"{weights.shape}."
         )
     weights = nan_unless(weights >= 0, weights.astype(scores[0].dtype))
