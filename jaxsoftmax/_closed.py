@@ -1,5 +1,6 @@
 """What functions close over, made arguments: a rule must not hide any of it from derivatives."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,17 +49,23 @@ def is_smooth(x: Array) -> bool:
     return bool(jnp.issubdtype(x.dtype, jnp.inexact))
 
 
-def closed_over(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[Any]]:
-    """`fun` as a function `(smooth, rest, *args)`, and the tracers that it closes over.
+def closed_over(
+    fun: Callable, *examples: Sequence[Any]
+) -> tuple[list[Callable], list[Any], list[Any]]:
+    """`fun` as functions `(smooth, rest, *args)`, and the tracers that it closes over.
 
     For a rule that gives gradients to what a user's function closes over: `smooth` are those that
     have one, `rest` are integers, keys, and the like.
+
+    Args:
+      fun: the function.
+      *examples: arguments; there is a function for arguments like each of them.
     """
     closed = Closed()
-    opened = closed.opened(fun, *args)
+    opened = [closed.opened(fun, *args) for args in examples]
     kinds = [is_smooth(x) for x in closed.arrays]
 
-    def of_kinds(smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
+    def of_kinds(opened: Callable, smooth: Sequence[Any], rest: Sequence[Any], *args: Any) -> Any:
         given = {True: iter(smooth), False: iter(rest)}
         return opened([next(given[kind]) for kind in kinds], *args)
 
@@ -66,4 +73,4 @@ def closed_over(fun: Callable, *args: Any) -> tuple[Callable, list[Any], list[An
         [x for x, kind in zip(closed.arrays, kinds, strict=True) if kind is wanted]
         for wanted in (True, False)
     )
-    return of_kinds, smooth, rest
+    return [functools.partial(of_kinds, one) for one in opened], smooth, rest

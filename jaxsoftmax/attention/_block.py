@@ -100,9 +100,17 @@ class Block:
             return (made.entries, made.params, made.row_values), made
 
         _, pullback, made = jax.vjp(smooth, *(parts[i] for i in wanted), has_aux=True)
-        p = _weights_of(made, threshold, again)
         value, (ct_out, *ct_row_values) = parts[self.value], ct
         factor = _grouped(ct_out, value.shape[1]).astype(value.dtype)
+        if _factors_again(made, again) is None:
+            p = weights = _weights_of(made, threshold, again)
+            of_weights = factor
+        else:
+            # A factor of rows goes where no kernel is needed for it.
+            top, by = threshold
+            weights = _weights_of(made, (top, jnp.ones_like(by)), again)
+            p = made.rows.map(jnp.multiply, [weights], [by])
+            of_weights = _grouped(ct_out * by, value.shape[1]).astype(value.dtype)
         # The slopes of softmax are its weights, and the mean is known.
         mean = jnp.sum(ct_out * out, -1, keepdims=True) if made.form.only_scales else None
         if mean is not None and made.rows.names:
@@ -121,9 +129,9 @@ class Block:
         )
         found = list(pullback((ct_entries, tuple(ct_params), tuple(ct_row_values))))
         if self.value in wanted:
-            weights = _grouped(made.after_dropout(p[0]), value.shape[1]).astype(value.dtype)
+            mixing = _grouped(made.after_dropout(weights[0]), value.shape[1]).astype(value.dtype)
             i = list(wanted).index(self.value)
-            found[i] = _products.columns(factor, weights).astype(found[i].dtype)
+            found[i] = _products.columns(of_weights, mixing).astype(found[i].dtype)
         return found
 
     def _of_wanted(
@@ -189,19 +197,16 @@ _NEAR = 2.0**12
 
 
 def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
-    """The weights, given the threshold."""
+    """The weights, given the threshold; those that are made again, before they are divided."""
     factors = _factors_again(made, again)
     if factors is None:
         return _threshold.weights(made.form, made.rows, made.entries, threshold, made.params)
     query, key, scale = factors
-    top, by = threshold
-    # In a maximum of +inf a logarithm is lost: NaN rather than the wrong share.
-    of_huge = jnp.where(by == 1, top, jnp.nan)
-    origin = jnp.where(top > _HUGE, of_huge, SOFTMAX.origin(top, by))
+    top, _ = threshold
     is_tiny = jnp.abs(scale) < _TINY
-    of_products = jnp.clip(origin / jnp.where(is_tiny, 1, scale), -_HUGE, _HUGE)
+    of_products = jnp.clip(top / jnp.where(is_tiny, 1, scale), -_HUGE, _HUGE)
     less = _less(_grouped(query, key.shape[1]), key, jnp.where(is_tiny, 0, of_products))
-    gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, origin, 0)
+    gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, top, 0)
     # Products of other sizes are summed in another order: a gap may come out above that of the top.
     weights = jnp.exp(jnp.minimum(gaps, 0)).astype(key.dtype)
     of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]

@@ -115,6 +115,6 @@ _FEWEST = 256
 # How many scores a chunk has that is large enough for any CPU.
 _SCORES = 2**23
 # Each chunk rewrites the gradient of all weights. As compiled for 8,192 rows and 32,768 classes of
-# width 1,024 in bfloat16, with 256, 1,024 and 2,048 rows a chunk: 5.9, 3.2 and 3.0 ms on an H100,
-# 27.7, 16.9 and 17.0 on a v5e, at a tenth, a fifth and a third of the memory of all scores.
+# width 1,024 in bfloat16, with 256, 1,024 and 2,048 rows a chunk: 5.6, 2.9 and 2.6 ms on an H100,
+# 24.4, 16.1 and 16.5 on a v5e, at a tenth, a fifth and a third of the memory of all scores.
 _SCORES_OF_ACCELERATOR = 2**25

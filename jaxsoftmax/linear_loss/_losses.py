@@ -16,7 +16,7 @@ from jaxsoftmax._reductions import untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
-from jaxsoftmax.linear_loss._rule import Labelled, Operands, each, total
+from jaxsoftmax.linear_loss._rule import Group, Labelled, Operands, each, total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,18 +60,24 @@ def summed_or_each(
     if weights is None:
         weights = jnp.ones(keep.shape, wide(layer.hidden.dtype))
     hidden, labels, keep, weights = map(chunks.split, (layer.hidden, labels, keep, weights))
-    some = vary_like(
-        jnp.zeros((*keep.shape[1:], layer.weight.shape[1]), wide(hidden.dtype)), hidden
-    )
+    together = 1
+    if how.chunk_size is None and isinstance(chunks, Chunks):
+        together = in_one(chunks.count, chunks.size, layer.weight.shape[1])
     losses_of = how.losses
-    for _ in some.shape[2:]:  # chunks that XLA shares among devices keep all axes of rows
+    for _ in keep.shape[2:]:  # chunks that XLA shares among devices keep all axes of rows
         losses_of = jax.vmap(losses_of)
-    pure, params, rest = closed_over(losses_of, some, labels[0])
+
+    def chunk_of(together: int) -> tuple[Array, Array]:
+        size, *others = keep.shape[1:]
+        shape = (together * size, *others, layer.weight.shape[1])
+        some = vary_like(jnp.zeros(shape, wide(hidden.dtype)), hidden)
+        return some, jnp.concatenate([labels[0]] * together)
+
+    counts = [1] if together == 1 else [1, together]
+    (pure, *joined), params, rest = closed_over(losses_of, *map(chunk_of, counts))
+    group = Group(together, joined[0]) if joined else None
     operands = Operands(hidden, layer.weight, layer.bias, params)
     rows = Labelled(labels, keep, rest)
-    group = 1
-    if how.chunk_size is None and isinstance(chunks, Chunks):
-        group = in_one(chunks.count, chunks.size, layer.weight.shape[1])
     if not how.in_sum:
         return chunks.join(times(weights, each(pure, group, operands, rows)))
     # What the loss closes over may be shared by devices that have different rows. Its gradient is

@@ -42,6 +42,18 @@ class Labelled(NamedTuple):
 Losses = Callable[..., Array]  # (params, rest, scores, labels) -> one loss per row
 
 
+class Group(NamedTuple):
+    """Chunks that are one on an accelerator.
+
+    Attributes:
+      chunks: how many.
+      losses: makes the losses of all their rows.
+    """
+
+    chunks: int
+    losses: Losses
+
+
 def _scores(hidden: Array, weight: Array, bias: Array | None) -> Array:
     scores = _dot(hidden, weight, ((hidden.ndim - 1,), (0,)))
     return scores if bias is None else scores + with_ndim(bias, scores.ndim)
@@ -117,7 +129,7 @@ def _add_whole_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
 def _by_platform(
     function: Callable[..., Any],
     losses: Losses,
-    group: int,
+    group: Group | None,
     operands: Operands,
     rows: Labelled,
     *of_rows: Array,
@@ -127,24 +139,25 @@ def _by_platform(
     Args:
       function: `_losses` or `_gradients`.
       losses: makes losses of the scores of one chunk.
-      group: how many chunks are one on an accelerator.
+      group: the chunks that are one there, if some are.
       operands: as `function` takes them.
       rows: the same.
       of_rows: numbers for each row.
     """
-    if group == 1:
+    if group is None:
         return function(losses, operands, rows, *of_rows)
+    together = group.chunks
     count, size = rows.keep.shape
 
-    def together(operands: Operands, rows: Labelled, *of_rows: Array) -> Any:
+    def in_groups(operands: Operands, rows: Labelled, *of_rows: Array) -> Any:
         def joined(x: Array) -> Array:
-            return x.reshape(count // group, group * size, *x.shape[2:])
+            return x.reshape(count // together, together * size, *x.shape[2:])
 
         def apart(x: Array) -> Array:
             return x.reshape(count, size, *x.shape[2:])
 
         found = function(
-            _of_group(losses, group, size),
+            group.losses,
             operands._replace(hidden=joined(operands.hidden)),
             Labelled(joined(rows.labels), joined(rows.keep), rows.rest),
             *map(joined, of_rows),
@@ -155,34 +168,36 @@ def _by_platform(
         return apart(values), gradients._replace(hidden=apart(gradients.hidden))
 
     one_by_one = functools.partial(function, losses)
-    return chosen("chunks", together, operands, rows, *of_rows, one_by_one=one_by_one)
+    return chosen("chunks", in_groups, operands, rows, *of_rows, one_by_one=one_by_one)
 
 
-def _of_group(losses: Losses, group: int, size: int) -> Losses:
+def _one_by_one(losses: Losses, count: int, size: int) -> Losses:
     """The losses of so many chunks of so many rows, one after the other in one chunk."""
 
     def of_group(params: list[Array], rest: list[Array], scores: Array, labels: Array) -> Array:
-        by_chunk = [x.reshape(group, size, *x.shape[1:]) for x in (scores, labels)]
+        by_chunk = [x.reshape(count, size, *x.shape[1:]) for x in (scores, labels)]
         return jax.vmap(losses, in_axes=(None, None, 0, 0))(params, rest, *by_chunk).reshape(-1)
 
     return of_group
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def total(losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array) -> Array:
+def total(
+    losses: Losses, group: Group | None, operands: Operands, rows: Labelled, weights: Array
+) -> Array:
     """The weighted sum of all losses. Its gradients are formed in the forward pass."""
     return jnp.sum(times(weights, _by_platform(_losses, losses, group, operands, rows)))
 
 
 def _total_fwd(
-    losses: Losses, group: int, operands: Operands, rows: Labelled, weights: Array
+    losses: Losses, group: Group | None, operands: Operands, rows: Labelled, weights: Array
 ) -> tuple[Array, Any]:
     values, gradients = _by_platform(_gradients, losses, group, operands, rows, weights)
     return jnp.sum(times(weights, values)), (gradients, operands, values)
 
 
 def _total_bwd(
-    losses: Losses, group: int, residuals: Any, ct: Array
+    losses: Losses, group: Group | None, residuals: Any, ct: Array
 ) -> tuple[Operands, None, Array]:
     gradients, operands, values = residuals
     scaled = jax.tree.map(lambda g, x: (ct * g).astype(x.dtype), gradients, operands)
@@ -197,7 +212,7 @@ def _total_batch(
     axis_size: int,
     batched: Any,
     losses: Losses,
-    group: int,
+    group: Group | None,
     operands: Operands,
     rows: Labelled,
     weights: Array,
@@ -213,16 +228,20 @@ total.defbatch(_total_batch)
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0, 1))
-def each(losses: Losses, group: int, operands: Operands, rows: Labelled) -> Array:
+def each(losses: Losses, group: Group | None, operands: Operands, rows: Labelled) -> Array:
     """The losses. The scores are computed once more for their gradients."""
     return _by_platform(_losses, losses, group, operands, rows)
 
 
-def _each_fwd(losses: Losses, group: int, operands: Operands, rows: Labelled) -> tuple[Array, Any]:
+def _each_fwd(
+    losses: Losses, group: Group | None, operands: Operands, rows: Labelled
+) -> tuple[Array, Any]:
     return each(losses, group, operands, rows), (operands, rows)
 
 
-def _each_bwd(losses: Losses, group: int, residuals: Any, ct: Array) -> tuple[Operands, None]:
+def _each_bwd(
+    losses: Losses, group: Group | None, residuals: Any, ct: Array
+) -> tuple[Operands, None]:
     def pulled(point: tuple[Operands, Labelled], ct: Array) -> Operands:
         return _by_platform(_gradients, losses, group, *point, ct)[1]
 
@@ -258,7 +277,7 @@ def _each_batch(
     axis_size: int,
     batched: Any,
     losses: Losses,
-    group: int,
+    group: Group | None,
     operands: Operands,
     rows: Labelled,
 ) -> Array | None:
@@ -285,11 +304,12 @@ def _each_batch(
         x = groups.split(x)
         return x.reshape(groups.count, groups.size * size, *x.shape[3:])
 
-    if group > 1:
-        group = in_one(groups.count, groups.size * size, operands.weight.shape[1])
+    if group is not None:
+        many = in_one(groups.count, groups.size * size, operands.weight.shape[1])
+        group = Group(many, _one_by_one(losses, many * groups.size, size)) if many > 1 else None
     operands = operands._replace(hidden=grouped(hidden))
     rows = Labelled(grouped(labels), grouped(keep), rows.rest)
-    values = each(_of_group(losses, groups.size, size), group, operands, rows)
+    values = each(_one_by_one(losses, groups.size, size), group, operands, rows)
     return values.reshape(-1, size)[:count].reshape(axis_size, -1, size)
 
 

@@ -96,7 +96,7 @@ def fenchel_young_loss(
                 )
             return values.astype(p[0].dtype).reshape(rows.shape(p[0]))
 
-        pure, params, rest = closed_over(entropy_of_rows, p)
+        (pure,), params, rest = closed_over(entropy_of_rows, (p,))
         return one_per_row(rows, _gap(pure, rows, z, target, p, params, rest), classes, scores)
 
     return loss

@@ -133,10 +133,6 @@ class _Softmax(Solved):
         top, by = row
         return _exp_below(score, top) * by
 
-    def origin(self, top: Array, by: Array) -> Array:
-        """What is to be subtracted from a score for `at` to be its exponential."""
-        return top - jnp.log(by)
-
 
 def _exp_below(score: Array, top: Array) -> Array:
     return jnp.exp(_as_number(score) - top)
