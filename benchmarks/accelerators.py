@@ -235,9 +235,9 @@ TIME, MEMORY = "estimated time, relative", "temporary memory, relative"
 
 NOTES = """
 - Attention: XLA writes the scores of a block to memory and reads them once, as it does for
-  `jax.nn`. On an H100, ours computes them again instead. It writes only half of their bits, for the
-  maximum of each row. If one is above 4,096 or below -4,096, a loop finds all maxima of the block
-  exactly. Random scores never need that loop, so its body is not counted, but its wait is.
+  `jax.nn`. On an H100, ours computes them again instead, and without a mask it writes only half of
+  their bits, for the maximum of each row. If one is beyond about ±1,000, a loop finds it exactly.
+  Random scores never need that loop, so its body is not counted, but its wait is.
 - Linear layer: each chunk of rows adds to the gradient of all weights. So that gradient is read and
   written once per chunk. Instead, optax holds all scores, here in the dtype of the inputs.
 - Mappings: the exact gradient of log-softmax needs two more sums, which read long rows once more on

@@ -549,32 +549,62 @@ def test_scores_that_are_made_again_are_the_same(dtype, rounding, options, tiled
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
-@pytest.mark.parametrize("large", [60.0, 500.0, 4000.0, 5e4, 1e6, np.array([60.0, 5e4, 500.0])])
+@pytest.mark.parametrize("large", [60.0, 500.0, 5e4, 1e6, -500.0, -5e4, "rows", "heads"])
 def test_maxima_may_be_far_from_0_where_scores_are_made_again(dtype, large, tiled, rng):
     """As on GPUs, which write rounded scores for them. Here all scores are whole numbers."""
     q, k = rng.integers(-3, 4, size=(2, 3, 16, 2, 8)).astype(np.float64)
-    v = rng.integers(-8, 9, size=(3, 16, 2, 8))
+    v, sink = rng.integers(-8, 9, size=(3, 16, 2, 8)), np.array([0.0, 300.0])
     # In a factor that bfloat16 has, and in several terms: rounded scores differ from their sum.
     q[..., :4] = 1
-    k[..., :4] = np.reshape(large, (-1, 1, 1, 1)) * np.array([0.5, 0.25, 0.125, 0.125])
+    k[..., :4] = (500.0 if isinstance(large, str) else large) * np.array([0.5, 0.25, 0.125, 0.125])
+    if large == "rows":
+        q[:, ::2, :, :4] = 100
+    if large == "heads":
+        k[1, :, :, :4] *= 100
     k = np.asarray(k, jnp.bfloat16).astype(np.float64)
 
-    def everything(q, k, v):
-        def attention(k, v):
-            return jsm.dot_product_attention(q, k, v, scale=1.0)
+    def everything(q, k, v, sink):
+        def attention(k, v, sink):
+            return jsm.dot_product_attention(q, k, v, scale=1.0, sink=sink)
 
-        out, pull_back = jax.vjp(attention, k, v)
+        out, pull_back = jax.vjp(attention, k, v, sink)
         return out, *pull_back(jnp.ones_like(out))
 
-    exact = everything(*(jnp.asarray(x, np.float64) for x in (q, k, v)))
+    exact = everything(*(jnp.asarray(x, np.float64) for x in (q, k, v, sink)))
     tiled(Tiling(2**10, 2**10, 2**10, (1, 16), 2, products_again=True))
-    args = [jnp.asarray(x, dtype) for x in (q, k, v)]
+    args = [*(jnp.asarray(x, dtype) for x in (q, k, v)), jnp.asarray(sink, np.float32)]
     together = jax.jit(lambda *args: everything(*args))(*args)
-    apart = jax.jit(jax.vmap(lambda *args: everything(*args)))(*args)
+    over_batch = jax.vmap(lambda *args: everything(*args), in_axes=(0, 0, 0, None))
+    out, of_key, of_value, of_sink = jax.jit(over_batch)(*args)
+    apart = out, of_key, of_value, jnp.sum(of_sink, 0)
     for x, y, z in zip(together, exact, apart, strict=True):
-        tolerance = 4 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y))
+        tolerance = 4 * float(jnp.finfo(dtype).eps) * np.max(np.abs(y)) + 1e-30
         np.testing.assert_allclose(x.astype(np.float64), y, rtol=0, atol=tolerance)
         np.testing.assert_allclose(z.astype(np.float64), y, rtol=0, atol=tolerance)
+
+
+def test_queries_may_be_shared_by_what_is_mapped_over(rng):
+    """In bfloat16, with grouped heads."""
+    q, k, v = (jnp.asarray(rng.normal(size=(3, 2, 8, n, 4)), jnp.bfloat16) for n in (4, 2, 2))
+
+    def gradients(k, v):
+        out, pull_back = jax.vjp(jsm.dot_product_attention, q[0], k, v)
+        return pull_back(jnp.ones_like(out))
+
+    for x, y in zip(
+        jax.vmap(gradients)(k, v), zip(*map(gradients, k, v), strict=True), strict=True
+    ):
+        np.testing.assert_allclose(x.astype(np.float32), np.stack(y), rtol=2**-6, atol=2**-6)
+
+
+def test_a_row_does_not_depend_on_maxima_of_other_rows(tiled, rng):
+    """As on GPUs: what one row asks of a block changes no bit of another."""
+    q, k, v = (jnp.asarray(rng.normal(size=(1, 16, 1, 8)), np.float32) for _ in range(3))
+    tiled(Tiling(2**10, 2**10, 2**10, (1, 16), 2, products_again=True))
+    attention = jax.jit(jsm.dot_product_attention)
+    for other in (1e6, np.nan):
+        changed = attention(q.at[:, 3].multiply(other), k, v)
+        np.testing.assert_array_equal(np.delete(changed, 3, 1), np.delete(attention(q, k, v), 3, 1))
 
 
 @pytest.mark.parametrize(

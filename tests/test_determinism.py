@@ -7,6 +7,14 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from tests.calls import CALLS, NAMES, value_and_gradients
 
+FEW = {"softmax", "entmax15", "cross_entropy", "dot_product_attention"}
+SOME_THOROUGH = [
+    name
+    if name.values[0] in FEW
+    else pytest.param(*name.values, marks=[*name.marks, pytest.mark.thorough], id=name.id)
+    for name in NAMES
+]
+
 
 @pytest.fixture(autouse=True, scope="module")
 def nothing_is_looked_up():
@@ -30,8 +38,7 @@ def bits(tree):
     return [np.asarray(x).tobytes() for x in jax.tree.leaves(tree)]
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", SOME_THOROUGH)
 def test_run_after_run_and_jit_after_jit(name):
     fun, args = CALLS[name]
     compiled = [jax.jit(lambda *args: value_and_gradients(fun)(*args)) for _ in range(2)]

@@ -149,7 +149,6 @@ WITH_SYMBOLS = {
 }
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", WITH_SYMBOLS)
 def test_sizes_may_be_symbols(name, rng):
     """Of attention and of a last layer, with their gradients."""

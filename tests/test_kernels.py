@@ -192,7 +192,6 @@ def case(rng, name, option, dtype, widths=(H, V), **how):
     return errors(name, option, arrays_of(rng, dtype, more, widths), ct, **how)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("name", "option"), CASES, ids=lambda name: name)
 def test_float32(name, option, rng):
     found = case(rng, name, option, np.float32)

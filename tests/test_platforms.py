@@ -59,7 +59,6 @@ def results(package, out):
         return dict(found)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("room", ["cpu"])
 def test_a_room_can_be_deleted(room, tmp_path):
     shutil.copytree(PACKAGE, tmp_path / "jaxsoftmax")

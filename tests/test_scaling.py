@@ -10,7 +10,6 @@ from benchmarks.collectives import collectives
 CASES = {case.name: case for case in scaling.CASES}
 
 
-@pytest.mark.thorough
 def test_guide_has_what_is_counted_and_formulas_agree():
     guide = scaling.GUIDE.read_text(encoding="utf-8")
     assert scaling.written(guide) == guide

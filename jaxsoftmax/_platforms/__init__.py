@@ -36,7 +36,7 @@ def chosen(name: str, general: Callable[..., T], *args: Any, **known: Any) -> T:
         if hasattr(room, name):
             special = functools.partial(getattr(room, name), general, **known)
             if name in getattr(room, "LOCAL", ()):
-                special = functools.partial(_if_local, special, general)
+                special = functools.partial(if_local, special, general)
             of[platform] = special
     return lax.platform_dependent(*args, default=general, **of) if of else general(*args)
 
@@ -46,7 +46,8 @@ def apart(x: T) -> T:
     return chosen("apart", lambda x: x, x)
 
 
-def _if_local(special: Callable[..., T], general: Callable[..., T], *args: Any) -> T:
+def if_local(special: Callable[..., T], general: Callable[..., T], *args: Any) -> T:
+    """`special(*args)` where XLA shares nothing among devices, or `general(*args)`."""
     return lax.cond(is_local(), special, general, *args)
 
 

@@ -15,6 +15,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax import _threshold
+from jaxsoftmax._platforms import if_local
 from jaxsoftmax._reductions import Entries, is_known
 from jaxsoftmax.attention import _products
 from jaxsoftmax.attention._prepared import First, Prepared
@@ -177,23 +178,27 @@ def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
         top = jnp.max(scores.astype(dtype), -1, keepdims=True)
         return top.reshape(*query.shape[:-1], 1).astype(scale.dtype)
 
-    rounded = largest(jnp.bfloat16)
-    above = rounded + jnp.abs(rounded) * _ROUNDING
-    is_near = jnp.all(jnp.abs(above) <= _NEAR)
+    def nearly() -> Array:
+        rounded = largest(jnp.bfloat16)
+        above = rounded + jnp.abs(rounded) * _ROUNDING
+        is_near = jnp.abs(above) <= _NEAR
 
-    def exactly(state: tuple[Array, Array]) -> tuple[Array, Array]:
-        _, is_near = state
-        return largest(scale.dtype), is_near | True
+        def once(state: tuple[Array, Array]) -> tuple[Array, Array]:
+            _, done = state
+            return jnp.where(is_near, above, largest(scale.dtype)), done | True
 
-    # A loop of no pass, or one. Of a conditional, `vmap` would compute both branches.
-    top, _ = lax.while_loop(lambda state: ~state[1], exactly, (above, is_near))
+        # A loop of no pass, or one. Of a conditional, `vmap` would compute both branches.
+        return lax.while_loop(lambda state: ~state[1], once, (above, jnp.all(is_near)))[0]
+
+    # Devices would have to tell each other in every block whether all are near.
+    top = if_local(nearly, lambda: largest(scale.dtype))
     return SOFTMAX.before_sum(made.rows, (top, *made.entries[1:]))
 
 
 # What a number loses at most, relative to itself, where it is rounded to 8 bits.
 _ROUNDING = 2.0**-8
-# Up to here, that is so little that all exponentials that matter are normal numbers.
-_NEAR = 2.0**12
+# Up to here that is at most 8, and so little that nothing is lost of weights and what they weight.
+_NEAR = 2.0**10
 
 
 def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:

@@ -19,6 +19,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax import _jax
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide
 
@@ -99,7 +100,10 @@ def _product(axes: str, is_swapped: bool, first: Array, second: Array) -> Array:
 
 def _evaluate(axes: str, first: Array, second: Array) -> Array:
     widest = max(first.dtype, second.dtype, key=lambda dtype: dtype.itemsize)
-    return jnp.einsum(axes, first, second, preferred_element_type=wide(widest))
+    product = functools.partial(jnp.einsum, axes, preferred_element_type=wide(widest))
+    if axes == _COLUMNS and widest == jnp.bfloat16:
+        return chosen("columns", product, first, second)
+    return product(first, second)
 
 
 _SCORES, _ROWS, _COLUMNS = "...rh,...hs->...rs", "...rs,...hs->...rh", "...rh,...rs->...hs"
