@@ -139,6 +139,9 @@ def test_a_mask_of_classes_is_not_taken_for_one_of_rows(case, rng):
     with pytest.raises(ValueError, match=r"\(3, 3\) could mean either"):
         case.fun(np.zeros((3, 3, 3)), np.zeros((3, 3), int), where=np.ones((3, 3), bool))
     assert case.fun(scores[0], 2, where=some) > 0  # one row alone
+    one = np.ones(1, bool)  # one class in one row: either is the same
+    close(case.fun(np.ones((1, 1)), [0], where=one), [0])
+    assert case.fun(np.ones((1, 1)), [0], where=~one) == np.inf
 
 
 @every_loss

@@ -32,8 +32,8 @@ def negative_log_likelihood(
       labels: integer classes; for events, 1 or True if the event happened.
       where: which rows count, for instance to leave out padding. Default: all.
       weights: how much each row counts. Default: 1.
-      reduction: "mean" averages over the rows that count; "none" returns one value per row, which
-        is 0 for rows that do not count.
+      reduction: "mean" averages over the rows that count; "none" returns one value per row,
+        not multiplied by its weight, and 0 for rows that do not count.
 
     Returns:
       A scalar, or one number per row, not negative. It is infinite if a label had probability 0.
@@ -83,8 +83,8 @@ def brier_score(
       labels: integer classes; for events, 1 or True if the event happened.
       where: which rows count, for instance to leave out padding. Default: all.
       weights: how much each row counts. Default: 1.
-      reduction: "mean" averages over the rows that count; "none" returns one value per row, which
-        is 0 for rows that do not count.
+      reduction: "mean" averages over the rows that count; "none" returns one value per row,
+        not multiplied by its weight, and 0 for rows that do not count.
 
     Returns:
       A scalar, or one number per row, between 0 and 2. The squares of all columns are summed. So

@@ -84,11 +84,12 @@ def prepare_scores(scores: ArrayLike, axis: Axis, options: Options) -> tuple[Row
     mask = () if options.where is None else jnp.shape(options.where)
     of_rows = rows.flat_shape(z[0])
     if 0 < len(mask) < len(shape) and mask == of_rows:
-        of_classes = (1,) * (len(shape) - len(mask)) + mask
-        raise ValueError(
-            f"where must have the axes of scores, shape {of_classes} to exclude classes or "
-            f"{rows.shape(z[0])} to exclude rows, since {mask} could mean either, got shape {mask}."
-        )
+        of_classes, with_axes = (1,) * (len(shape) - len(mask)) + mask, rows.shape(z[0])
+        if of_classes != with_axes:  # else it is the same, as for one class in one row
+            raise ValueError(
+                f"where must have the axes of scores, shape {of_classes} to exclude classes or "
+                f"{with_axes} to exclude rows, since {mask} could mean either, got shape {mask}."
+            )
     return rows, z
 
 
