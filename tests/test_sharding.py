@@ -492,6 +492,22 @@ def test_ring_of_half_precision_that_jax_does_not_check(rng):
     assert np.all(np.asarray(log_sum[:, 0]) == -np.inf)
 
 
+@pytest.mark.parametrize(
+    "normalizer", [jsm.softmax, pytest.param(jsm.entmax15, marks=pytest.mark.thorough)]
+)
+def test_ring_in_forward_mode_of_half_precision(normalizer, rng):
+    """What the tangents of a row's scores have in common is large, and changes nothing."""
+    arrays, tangents = (rng.normal(size=(3, 1, 32, 2, 8)) for _ in range(2))
+    arrays[0][..., 0] = 1
+    tangents[1][..., 0] = 512
+    halves = [[jnp.asarray(x, jnp.bfloat16) for x in xs] for xs in (arrays, tangents)]
+    attend = functools.partial(jsm.dot_product_attention, normalizer=normalizer)
+    ring = in_ring(functools.partial(attend, kv_axis_name="a", query_axis_name="a"))
+    tangent = jax.jit(lambda args, tangents: jax.jvp(ring, args, tangents)[1])(*halves)
+    _, wanted = jax.jvp(attend, *([np.asarray(x, float) for x in xs] for xs in halves))
+    np.testing.assert_allclose(np.asarray(tangent, float), wanted, rtol=0.02, atol=0.02)
+
+
 @pytest.mark.parametrize("normalizer", [jsm.softmax, jsm.entmax15])
 def test_ring_of_infinite_scores(normalizer, rng):
     """Several of +inf, on two devices, share their row; the query that has none is as ever."""

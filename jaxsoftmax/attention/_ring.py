@@ -58,11 +58,14 @@ class Parts(NamedTuple):
       stream: `(staying, first key, moving)`: the output, the largest score, and the logarithm of
         the sum of exponentials relative to that, if those of all parts make those of the whole.
       search: how thresholds are found, if they have to be.
+      total: `(staying, first key, moving, threshold)`: the part's share of the sum of the weights
+        alone, for keys without their values, where weights of the whole sum to 1.
     """
 
     mix: Callable[..., tuple[Array, Array]]
     stream: Callable[..., tuple[Array, Array, Array]] | None = None
     search: Search | None = None
+    total: Callable[..., Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -150,7 +153,7 @@ def attend(ring: Ring, moving: Arrays, staying: Arrays) -> tuple[Array, Array]:
     relative to that, and a factor. Derivatives are those in `tau`; to them, the other two are
     constants. Those of softmax are the largest score, a log-sum-exp relative to it, and 1.
     """
-    mix, stream, search = ring.parts
+    mix, stream, search, _ = ring.parts
     if stream is not None:
         return _streamed(ring, stream, moving, staying)
     if search is not None:
@@ -229,12 +232,13 @@ def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Ar
     # Where a row sees nothing, there is nothing that `tau` would be subtracted from.
     threshold = jnp.where(threshold == -jnp.inf, 0, threshold)
     of_out, total = _sums_of_slopes(ring, moving, staying, out, threshold)
+    total = jnp.where(total == 0, 1, total)
     # What each weight is worth beside its share of the output: all weights sum to 1.
-    worth = (ct_threshold[..., 1] - jnp.sum(ct_out * of_out, -1)) / jnp.where(total == 0, 1, total)
+    worth = (ct_threshold[..., 1] - jnp.sum(ct_out * of_out, -1)) / total
     cts = linear_pair(
         functools.partial(_pulled, ring),
         functools.partial(_pushed, ring),
-        (moving, staying, threshold),
+        (moving, staying, threshold, of_out, total),
         (ct_out, worth),
     )
     ct_moving, ct_staying = (
@@ -252,7 +256,7 @@ def _sums_of_slopes(
         return out, jnp.ones(out.shape[:-1], out.dtype)
     if ring.parts.search is None:
         return jnp.zeros_like(out), jnp.ones(out.shape[:-1], out.dtype)
-    falls = jnp.zeros_like(threshold).at[..., 1].set(-1)
+    falls = _in_tau(threshold, jnp.full_like(threshold[..., 1], -1))
 
     @jax.checkpoint
     def slopes(first_key: Array, moving: Arrays) -> tuple[Array, Array]:
@@ -262,17 +266,22 @@ def _sums_of_slopes(
     return ring.sum(slopes, moving, staying)
 
 
+def _in_tau(threshold: Array, tangent: Array) -> Array:
+    """The tangent of a threshold of which only `tau` moves."""
+    return jnp.zeros_like(threshold).at[..., 1].set(tangent)
+
+
 attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 # The pullback and its transpose are loops of their own. Were one transposed by JAX, the keys of all
 # devices would be kept, one part for each step.
-Point = tuple[Arrays, Arrays, Array]
+Point = tuple[Arrays, Arrays, Array, Array, Array]
 
 
 def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> tuple[Arrays, Arrays]:
     """The cotangents of what goes round and of what stays, given those of `Parts.mix`."""
-    moving, staying, threshold = point
+    moving, staying, threshold, _, _ = point
 
     @jax.checkpoint
     def go_on(state: Any, step: Array) -> tuple[Any, None]:
@@ -282,8 +291,9 @@ def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> tuple[Arrays,
         first_key = ring.first_key(step)
 
         def pulled() -> tuple[Arrays, Arrays]:
-            mix = _mix(ring, first_key, moving, staying, threshold)
-            return jax.vjp(mix, _smooth(moving), _smooth(staying))[1](cts)
+            mix = _of_smooth(ring.parts.mix, first_key, moving, staying)
+            given = functools.partial(mix, threshold)
+            return jax.vjp(given, _smooth(moving), _smooth(staying))[1](cts)
 
         def nothing() -> tuple[Arrays, Arrays]:
             return jax.tree.map(jnp.zeros_like, (_smooth(moving), _smooth(staying)))
@@ -298,30 +308,44 @@ def _pulled(ring: Ring, point: Point, cts: tuple[Array, Array]) -> tuple[Arrays,
 
 
 def _pushed(ring: Ring, point: Point, tangents: tuple[Arrays, Arrays]) -> tuple[Array, Array]:
-    """The tangents of `Parts.mix`, summed over all parts: the transpose of `_pulled`."""
-    moving, staying, threshold = point
+    """The tangents of `Parts.mix`, summed over all parts: the transpose of `_pulled`.
+
+    What all scores of a row have in common changes no weight, but it can be large, and products
+    round. So `tau` moves with the mean, and what that takes away is added to the sums.
+    """
+    moving, staying, threshold, of_out, total = point
     of_moving, of_staying = tangents
 
-    @jax.checkpoint
-    def pushed(first_key: Array, here: tuple[Arrays, Arrays]) -> tuple[Array, Array]:
-        moving, of_moving = here
-        points, tangents = (_smooth(moving), _smooth(staying)), (of_moving, of_staying)
-        like = jax.tree.map(lambda t, x: t.astype(x.dtype), tangents, points)
-        return jax.jvp(_mix(ring, first_key, moving, staying, threshold), points, like)[1]
+    def pushed(part: Callable[..., Any], of_threshold: Array, names: set[str]) -> Any:
+        @jax.checkpoint
+        def of_part(first_key: Array, here: tuple[Arrays, Arrays]) -> Any:
+            moving, of_moving = here
+            points = threshold, _smooth(moving), _smooth(staying)
+            tangents = of_threshold, of_moving, of_staying
+            like = jax.tree.map(lambda t, x: t.astype(x.dtype), tangents, points)
+            return jax.jvp(_of_smooth(part, first_key, moving, staying), points, like)[1]
 
-    return ring.sum(pushed, (moving, of_moving), staying)
+        going = tuple({k: v for k, v in x.items() if k in names} for x in (moving, of_moving))
+        return ring.sum(of_part, going, staying)
+
+    still = jnp.zeros_like(threshold)
+    if ring.parts.total is None:
+        return pushed(ring.parts.mix, still, {*moving})
+    mean = pushed(ring.parts.total, still, {*moving} - {"value"}) / total
+    out, rest = pushed(ring.parts.mix, _in_tau(threshold, mean), {*moving})
+    return out + mean[..., None] * of_out, rest + mean * total
 
 
-def _mix(
-    ring: Ring, first_key: Array, moving: Arrays, staying: Arrays, threshold: Array
-) -> Callable[..., tuple[Array, Array]]:
-    """`Parts.mix` as a function of what has derivatives."""
+def _of_smooth(
+    part: Callable[..., Any], first_key: Array, moving: Arrays, staying: Arrays
+) -> Callable[..., Any]:
+    """A function of `Parts` as one of the threshold and of what has derivatives."""
 
-    def mix(of_moving: Arrays, of_staying: Arrays) -> tuple[Array, Array]:
+    def of_smooth(threshold: Array, of_moving: Arrays, of_staying: Arrays) -> Any:
         here, there = moving | of_moving, staying | of_staying
-        return ring.parts.mix(there, first_key, here, threshold)
+        return part(there, first_key, here, threshold)
 
-    return mix
+    return of_smooth
 
 
 def _smooth(arrays: Arrays) -> Arrays:

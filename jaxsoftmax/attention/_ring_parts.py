@@ -146,10 +146,12 @@ class _Here:
             return _with_closed(closed.opened(function, staying, *args))
 
         mix = opened(self.mix, first, moving, threshold)
-        if streams(self.rules.normalizer):
-            return Parts(mix, stream=opened(self.stream, first, moving)), closed.arrays
         if self.form(rows)[0].tau is not None:
             return Parts(mix), closed.arrays
+        total = opened(self.total, first, keys, threshold)
+        if streams(self.rules.normalizer):
+            stream = opened(self.stream, first, moving)
+            return Parts(mix, stream=stream, total=total), closed.arrays
         state = jax.eval_shape(self.start, staying)
         sums = jax.eval_shape(self.sums, staying, first, keys, threshold)
         search = Search(
@@ -158,7 +160,7 @@ class _Here:
             start=opened(self.start),
             update=opened(self.update, sums, state),
         )
-        return Parts(mix, search=search), closed.arrays
+        return Parts(mix, search=search, total=total), closed.arrays
 
     def rows(self, staying: Arrays) -> Array:
         """Zeros, one per row, (B, N, T, 1)."""
@@ -190,6 +192,10 @@ class _Here:
     ) -> tuple[Array, ...]:
         """What one pass of the search adds up."""
         return self.of_rows(_sums, staying | {"threshold": threshold}, first_key, keys)
+
+    def total(self, staying: Arrays, first_key: Array, keys: Arrays, threshold: Array) -> Array:
+        """Given the threshold, the part's share of the sum of the weights alone."""
+        return self.of_rows(_total, staying | {"threshold": threshold}, first_key, keys)[0][..., 0]
 
     def start(self, staying: Arrays) -> Any:
         """The first state of the search."""
