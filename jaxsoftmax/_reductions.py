@@ -28,6 +28,7 @@ from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Terms = Callable[..., Sequence[Array]]
+ExactSums = Callable[..., Sequence[Array]]
 T = TypeVar("T")
 
 
@@ -79,7 +80,7 @@ class Rows:
         function: Terms,
         entries: Sequence[Entries],
         row_values: Sequence[Array] = (),
-        exact_terms: Terms | None = None,
+        exactly: ExactSums | None = None,
     ) -> tuple[Array, ...]:
         """The sums of all that `function` gives, in one pass; for solvers, not reverse rules.
 
@@ -87,8 +88,8 @@ class Rows:
           function: `(*entries, *row_values) -> terms`, entry by entry, as for `map`.
           entries: the entries that it takes.
           row_values: the row values that it takes.
-          exact_terms: the same terms with their rounding errors, which not all platforms compute
-            without another pass.
+          exactly: `(sums, *row_values)`: the same with smaller rounding errors, by
+            `sums(terms, row_values)`. Not all platforms compute that without another pass.
         """
         if self.segment_ids is not None:
             parts = zip(*self.map(function, entries, row_values), strict=True)
@@ -101,7 +102,7 @@ class Rows:
             tuple(row_values),
             axes=self.axes,
             terms=function,
-            exact_terms=exact_terms,
+            exactly=exactly,
         )
         if self.names:
             sums = lax.psum(tuple(sums), self.names)

@@ -19,7 +19,7 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array
 
 from jaxsoftmax._implementations import refuse
-from jaxsoftmax._reductions import Entries, Rows, Terms, iterate, with_first
+from jaxsoftmax._reductions import Entries, ExactSums, Rows, Terms, iterate, with_first
 
 F32 = jnp.float32
 LANES = 128
@@ -143,7 +143,7 @@ class Block(Rows):
         function: Terms,
         entries: Any,
         row_values: Sequence[Array] = (),
-        exact_terms: Terms | None = None,
+        exactly: ExactSums | None = None,
     ) -> tuple[Array, ...]:
         members = zip(*entries, strict=True)
         found = [self._sums_of(function, member, tuple(row_values)) for member in members]

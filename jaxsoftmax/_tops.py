@@ -1,5 +1,7 @@
 """The largest entry of a row, and the others relative to it."""
 
+import math
+
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
@@ -26,6 +28,26 @@ def gap(score: Array, top: Array) -> Array:
     """The score less the maximum: exactly 0 there, be it infinite, and -inf at -inf."""
     # A finite maximum is 0 by subtraction, which keeps its derivative.
     return jnp.where(score == jnp.inf, 0, score - top)
+
+
+def pivot(rows: Rows, scores: Entries, top: Array) -> Array:
+    """What to subtract from scores before `exp`, such that the differences are exact.
+
+    A rounding error in `score - top` is an error of the same size in the logarithm of the
+    probability: 64 ulp where the difference is 80. Here it is a whole number, so near to the
+    maximum that no sum overflows and so far from it that next to no score that matters falls
+    below it. The difference of a score above it is exact.
+    """
+    finfo = jnp.finfo(top.dtype)
+    # The sum of the exponentials and its reciprocal are to be normal numbers.
+    room = math.floor(-math.log(float(finfo.tiny)) - 2 - math.log(max(rows.length(scores), 1)))
+    # Where whole numbers get sparse, a maximum less the room would be rounded to far below that.
+    room = jnp.floor(jnp.minimum(_LARGE * room / jnp.maximum(top, 1), room))
+    below = jnp.floor(top) - room
+    return jnp.maximum(jnp.maximum(below, jnp.minimum(jnp.ceil(top), 0)), finfo.min)
+
+
+_LARGE = 2.0**20
 
 
 def below_top(rows: Rows, scores: Entries) -> tuple[Entries, Array]:

@@ -33,15 +33,29 @@ def joint_sums(
     *,
     axes: tuple[int, ...],
     terms: Callable[..., Sequence[Array]],
-    exact_terms: Callable[..., Sequence[Array]] | None,
+    exactly: Callable[..., Sequence[Array]] | None,
+) -> Sequence[Array]:
+    """The sums of rows, over all of the `axes`, as exact as they can be had."""
+    del general
+
+    def sums(terms: Callable[..., Sequence[Array]], row_values: Sequence[Array]) -> Any:
+        return _folded_sums(terms, entries, row_values, axes)
+
+    return sums(terms, row_values) if exactly is None else exactly(sums, *row_values)
+
+
+def _folded_sums(
+    terms: Callable[..., Sequence[Array]],
+    entries: Sequence[Array],
+    row_values: Sequence[Array],
+    axes: tuple[int, ...],
 ) -> tuple[Array, ...]:
-    """The sums of rows, over all of the `axes`.
+    """The sums of the terms of rows.
 
     XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and lanes, it
     is reduced over the depth, and LLVM vectorizes across the lanes. What is left is a minor axis
     again.
     """
-    terms = exact_terms or terms
     minor = entries[0].ndim - 1
     length = entries[0].shape[minor] if minor in axes else 1
     lanes, depth = _folding(length)
@@ -53,15 +67,14 @@ def joint_sums(
     spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
     partial = _reduce(terms(*folded, *spread), (minor + 1,))
     partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
-    again = {"axes": axes, "exact_terms": None}
     if length <= _SHORT and terms is not _as_they_are:
         sums = _reduce(partial, axes)
     else:
-        sums = joint_sums(general, partial, (), terms=_as_they_are, **again)
+        sums = _folded_sums(_as_they_are, partial, (), axes)
     if whole == length:
         return sums
     rest = [x[..., whole:] for x in entries]
-    return _add(sums, joint_sums(general, rest, row_values, terms=terms, **again))
+    return _add(sums, _folded_sums(terms, rest, row_values, axes))
 
 
 # As measured: what is left of so short a row takes less time one by one than folded again. Of

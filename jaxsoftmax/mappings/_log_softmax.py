@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
-from jaxsoftmax._elementary import log1p, two_sum
+from jaxsoftmax._elementary import log1p
 from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import apart, chosen
@@ -275,18 +276,22 @@ def total_of(rows: Rows, scores: Entries) -> Total:
     Where one score dominates, all the digits of the answer are in the sum of the others.
     """
 
-    def terms(score: Array, top: Array) -> tuple[Array, Array]:
-        gap = _tops.gap(score, top)
-        weight = jnp.where(gap == 0, 0, jnp.exp(score - top))
-        return weight, indicator(gap == 0, weight.dtype)
+    def relative_to(score: Array, top: Array, pivot: Array) -> tuple[Array, Array]:
+        at_top = _tops.gap(score, top) == 0
+        weight = jnp.where(at_top, 0, jnp.exp(score - pivot))
+        return weight, indicator(at_top, weight.dtype)
 
-    # What rounding takes is a second use of score and maximum: four kernels more on a GPU.
-    def exact_terms(score: Array, top: Array) -> tuple[Array, Array]:
-        weight, at_top = terms(score, top)
-        return weight * (1 + _lost_by_gap(score, top)), at_top
+    def terms(score: Array, top: Array) -> tuple[Array, Array]:
+        return relative_to(score, top, top)
+
+    # A second use of the scores: four kernels more on a GPU.
+    def exactly(sums: Callable[..., Any], top: Array) -> tuple[Array, Array]:
+        pivot = _tops.pivot(rows, scores, top)
+        others, tops = sums(relative_to, (top, pivot))
+        return others * jnp.exp(_tops.gap(pivot, top)), tops
 
     top = _tops.top_of(rows, scores)
-    others, tops = rows.sums(terms, [rows.rounded(scores)], [top], exact_terms)
+    others, tops = rows.sums(terms, [rows.rounded(scores)], [top], exactly)
     total = tops + others
     # 1 is taken from what is there: a row in which nothing takes part has neither.
     return Total(top, total, log1p(others + (tops - jnp.minimum(total, 1))))
@@ -308,9 +313,3 @@ def total_at_once(rows: Rows, scores: Entries) -> Total:
     if not rows.can_be_joined(scores[0]):
         return in_two(scores)
     return chosen("log_total", at_once, scores, in_two=in_two)
-
-
-def _lost_by_gap(score: Array, top: Array) -> Array:
-    """What rounding takes from the score less the maximum."""
-    _, lost = two_sum(score, -top)
-    return jnp.where(jnp.isfinite(lost), lost, 0)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax import _threshold
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
@@ -79,26 +78,6 @@ def softmax(
     return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
 
 
-def pivot(rows: Rows, scores: Entries, top: Array) -> Array:
-    """What to subtract from scores before `exp`, such that the differences are exact.
-
-    A rounding error in `score - top` is an error of the same size in the logarithm of the
-    probability: 64 ulp where the difference is 80. Here it is a whole number, so near to the
-    maximum that no sum overflows and so far from it that next to no score that matters falls
-    below it. The difference of a score above it is exact.
-    """
-    finfo = jnp.finfo(top.dtype)
-    # The sum of the exponentials and its reciprocal are to be normal numbers.
-    room = math.floor(-math.log(float(finfo.tiny)) - 2 - math.log(max(rows.length(scores), 1)))
-    # Where whole numbers get sparse, a maximum less the room would be rounded to far below that.
-    room = jnp.floor(jnp.minimum(_LARGE * room / jnp.maximum(top, 1), room))
-    below = jnp.floor(top) - room
-    return jnp.maximum(jnp.maximum(below, jnp.minimum(jnp.ceil(top), 0)), finfo.min)
-
-
-_LARGE = 2.0**20
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Softmax(Solved):
     only_scales = True
@@ -113,7 +92,7 @@ class _Softmax(Solved):
         """
         largest = jnp.finfo(scores[0].dtype).max
         top = -jnp.maximum(-rows.max(scores), -largest)
-        shift = pivot(rows, scores, top)
+        shift = _tops.pivot(rows, scores, top)
         weights = rows.map(lambda z, t, s: jnp.exp(jnp.minimum(t, z) - s), [scores], [top, shift])
         return _threshold.normalized(rows, weights)
 

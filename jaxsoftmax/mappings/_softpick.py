@@ -7,11 +7,11 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
+from jaxsoftmax import _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
 from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
-from jaxsoftmax.mappings import _softmax
 
 
 @public
@@ -74,7 +74,7 @@ def _shares_and_slopes(rows: Rows, scores: Entries) -> tuple[Entries, Entries]:
     all derivatives between them.
     """
     scores = rows.map(_as_finite, [scores])
-    pivot = jnp.maximum(_softmax.pivot(rows, scores, rows.max(scores)), 0)
+    pivot = jnp.maximum(_tops.pivot(rows, scores, rows.max(scores)), 0)
 
     def excess(score: Array, pivot: Array) -> Array:
         # (exp(score) - 1) exp(-pivot); far from 0 nothing cancels.
