@@ -55,6 +55,14 @@ class Opened(NamedTuple):
         return jax.tree.unflatten(self.tree, leaves)
 
 
+def is_of_closure(error: NotImplementedError) -> bool:
+    """Whether `shard_map` met an array of an explicit mesh that a function closes over.
+
+    By the words of jax 0.10 to 0.12; without them, the error is JAX's own.
+    """
+    return "Closing over inputs" in str(error)
+
+
 def varying(x: Array) -> frozenset[str]:
     """The mesh axes of `shard_map` that `x` varies over: `vma` of its type, later renamed."""
     aval: Any = jax.typeof(x)

@@ -1,5 +1,6 @@
 """What the types of arrays tell of how JAX shares them among devices."""
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -7,6 +8,8 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
+
+from jaxsoftmax._jax import is_of_closure
 
 Names = tuple[str, ...]
 
@@ -95,9 +98,43 @@ def on_each_device(
 
     def of_placed(*args: Any) -> Any:
         pairs = zip(args, specs, strict=True)
-        return mapped(*(jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in pairs))
+        placed = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+        try:
+            return mapped(*placed)
+        except NotImplementedError as error:
+            if not is_of_closure(error):
+                raise
+            message = (
+                "Functions of yours must not close over arrays on a mesh with explicit axes: JAX "
+                "cannot pass these on. Hold them in functools.partial(function, name=array)."
+            )
+            raise NotImplementedError(message) from error
 
     return of_placed
+
+
+def held(functions: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:
+    """The arrays that partials hold, and the functions of others in their place.
+
+    Args:
+      functions: functions, and arrays beside them, in a pytree.
+    """
+    leaves, tree = jax.tree.flatten(jax.tree.map(_as_tree, functions))
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+
+    def of_arrays(arrays: Sequence[Array]) -> Any:
+        merged = leaves.copy()
+        for i, x in zip(places, arrays, strict=True):
+            merged[i] = x
+        return jax.tree.unflatten(tree, merged)
+
+    return [leaves[i] for i in places], of_arrays
+
+
+def _as_tree(x: Any) -> Any:
+    if isinstance(x, functools.partial):
+        return jax.tree_util.Partial(x.func, *x.args, **x.keywords)
+    return jax.tree_util.Partial(x) if callable(x) else x
 
 
 def spec_of(axes: Sequence[Names]) -> PartitionSpec:

@@ -314,6 +314,45 @@ def test_attention(layout, kind, rng):
     assert actual[0].sharding.is_equivalent_to(wanted, 4)
 
 
+@pytest.mark.leaks_in_jax
+def test_what_partials_hold_on_an_explicit_mesh(rng):
+    """Arrays in functions of one's own: those of partials get gradients, others a sentence."""
+    mesh, rows = mesh_of((4,)), P("a")
+    query, labels = float32(rng, 4, 4, 2, 8), np.array([0, 3, 4, 7])
+    slopes = np.float32([0.5, 0.25])
+
+    def of_scores(score, b, n, i, j, slopes):
+        return score - slopes[n] * abs(i - j).astype(score.dtype)
+
+    def of_rows(scores, axis, where, slopes):
+        return jsm.softmax(scores * slopes[None, :, None, None], axis, where)
+
+    def of_classes(scores, labels, slopes):
+        return jsm.cross_entropy(scores * slopes[0] - slopes[1] * scores**2, labels)
+
+    def results(query, labels, slopes, hold=functools.partial):
+        attend = functools.partial(jsm.dot_product_attention, query, query, query)
+        hidden = query.mean((1, 2))
+        return (
+            jnp.sum(attend(score_mod=hold(of_scores, slopes=slopes)) ** 2),
+            jnp.sum(attend(normalizer=hold(of_rows, slopes=slopes)) ** 2),
+            jsm.linear_cross_entropy(
+                hidden, jnp.eye(8, dtype=jnp.float32), labels, loss=hold(of_classes, slopes=slopes)
+            ),
+        )
+
+    args, specs = (query, labels, slopes), (rows, rows, P())
+    actual, _ = on_mesh(mesh, jax.jacrev(results, 2), args, specs)
+    assert_equal(actual, jax.jit(jax.jacrev(results, 2))(*args))
+
+    def hidden_in(function, slopes):
+        return lambda score, *places: function(score, *places, slopes)
+
+    message = "must not close over arrays on a mesh with explicit axes.*functools.partial"
+    with pytest.raises(NotImplementedError, match=message):
+        on_mesh(mesh, functools.partial(results, hold=hidden_in), args, specs)
+
+
 # Queries and keys over the same devices: keys go round.
 
 

@@ -81,8 +81,16 @@ def attend(
     shared = _shared.plan(given, static.places, normalizer)
     if shared is None:
         return _here(static, normalizer, given)
-    here = functools.partial(_here, dataclasses.replace(static, places=shared.places))
-    return _shared.on_each_device(here, shared, normalizer, given)
+
+    def here(normalizer: Normalizer, mods: Any, given: dict[str, Any]) -> Any:
+        of_scores, of_masks = mods
+        there = dataclasses.replace(
+            static, places=shared.places, score_mod=of_scores, mask_mod=of_masks
+        )
+        return _here(there, normalizer, given)
+
+    mods = static.score_mod, static.mask_mod
+    return _shared.on_each_device(here, shared, normalizer, mods, given)
 
 
 def _here(

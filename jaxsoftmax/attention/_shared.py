@@ -124,20 +124,23 @@ def _without(taken: Names, names: Names) -> Names:
 
 
 def on_each_device(
-    here: Callable[..., Any], plan: Plan, normalizer: Any, given: dict[str, Any]
+    here: Callable[..., Any], plan: Plan, normalizer: Any, mods: Any, given: dict[str, Any]
 ) -> Any:
-    """Calls `here(normalizer, given)` with each device's part of all arrays."""
+    """Calls `here(normalizer, mods, given)` with each device's part of all arrays."""
     parameters = normalizer.arrays if isinstance(normalizer, Configured) else {}
-    arrays = [*map(jnp.asarray, (*given.values(), *parameters.values()))]
-    letters = [*(LETTERS.get(name, "") for name in given), *(_OF_NORMALIZER for _ in parameters)]
+    own = normalizer.with_arrays({}) if parameters else normalizer
+    others, of_others = _sharding.held((own, mods))
+    arrays = [*map(jnp.asarray, (*given.values(), *parameters.values())), *others]
+    letters = [LETTERS.get(name, "") for name in given]
+    letters += [_OF_NORMALIZER for _ in parameters] + ["" for _ in others]
 
     def local(*parts: Array) -> tuple[Array, ...]:
         of_given = dict(zip(given, parts, strict=False))
-        own = normalizer
+        rest = parts[len(given) :]
+        own, mods = of_others(rest[len(parameters) :])
         if parameters:
-            of_normalizer = dict(zip(parameters, parts[len(given) :], strict=True))
-            own = normalizer.with_arrays(of_normalizer)
-        return here(own, of_given)
+            own = own.with_arrays(dict(zip(parameters, rest, strict=False)))
+        return here(own, mods, of_given)
 
     in_axes = [plan.names(own, x) for own, x in zip(letters, arrays, strict=True)]
     of_out = in_axes[[*given].index("query")]

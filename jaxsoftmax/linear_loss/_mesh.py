@@ -2,16 +2,13 @@
 
 import dataclasses
 import itertools
-from collections.abc import Callable
 from typing import Any
 
-import jax
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxsoftmax._configured import Configured
-from jaxsoftmax._sharding import explicit_names, first_explicit, on_each_device, spec_of
+from jaxsoftmax._sharding import explicit_names, first_explicit, held, on_each_device, spec_of
 from jaxsoftmax.linear_loss._layer import Layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
 
@@ -28,12 +25,14 @@ def on_explicit_mesh(
     how = dataclasses.replace(how, names=how.names or classes)
 
     # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
-    params, how_of = _parameters(how)
+    params, of_params = held((how.loss, how.soft_cap))
 
     def local(params: list[Array], labels: Array, keep: Array, *others: Array) -> Array:
         *layer, weights = others if weights_given else (*others, None)
         layer_here = Layer(*layer, *(None,) * (3 - len(layer)))
-        losses = summed_or_each(how_of(params), layer_here, labels, keep, weights)
+        loss, soft_cap = of_params(params)
+        how_here = dataclasses.replace(how, loss=loss, soft_cap=soft_cap)
+        losses = summed_or_each(how_here, layer_here, labels, keep, weights)
         return lax.psum(losses, row_names) if how.in_sum and row_names else losses
 
     weights_given = weights is not None
@@ -45,22 +44,6 @@ def on_explicit_mesh(
     out_specs = PartitionSpec() if how.in_sum else spec_of(in_rows)
     mapped = on_each_device(local, sharding_of(layer), in_axes, out_specs)
     return mapped(params, labels, keep, *given)
-
-
-def _parameters(how: How) -> tuple[list[Array], Callable[[list[Array]], How]]:
-    """The arrays that a partial of a loss holds, and the soft cap; and how to put them back."""
-    loss = how.loss if isinstance(how.loss, Configured) else jax.tree_util.Partial(how.loss)
-    leaves, tree = jax.tree.flatten((loss, how.soft_cap))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
-
-    def how_of(params: list[Array]) -> How:
-        merged = leaves.copy()
-        for i, x in zip(places, params, strict=True):
-            merged[i] = x
-        loss, cap = jax.tree.unflatten(tree, merged)
-        return dataclasses.replace(how, loss=loss, soft_cap=cap)
-
-    return [leaves[i] for i in places], how_of
 
 
 def sharding_of(layer: Layer) -> Any:
