@@ -36,7 +36,9 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
        solver, and second derivatives use the rule instead of unrolling the solver.
 
     For forward mode, `bwd` has to be linear in the cotangent and consist of operations that JAX can
-    transpose. A part of it that does not depend on the cotangent counts in reverse mode only.
+    transpose. A part of it that does not depend on the cotangent counts in reverse mode only. It
+    may close over no traced array, which belongs into the residuals. And where it divides by 0 and
+    then selects something else, its transpose is NaN: select the divisor first.
 
     Arguments without a tangent (integers, booleans, keys, None, and pytrees that mix them with
     floats) need no declaration; `bwd` returns None for them, as with `jax.custom_vjp`.
@@ -328,6 +330,11 @@ class _Pullback:
         try:
             transpose = jax.linear_transpose(pull, *(self.out.tangents[i] for i in self.out.smooth))
             return transpose(list(tangents))
+        except jax.errors.UnexpectedTracerError as error:
+            raise TypeError(
+                f"bwd of {self.rule.name} must not close over a traced array in forward mode: put "
+                "it into the residuals."
+            ) from error
         except (RuntimeError, TypeError, AssertionError, ValueError) as error:
             raise TypeError(
                 f"bwd of {self.rule.name} must be linear in the cotangent for forward mode, got "

@@ -45,7 +45,9 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
       name: what error messages call the mapping.
 
     Returns:
-      The mapping. Rows in which nothing takes part are 0. `testing.check_mapping` checks it.
+      The mapping. Rows in which nothing takes part are 0. At temperature 0 it is `hardmax`; if
+      `form.tau` is given, the largest scores then count as 0, and all others take no part.
+      `testing.check_mapping` checks it.
 
     Raises:
       TypeError: if `form` is not a `Form`, or a function in it is none in `jax.numpy`, takes other

@@ -680,22 +680,25 @@ def test_padding_may_hold_anything(rng):
     assert not np.any(bad[1][1][0, 5:])
 
 
-@pytest.mark.parametrize("normalizer", [jsm.softmax, jsm.sparsemax, normalized_sigmoid])
+@pytest.mark.parametrize(
+    "normalizer", [jsm.softmax, jsm.sparsemax, normalized_sigmoid, jax.nn.softmax]
+)
 def test_queries_that_see_nothing_give_zero(normalizer, rng):
     q, k, v = inputs(rng)
     mask = rng.random((B, N, T, S)) < 0.7
     mask[0, :, 3] = mask[1, 2] = False
 
-    def loss(q):
-        out = attend(q, k, v, mask=mask, normalizer=normalizer)
+    def loss(q, **excluded):
+        out = attend(q, k, v, normalizer=normalizer, **excluded)
         return jnp.sum(jnp.sin(out)), out
 
-    (_, out), grad = jax.value_and_grad(loss, has_aux=True)(q)
-    assert np.all(np.isfinite(grad))
-    for x in (out, grad):
-        assert not np.any(x[0, 3])
-        assert not np.any(x[1, :, 2])
-    assert np.all(np.any(np.delete(out[0], 3, 0), -1))
+    for excluded in ({"mask": mask}, {"bias": np.where(mask, 0.0, -np.inf)}):
+        (_, out), grad = jax.value_and_grad(loss, has_aux=True)(q, **excluded)
+        assert np.all(np.isfinite(grad))
+        for x in (out, grad):
+            assert not np.any(x[0, 3])
+            assert not np.any(x[1, :, 2])
+        assert np.all(np.any(np.delete(out[0], 3, 0), -1))
 
 
 def test_bias_of_minus_infinity_excludes_under_a_cap(rng):

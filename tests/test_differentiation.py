@@ -562,6 +562,17 @@ def make_clipped(custom_vjp):
     return clipped
 
 
+def test_rules_that_close_over_what_is_traced_serve_reverse_mode():
+    def scaled(y):
+        times_y = jsm.custom_vjp(lambda x: x * y)
+        times_y.defvjp(lambda x: (x * y, None), lambda _, ct: (ct * y,))
+        return times_y
+
+    close(jax.vmap(lambda y: jax.grad(scaled(y))(2.0))(X), X)
+    with pytest.raises(TypeError, match="must not close over a traced array in forward mode"):
+        jax.vmap(lambda y: jax.jvp(scaled(y), (2.0,), (1.0,)))(X)
+
+
 def test_rules_that_are_not_linear_serve_reverse_mode():
     clipped = make_clipped(jsm.custom_vjp)
     for wrap in (lambda f: f, jax.jit, jax.vmap, jax.checkpoint):

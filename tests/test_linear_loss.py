@@ -611,6 +611,14 @@ def test_operands_of_different_dtypes(rng):
         ({"where": KEEP[:2]}, ValueError, r"where must broadcast to shape \(7,\)"),
         ({"loss": None}, TypeError, "loss must be a function, got NoneType"),
         ({"loss": lambda s, y: s}, ValueError, r"loss must return one value per row, shape \(7,\)"),
+        (
+            {
+                "chunk_size": 1,
+                "loss": functools.partial(jsm.cross_entropy, temperature=np.ones((7, 1))),
+            },
+            ValueError,
+            r"loss must hold nothing per row, .* chunks of rows, got temperature of shape \(7, 1\)",
+        ),
         ({"reduction": "max"}, ValueError, "reduction must be 'mean', 'sum' or 'none', got 'max'"),
         ({"chunk_size": 0}, ValueError, "chunk_size must be a positive integer or None, got 0"),
         (

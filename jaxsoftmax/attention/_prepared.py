@@ -286,7 +286,7 @@ def _weights(
 ) -> Array:
     seen = True
     if rules.guard:
-        seen = _any_key(rules, options["where"])
+        seen = _any_key(rules, options["where"] & (scores != -jnp.inf))
         options = options | {"where": options["where"] | ~seen}
         scores = jnp.where(seen, scores, 0)
     weights = normalizer(scores, **options)

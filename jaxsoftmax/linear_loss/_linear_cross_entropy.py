@@ -69,10 +69,10 @@ def linear_cross_entropy(
       bias: added to the scores, of shape (V,).
       loss: a function `loss(scores, labels)` of scores (rows, V) and integers (rows,) that returns
         one value per row. Examples are `sparsemax_loss`, or `cross_entropy` and `entmax_loss` with
-        options set by `functools.partial`. It is called with classes alone: for rows that do not
-        count there is `ignore_index`. Arrays that it closes over, such as a learned `alpha`,
-        get gradients. Outside of `jax.jit`, each call with a loss of your own compiles again, since
-        it may close over other arrays.
+        options set by `functools.partial`. It is called on chunks of rows, so nothing that it holds
+        is per row, and with classes alone: for rows that do not count there is `ignore_index`.
+        Arrays that it closes over, such as a learned `alpha`, get gradients. Outside of `jax.jit`,
+        each call with a loss of your own compiles again, since it may close over other arrays.
       reduction: "mean" and "sum" are over the rows that count; "none" returns the loss of each row.
       where: which rows count; a boolean mask that broadcasts to `labels`. The loss and the gradient
         of other rows are 0, even if they contain NaN.

@@ -11,8 +11,9 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._closed import closed_over
+from jaxsoftmax._configured import Configured
 from jaxsoftmax._elementary import nan_unless, times
-from jaxsoftmax._reductions import untracked, vary_like
+from jaxsoftmax._reductions import is_known, untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
 from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
@@ -57,6 +58,8 @@ def summed_or_each(
     """The sum of all losses, or each of them, as `how` wants it; weighted, if there are weights."""
     layer = varying_alike(layer)
     chunks = chunks_of_rows(layer.hidden, how.chunk_size, layer.weight.shape[1])
+    if not is_known(chunks.count) or chunks.count > 1:
+        _refuse_what_is_of_rows(how.loss)
     if weights is None:
         weights = jnp.ones(keep.shape, wide(layer.hidden.dtype))
     hidden, labels, keep, weights = map(chunks.split, (layer.hidden, labels, keep, weights))
@@ -89,6 +92,16 @@ def summed_or_each(
         names = untracked(how.names)
         return lax.pmean(losses, names) if names else losses
     return jnp.sum(times(weights, each(pure, group, operands, rows)))
+
+
+def _refuse_what_is_of_rows(loss: Any) -> None:
+    """Raises for an array in a partial of one of our losses that has an axis of rows."""
+    for name, x in (loss.arrays if isinstance(loss, Configured) else {}).items():
+        if x.ndim > 1 and x.shape[-2] != 1:
+            raise ValueError(
+                f"loss must hold nothing per row, since it is called on chunks of rows, got {name} "
+                f"of shape {x.shape}."
+            )
 
 
 def number_of_classes(scores: Array, names: Sequence[str]) -> int:
