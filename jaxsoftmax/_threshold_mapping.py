@@ -111,7 +111,9 @@ _OF_ROWS = tuple(field.name for field in dataclasses.fields(Options))
 _OPTIONS = ("axis", *_OF_ROWS)
 _FUNCTIONS = ("weight", "score", "slope", "partials")
 # What a form is tried on: entries of rows, and a parameter for each row.
-_ENTRIES, _ROW = (jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1)))
+_ENTRIES, _ROW, _NUMBER = (
+    jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((2, 3), (2, 1), ())
+)
 
 
 def _by_jax(form: Form) -> bool:
@@ -147,6 +149,15 @@ def _check_takes(part: str, fun: Callable[..., Any], own: Sequence[str]) -> None
         ) from None
 
 
+def _check_takes_numbers(part: str, fun: Callable[..., Any], number: int) -> None:
+    try:
+        jax.eval_shape(fun, *[_NUMBER] * (1 + number))
+    except (ValueError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"form.{part} must be elementwise, got a function that takes no number: {error}"
+        ) from error
+
+
 def _checked(form: Form, own: Sequence[str]) -> Form:
     """The form, whose functions say clearly if they return anything but what they have to."""
     functions = {part: fun for part in _FUNCTIONS if (fun := getattr(form, part)) is not None}
@@ -159,6 +170,7 @@ def _checked(form: Form, own: Sequence[str]) -> Form:
         closed = Closed()
         closed.opened(fun, _ENTRIES, *[_ROW] * len(own))  # computes nothing
         traced += [part] if closed.arrays else []
+        _check_takes_numbers(part, fun, len(own))
     # A rule knows the parameters of a form alone; JAX finds the others.
     if traced and not _by_jax(form):
         raise TypeError(

@@ -75,8 +75,8 @@ def sample(
     Returns:
       int32 positions of shape `shape`. If there are several axes, positions are those of the
       flattened axes, mesh axes first, then array axes in ascending order. The result is -1 where
-      nothing is left to draw, because all entries are excluded or -inf, and where a score that
-      takes part is NaN.
+      nothing is left to draw, because all entries are excluded or -inf, as all but those of +inf
+      are beside one, and where a score that takes part is NaN.
 
     Raises:
       TypeError: if `key` is not a key, `x` not real or `where` not boolean.
@@ -144,6 +144,7 @@ def _without_replacement(
     perturbed = jnp.where(is_cold(rows, scores[0], options.temperature), as_they_are, perturbed)
     perturbed = lax.stop_gradient(perturbed)
     perturbed = jnp.where(_any_nan(rows, (perturbed,)), -jnp.inf, perturbed)
+    perturbed = jnp.where(perturbed == 0, 0, perturbed)  # to `top_k`, -0 is less than 0
     last = jnp.moveaxis(perturbed, rows.axes, range(-len(rows.axes), 0))
     last = last.reshape(*last.shape[: last.ndim - len(rows.axes)], -1)
     count, length = math.prod(draws), last.shape[-1]

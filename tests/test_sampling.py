@@ -145,6 +145,10 @@ def test_draws_without_replacement_of_what_there_is():
     x = np.array([[1.0, 3.0, 2.0], [-np.inf, 7.0, -np.inf], [np.nan, 1.0, 2.0]])
     draws = jsm.sample(KEY, x, shape=(3, 3), temperature=0, replace=False)
     np.testing.assert_array_equal(draws.T, [[1, 2, 0], [1, -1, -1], [-1, -1, -1]])
+    of_signs = jsm.sample(
+        KEY, np.array([-0.0, 0.0, -1.0]), shape=(3,), temperature=0, replace=False
+    )
+    np.testing.assert_array_equal(of_signs, [0, 1, 2])
     where = np.array([True, True, False])
     draws = jsm.sample(KEY, x, -1, where, shape=(3, 3), temperature=jnp.zeros(()), replace=False)
     np.testing.assert_array_equal(draws.T, [[1, 0, -1], [1, -1, -1], [-1, -1, -1]])

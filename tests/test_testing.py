@@ -439,6 +439,10 @@ _WRONG_MEMBERS = [
     ({"score": lambda p: np.log(p)}, "form.score must be written in jax.numpy for arrays"),
     ({"score": lambda p: p.sum()}, "form.score must be elementwise, and return shape (2, 3)"),
     ({"slope": lambda p: p.sum()}, "form.slope must be elementwise, and return shape (2, 3)"),
+    (
+        {"weight": lambda u: jnp.cumsum(u, -1)},
+        "form.weight must be elementwise, got a function that takes no number",
+    ),
     ({"slope": lambda p: None}, "form.slope must return an array, got NoneType"),
     ({"slope": lambda p: p.astype(complex)}, "form.slope must be real numbers, got dtype complex"),
     ({"slope": [1]}, "form.slope must be a function or None, got list"),
