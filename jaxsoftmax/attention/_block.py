@@ -28,10 +28,14 @@ class Block:
 
     Attributes:
       prepare: `(first, *parts) -> Prepared`.
-      value: which of the parts are the values.
+      query: which of the parts are the queries.
+      key: which are the keys.
+      value: which are the values.
     """
 
     prepare: Callable[..., Prepared]
+    query: int
+    key: int
     value: int
 
     def attend(self, first: First, parts: Sequence[Array]) -> tuple[Array, ...]:
@@ -129,11 +133,30 @@ class Block:
             made.form, made.rows, p, made.params, cts, mean
         )
         found = list(pullback((ct_entries, tuple(ct_params), tuple(ct_row_values))))
+        if self.query in wanted and made.is_relative and parts[self.key].dtype != p[0].dtype:
+            i = list(wanted).index(self.query)
+            found[i] = self._pulled_to_queries(first, parts, ct_entries)
         if self.value in wanted:
             mixing = _grouped(made.after_dropout(weights[0]), value.shape[1]).astype(value.dtype)
             i = list(wanted).index(self.value)
             found[i] = _products.columns(of_weights, mixing).astype(found[i].dtype)
         return found
+
+    def _pulled_to_queries(
+        self, first: First, parts: Sequence[Array], ct_entries: Entries
+    ) -> Array:
+        """The cotangent of the queries, of keys less their mean, since those of a row sum to 0.
+
+        Rounded to half precision they do not, and what is left would multiply the mean.
+        """
+        key = parts[self.key].astype(ct_entries[0].dtype)
+        centered = (key - jnp.mean(key, -1, keepdims=True)).astype(parts[self.key].dtype)
+
+        def of_query(query: Array) -> Entries:
+            places = self.key, self.query
+            return self.prepare(first, *_merged(parts, places, (centered, query))).entries
+
+        return jax.vjp(of_query, parts[self.query])[1](ct_entries)[0]
 
     def _of_wanted(
         self, wanted: Sequence[int], first: First, parts: Sequence[Array]

@@ -74,7 +74,7 @@ def attend_in_blocks(
     cuts: dict[str, Cuts],
     operands: Sequence[Operand],
     arrays: Sequence[Array],
-    value: int,
+    places: tuple[int, int, int],
 ) -> tuple[Array, ...]:
     """The outputs of all blocks, joined along axis 2, the rows.
 
@@ -85,7 +85,7 @@ def attend_in_blocks(
       cuts: how it is cut on platforms that have a way of their own.
       operands: how parts are cut from each array.
       arrays: the arrays.
-      value: which of them are the values.
+      places: which of them are the queries, the keys, and the values.
     """
     closed, opened = Closed(), {}
     for cut in (default, *cuts.values()):
@@ -98,7 +98,7 @@ def attend_in_blocks(
                 opened[cut.groups, band] = closed.opened(prepare_of(band), first, *parts)
     # What the blocks close over becomes an operand.
     prepare = functools.partial(_with_closed, len(arrays))
-    blocks = {key: Block(functools.partial(prepare, of), value) for key, of in opened.items()}
+    blocks = {key: Block(functools.partial(prepare, of), *places) for key, of in opened.items()}
     plan = Plan(default, cuts, blocks, (*operands, *(UNKNOWN for _ in closed.arrays)))
     return _attend(plan, *arrays, *closed.arrays)
 

@@ -54,7 +54,8 @@ def cut_and_attend(
     default, cuts = cuts_of(TILING), {name: cuts_of(own) for name, own in TILINGS.items()}
     layout = [LAYOUT.get(name) or _layout_of_normalizer(operands[name], sizes) for name in names]
     arrays = list(operands.values())
-    return attend_in_blocks(prepare_of, default, cuts, layout, arrays, names.index("value"))
+    query, key, value = map(names.index, ("query", "key", "value"))
+    return attend_in_blocks(prepare_of, default, cuts, layout, arrays, (query, key, value))
 
 
 def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:

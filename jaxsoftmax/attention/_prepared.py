@@ -73,7 +73,7 @@ class Rules:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("rows", "entries", "params", "row_values", "dropout", "factors"),
-    meta_fields=("form",),
+    meta_fields=("form", "is_relative"),
 )
 @dataclasses.dataclass(frozen=True)
 class Prepared:
@@ -87,6 +87,8 @@ class Prepared:
       row_values: numbers per row, (B, N, rows), if they were asked for.
       dropout: what weights are multiplied by, if any are dropped.
       factors: queries, keys and a scale, if the scores are their product and nothing else.
+      is_relative: whether only differences of products matter, of keys that are all seen: then
+        nothing changes if all of them lose the same.
     """
 
     form: Form
@@ -96,6 +98,7 @@ class Prepared:
     row_values: tuple[Array, ...]
     dropout: Array | None
     factors: tuple[Array, Array, Array] | None
+    is_relative: bool
 
     def after_dropout(self, weights: Array) -> Array:
         """The weights after dropout."""
@@ -135,16 +138,31 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
         dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places, offset)
     row_values = () if row_value is None else row_value(scores, **options)
     row_values = row_values if isinstance(row_values, tuple) else (row_values,)
-    return Prepared(*found, row_values, dropout, _factors(rules, part))
+    is_relative = not row_values and _is_relative(rules, part, found[0])
+    return Prepared(*found, row_values, dropout, _factors(rules, part), is_relative)
+
+
+def _are_products(rules: Rules, part: Parts) -> bool:
+    """Whether nothing but its place makes a score more than a product, or excludes it."""
+    changes = rules.score_mod, rules.mask_mod, rules.soft_cap
+    others = "bias", "mask", "query_lengths", "key_lengths", "query_segments"
+    return all(x is None for x in changes) and not any(name in part for name in others)
+
+
+def _is_relative(rules: Rules, part: Parts, form: Form) -> bool:
+    # Of a sum that is not 1, of a part of a row, or beside keys that may be never seen.
+    others = "sink", "threshold", "query_offset"
+    if form.tau is not None or rules.kv_names or any(name in part for name in others):
+        return False
+    return _are_products(rules, part)
 
 
 def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
     own = rules.normalizer
     if not isinstance(own, Configured) or own.options or of_normalizer(part)[0]:
         return None  # a temperature divides scores
-    changes = rules.score_mod, rules.mask_mod, rules.before, rules.after, rules.soft_cap
-    others = "bias", "mask", "query_lengths", "key_lengths", "query_segments"
-    if any(x is not None for x in changes) or any(name in part for name in others):
+    is_cut = rules.before is not None or rules.after is not None
+    if is_cut or not _are_products(rules, part):
         return None
     scale = jnp.asarray(1 if rules.scale is None else rules.scale, wide(part["query"].dtype))
     return part["query"], part["key"], scale
