@@ -213,7 +213,7 @@ class _Rule:
     def jvp(self, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         """The rule for forward mode: outputs and their tangents."""
         leaves, tree = jax.tree.flatten(primals)
-        given = [t if _is_tangent(t) else None for t in tree.flatten_up_to(tangents)]
+        given = [t if _jax.is_tangent(t) else None for t in tree.flatten_up_to(tangents)]
         out, pushed = self.jvp_of_leaves(tree, leaves, given)
         out_leaves, out_tree = jax.tree.flatten(out)
         pairs = zip(out_leaves, pushed, strict=True)
@@ -257,11 +257,6 @@ class _Rule:
                 f"{found!r}."
             )
         return found[0], found[1]
-
-
-def _is_tangent(tangent: Any) -> bool:
-    is_zero = isinstance(tangent, SymbolicZero)
-    return not is_zero and getattr(tangent, "dtype", None) != jax.dtypes.float0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core
+from jax.custom_derivatives import SymbolicZero
 from jax.experimental import checkify
 from jax.extend.backend import get_default_device
 from jax.extend.core import Literal, Primitive, unmapped_aval
@@ -98,8 +99,14 @@ def zeros(of: Any) -> Array:
     return ad.instantiate_zeros(ad.Zero(of))
 
 
-def _is_tangent(tangent: Any) -> bool:
-    return getattr(tangent, "dtype", jax.dtypes.float0) != jax.dtypes.float0
+def is_tangent(tangent: Any) -> bool:
+    """Whether a tangent, which may be a number of Python, is not known to be 0.
+
+    Uses `jax.interpreters.ad.Zero`, in all versions; others that are zero are public.
+    """
+    if isinstance(tangent, ad.Zero | SymbolicZero):
+        return False
+    return getattr(tangent, "dtype", None) != jax.dtypes.float0
 
 
 def linear(
@@ -133,9 +140,9 @@ def _linear_jvp(
 
     points, args = primals[:num], primals[num:]
     out, pushed = bind(*args), []
-    if any(map(_is_tangent, tangents[num:])):
+    if any(map(is_tangent, tangents[num:])):
         pushed.append(bind(*map(ad.instantiate_zeros, tangents[num:])))
-    active = [i for i, t in enumerate(tangents[:num]) if _is_tangent(t)]
+    active = [i for i, t in enumerate(tangents[:num]) if is_tangent(t)]
 
     def at(*values: Any) -> Values:
         moved = dict(enumerate(points)) | dict(zip(active, values, strict=True))
@@ -205,7 +212,7 @@ def _call_evaluate(*args: Any, pure: Opened, num: int, **_: Any) -> list[Any]:
 
 
 def _call_jvp(primals: Values, tangents: Values, *, jvp: Callable, num: int, **_: Any) -> Any:
-    out, pushed = jvp(primals[num:], [t if _is_tangent(t) else None for t in tangents[num:]])
+    out, pushed = jvp(primals[num:], [t if is_tangent(t) else None for t in tangents[num:]])
     pairs = zip(out, pushed, strict=True)
     return out, [ad.Zero(tangent_type(x)) if t is None else t for x, t in pairs]
 

@@ -562,6 +562,24 @@ def make_clipped(custom_vjp):
     return clipped
 
 
+@pytest.mark.parametrize("batch", [None, lambda *_: None], ids=["usual", "own batch"])
+def test_tangents_may_be_numbers_of_python(batch):
+    sine = jsm.custom_vjp(lambda x: jnp.sin(x))
+    sine.defvjp(lambda x: (sine(x), x), lambda x, ct: (ct * jnp.cos(x),))
+    if batch is not None:
+        sine.defbatch(batch)
+
+    def slope(x):
+        return jax.jvp(sine, (x,), (1.0,))[1]
+
+    close(slope(0.3), np.cos(0.3))
+    close(jax.vmap(slope)(X), np.cos(X))
+    close(jax.jvp(slope, (0.3,), (1.0,))[1], -np.sin(0.3))
+    close(
+        jax.jvp(lambda x: sine(x) + sine(2 * x), (0.3,), (1.0,))[1], np.cos(0.3) + 2 * np.cos(0.6)
+    )
+
+
 def test_rules_that_close_over_what_is_traced_serve_reverse_mode():
     def scaled(y):
         times_y = jsm.custom_vjp(lambda x: x * y)
