@@ -105,8 +105,9 @@ def on_each_device(
             if not is_of_closure(error):
                 raise
             message = (
-                "Functions of yours must not close over arrays on a mesh with explicit axes: JAX "
-                "cannot pass these on. Hold them in functools.partial(function, name=array)."
+                "Functions of yours must not close over arrays on a mesh with explicit axes, nor "
+                "be methods of what holds some: JAX cannot pass these on. Hold them in "
+                "functools.partial(function, name=array)."
             )
             raise NotImplementedError(message) from error
 
@@ -132,9 +133,10 @@ def held(functions: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]
 
 
 def _as_tree(x: Any) -> Any:
-    if isinstance(x, functools.partial):
-        return jax.tree_util.Partial(x.func, *x.args, **x.keywords)
-    return jax.tree_util.Partial(x) if callable(x) else x
+    if not isinstance(x, functools.partial):
+        return x
+    args, keywords = jax.tree.map(_as_tree, (x.args, x.keywords))
+    return jax.tree_util.Partial(x.func, *args, **keywords)
 
 
 def spec_of(axes: Sequence[Names]) -> PartitionSpec:

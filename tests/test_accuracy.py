@@ -84,6 +84,15 @@ def test_sums_of_what_is_nearly_too_small(length, gap):
         assert ulp_error(-jsm.cross_entropy(x, 5)[None], exact) <= 4
 
 
+@pytest.mark.parametrize("scores", [(-0.99, -88.0), (-20.99, -108.0), (0.5, -86.5)])
+def test_exponentials_that_are_nearly_too_small(scores):
+    scores = jnp.asarray(scores, jnp.float32)
+    top, other = map(float, scores)
+    with mpmath.workdps(60):
+        exact = [-mpmath.log1p(mpmath.exp(mpmath.mpf(other) - mpmath.mpf(top)))]
+        assert ulp_error(jsm.log_softmax(scores)[:1], exact) <= 4
+
+
 @pytest.mark.parametrize("scale", [1, 30, 300])
 @pytest.mark.asks_for_x64
 def test_cross_entropy_within_4_ulp(scale, rng):

@@ -335,7 +335,7 @@ def test_what_partials_hold_on_an_explicit_mesh(rng):
         hidden = query.mean((1, 2))
         return (
             jnp.sum(attend(score_mod=hold(of_scores, slopes=slopes)) ** 2),
-            jnp.sum(attend(normalizer=hold(of_rows, slopes=slopes)) ** 2),
+            jnp.sum(attend(normalizer=hold(hold(of_rows), slopes=slopes)) ** 2),
             jsm.linear_cross_entropy(
                 hidden, jnp.eye(8, dtype=jnp.float32), labels, loss=hold(of_classes, slopes=slopes)
             ),
@@ -345,7 +345,7 @@ def test_what_partials_hold_on_an_explicit_mesh(rng):
     actual, _ = on_mesh(mesh, jax.jacrev(results, 2), args, specs)
     assert_equal(actual, jax.jit(jax.jacrev(results, 2))(*args))
 
-    def hidden_in(function, slopes):
+    def hidden_in(function, slopes=None):
         return lambda score, *places: function(score, *places, slopes)
 
     message = "must not close over arrays on a mesh with explicit axes.*functools.partial"

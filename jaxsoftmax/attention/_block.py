@@ -145,12 +145,16 @@ class Block:
     def _pulled_to_queries(
         self, first: First, parts: Sequence[Array], ct_entries: Entries
     ) -> Array:
-        """The cotangent of the queries, of keys less their mean, since those of a row sum to 0.
+        """The cotangent of the queries, of keys less what they have in common.
 
-        Rounded to half precision they do not, and what is left would multiply the mean.
+        Those of the scores of a row sum to 0, but not when they are rounded to half precision: what
+        is left would be multiplied by the mean of the keys.
         """
         key = parts[self.key].astype(ct_entries[0].dtype)
-        centered = (key - jnp.mean(key, -1, keepdims=True)).astype(parts[self.key].dtype)
+        less_mean = key - jnp.mean(key, -1, keepdims=True)
+        largest, left = (jnp.max(jnp.abs(x), -1, keepdims=True) for x in (key, less_mean))
+        # Not where a few keys make the mean: others would lose digits, and the few overflow.
+        centered = jnp.where(left <= largest / 2, less_mean, key).astype(parts[self.key].dtype)
 
         def of_query(query: Array) -> Entries:
             places = self.key, self.query

@@ -87,8 +87,8 @@ class Prepared:
       row_values: numbers per row, (B, N, rows), if they were asked for.
       dropout: what weights are multiplied by, if any are dropped.
       factors: queries, keys and a scale, if the scores are their product and nothing else.
-      is_relative: whether only differences of products matter, of keys that are all seen: then
-        nothing changes if all of them lose the same.
+      is_relative: whether the cotangents of the scores of each row sum to 0, and no key is known to
+        be seen by nobody: then that of a query is the same if all keys lose the same.
     """
 
     form: Form
@@ -138,7 +138,7 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
         dropout = _dropout.scale(rules.dropout_rate, rules.dropout_key, places, offset)
     row_values = () if row_value is None else row_value(scores, **options)
     row_values = row_values if isinstance(row_values, tuple) else (row_values,)
-    is_relative = not row_values and _is_relative(rules, part, found[0])
+    is_relative = not row_values and _is_relative(rules, part, *found[:3])
     return Prepared(*found, row_values, dropout, _factors(rules, part), is_relative)
 
 
@@ -149,12 +149,12 @@ def _are_products(rules: Rules, part: Parts) -> bool:
     return all(x is None for x in changes) and not any(name in part for name in others)
 
 
-def _is_relative(rules: Rules, part: Parts, form: Form) -> bool:
-    # Of a sum that is not 1, of a part of a row, or beside keys that may be never seen.
-    others = "sink", "threshold", "query_offset"
-    if form.tau is not None or rules.kv_names or any(name in part for name in others):
+def _is_relative(rules: Rules, part: Parts, form: Form, rows: Rows, entries: Entries) -> bool:
+    """Whether the cotangents of the keys' scores of each row are known to sum to 0."""
+    # Weights of any sum, beside that of a sink, or of a part of a row.
+    if form.tau is not None or len(entries) > 1 or rows.names:
         return False
-    return _are_products(rules, part)
+    return "query_offset" not in part and _are_products(rules, part)
 
 
 def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
