@@ -213,7 +213,10 @@ class _Rule:
     def jvp(self, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> tuple[Any, Any]:
         """The rule for forward mode: outputs and their tangents."""
         leaves, tree = jax.tree.flatten(primals)
-        given = [t if _jax.is_tangent(t) else None for t in tree.flatten_up_to(tangents)]
+        given = [
+            None if isinstance(t, SymbolicZero) or not _jax.is_tangent(t) else t
+            for t in tree.flatten_up_to(tangents)
+        ]
         out, pushed = self.jvp_of_leaves(tree, leaves, given)
         out_leaves, out_tree = jax.tree.flatten(out)
         pairs = zip(out_leaves, pushed, strict=True)

@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import core
-from jax.custom_derivatives import SymbolicZero
 from jax.experimental import checkify
 from jax.extend.backend import get_default_device
 from jax.extend.core import Literal, Primitive, unmapped_aval
@@ -57,10 +56,7 @@ class Opened(NamedTuple):
 
 
 def is_of_closure(error: NotImplementedError) -> bool:
-    """Whether `shard_map` met an array of an explicit mesh that a function closes over.
-
-    By the words of jax 0.10 to 0.12; without them, the error is JAX's own.
-    """
+    """Whether `shard_map` met an array that a function closes over, by the words it has for it."""
     return "Closing over inputs" in str(error)
 
 
@@ -100,13 +96,8 @@ def zeros(of: Any) -> Array:
 
 
 def is_tangent(tangent: Any) -> bool:
-    """Whether a tangent, which may be a number of Python, is not known to be 0.
-
-    Uses `jax.interpreters.ad.Zero`, in all versions; others that are zero are public.
-    """
-    if isinstance(tangent, ad.Zero | SymbolicZero):
-        return False
-    return getattr(tangent, "dtype", None) != jax.dtypes.float0
+    """Whether a tangent, be it a number of Python, is not known to be 0, as an `ad.Zero` is."""
+    return not isinstance(tangent, ad.Zero) and getattr(tangent, "dtype", 0) != jax.dtypes.float0
 
 
 def linear(
@@ -353,9 +344,5 @@ def interpreter() -> Any:
 
 
 def may_be_hopper() -> bool:
-    """Whether the default device is an NVIDIA GPU of the Hopper kind, or no such GPU at all.
-
-    Where there is none, programs are lowered for others, as Mosaic GPU itself takes it. Uses
-    `jax.extend.backend.get_default_device`, in all versions.
-    """
+    """Whether the default device is a Hopper or no NVIDIA GPU, by `jax.extend.backend`."""
     return getattr(get_default_device(), "compute_capability", "9.0").startswith("9.")
