@@ -63,7 +63,8 @@ BOUNDS = {
     ("attention", "v5e"): Bound(18, 290, 0.3, 74),
     ("attention, vjp", "v5e"): Bound(69, 1100, 130, 1100),
     ("attention, causal", "v5e"): Bound(43, 530, 38, 150),
-    ("attention, causal, vjp", "v5e"): Bound(150, 1700, 120, 1100),
+    # In half precision, keys less their mean are written for each band: 4 % of the time.
+    ("attention, causal, vjp", "v5e"): Bound(150, 1700, 120, 1600),
     ("linear_cross_entropy", "v5e"): Bound(22, 170, 150, 3000),
     # Two products make their probabilities of the scores: more bytes than to write them, less time.
     ("linear_cross_entropy, gradient", "v5e"): Bound(36, 260, 440, 8500),
