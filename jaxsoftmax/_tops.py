@@ -44,7 +44,7 @@ def pivot(rows: Rows, scores: Entries, top: Array) -> Array:
     # Where whole numbers get sparse, a maximum less the room would be rounded to far below that.
     room = jnp.floor(jnp.minimum(_LARGE * room / jnp.maximum(top, 1), room))
     below = jnp.floor(top) - room
-    return jnp.maximum(jnp.maximum(below, jnp.minimum(jnp.ceil(top), 0)), finfo.min)
+    return jnp.maximum(jnp.maximum(below, jnp.minimum(jnp.floor(top), 0)), finfo.min)
 
 
 _LARGE = 2.0**20

@@ -89,8 +89,9 @@ def test_exponentials_that_are_nearly_too_small(scores):
     scores = jnp.asarray(scores, jnp.float32)
     top, other = map(float, scores)
     with mpmath.workdps(60):
-        exact = [-mpmath.log1p(mpmath.exp(mpmath.mpf(other) - mpmath.mpf(top)))]
-        assert ulp_error(jsm.log_softmax(scores)[:1], exact) <= 4
+        weight = mpmath.exp(mpmath.mpf(other) - mpmath.mpf(top))
+        assert ulp_error(jsm.log_softmax(scores)[:1], [-mpmath.log1p(weight)]) <= 4
+        assert ulp_error(jsm.softmax(scores)[1:], [weight / (1 + weight)]) <= 6
 
 
 @pytest.mark.parametrize("scale", [1, 30, 300])

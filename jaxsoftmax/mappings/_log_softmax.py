@@ -286,8 +286,7 @@ def total_of(rows: Rows, scores: Entries) -> Total:
 
     # A second use of the scores: four kernels more on a GPU.
     def exactly(sums: Callable[..., Any], top: Array) -> tuple[Array, Array]:
-        # Of the largest exponentials, that of a maximum below 0 is to be at least 1.
-        pivot = jnp.minimum(_tops.pivot(rows, scores, top), jnp.floor(top))
+        pivot = _tops.pivot(rows, scores, top)
         others, tops = sums(relative_to, (top, pivot))
         return others * jnp.exp(_tops.gap(pivot, top)), tops
 
