@@ -87,6 +87,11 @@ def on_each_device(
       in_axes: for each argument, a pytree of arrays, the mesh axes that each of their axes is to be
         spread over.
       out_specs: the specs of what it returns.
+
+    Raises:
+      NotImplementedError: if `fun` calls a function that closes over an array of the mesh. JAX
+        raises it, since `shard_map` implements that for no explicit axes (0.10 to 0.12); all that
+        is added here is what to do. When JAX has it, such functions work, and this may go.
     """
     mesh: Any = sharding.mesh
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)

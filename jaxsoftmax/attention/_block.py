@@ -153,7 +153,8 @@ class Block:
         key = parts[self.key].astype(ct_entries[0].dtype)
         less_mean = key - jnp.mean(key, -1, keepdims=True)
         largest, left = (jnp.max(jnp.abs(x), -1, keepdims=True) for x in (key, less_mean))
-        # Not where a few keys make the mean: others would lose digits, and the few overflow.
+        # In each block: one more array for all of them would take longer to read. Not where a few
+        # keys make the mean: others would lose digits, and the few overflow.
         centered = jnp.where(left <= largest / 2, less_mean, key).astype(parts[self.key].dtype)
 
         def of_query(query: Array) -> Entries:
