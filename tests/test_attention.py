@@ -656,6 +656,40 @@ def test_half_precision_is_rounded_at_the_end(dtype, rounding, rng):
     assert [x.dtype for x in grads(*args)] == [dtype] * 3
 
 
+@pytest.mark.parametrize("again", [False, True])
+@pytest.mark.parametrize("has_sink", [False, True])
+def test_gradients_in_half_precision_that_sum_over_scores(has_sink, again, rng, tiled):
+    """Cotangents of a row's scores sum to 0, or to that of a sink, whatever was rounded.
+
+    What scores have in common is multiplied by that sum; and a bias that is the same for all keys
+    has no gradient.
+    """
+    if again:
+        tiled(Tiling(2**10, 2**10, 2**10, (1, 16), 2, products_again=True))
+    query, key, value, ct = rng.normal(size=(4, 1, 32, 2, 16))
+    key += 20 * rng.normal(size=(2, 16))
+    value += 4
+    ct += 4
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value, ct)]
+
+    def of_numbers(query, key, value, ct):
+        def attention(scale, temperature, bias):
+            softmax = functools.partial(jsm.softmax, temperature=temperature)
+            sink = {"is_causal": True, "sink": np.ones(2, dtype)} if has_sink else {}
+            own = {"normalizer": softmax, "scale": scale, **sink}
+            return jsm.dot_product_attention(query, key, value, bias, **own)
+
+        dtype = np.float32 if query.dtype == jnp.bfloat16 else np.float64
+        numbers = np.asarray(0.3, dtype), np.asarray(1.3, dtype), np.zeros((1, 2, 1, 1), dtype)
+        without_bias = jax.vjp(lambda *x: attention(*x, None), *numbers[:2])[1](ct)
+        return *without_bias, jax.vjp(attention, *numbers)[1](ct)[-1]
+
+    *wanted, none = of_numbers(*(np.asarray(x, float) for x in halves))
+    *found, of_bias = of_numbers(*halves)
+    np.testing.assert_allclose(found, wanted, rtol=0.005)
+    np.testing.assert_allclose(of_bias, none, atol=0.03)
+
+
 # ---- what is not seen
 
 
@@ -668,8 +702,9 @@ def test_half_precision_is_rounded_at_the_end(dtype, rounding, rng):
         (functools.partial(jsm.softmax, sink=1.0), {}, 0, 3),
         (jsm.softmax, {}, 300, 0),
         (jsm.softmax, {}, 60_000, 0),
+        (jsm.softmax, {}, 1e-3, 100),
     ],
-    ids=["common part", "causal", "sink", "own sink", "outlier", "large outlier"],
+    ids=["common part", "causal", "sink", "own sink", "outlier", "large outlier", "key near 0"],
 )
 def test_gradients_in_half_precision_of_keys_far_from_0(normalizer, options, first, common, rng):
     """What keys have in common is no part of the gradient of the queries, however it is rounded.

@@ -547,6 +547,30 @@ def test_ring_in_forward_mode_of_half_precision(normalizer, rng):
     np.testing.assert_allclose(np.asarray(tangent, float), wanted, rtol=0.02, atol=0.02)
 
 
+@pytest.mark.parametrize(
+    "normalizer", [jsm.softmax, pytest.param(jsm.entmax15, marks=pytest.mark.thorough)]
+)
+def test_gradient_of_a_scale_in_a_ring_of_half_precision(normalizer, rng):
+    """What the scores of a row have in common is large, and changes nothing."""
+    query, key, value, ct = rng.normal(size=(4, 1, 32, 2, 8))
+    key += 20 * rng.normal(size=(2, 8))
+    value += 4
+    halves = [jnp.asarray(x, jnp.bfloat16) for x in (query, key, value, ct)]
+    attend = functools.partial(jsm.dot_product_attention, normalizer=normalizer)
+
+    def whole(query, key, value, scale, **names):
+        return attend(query, key, value, scale=scale, **names)
+
+    def of_scale(attend, scale, *qkv, ct):
+        return jax.vjp(lambda scale: attend(*qkv, scale), scale)[1](ct)[0]
+
+    ring = in_ring(functools.partial(whole, kv_axis_name="a", query_axis_name="a"), scale=P())
+    found = jax.jit(functools.partial(of_scale, ring))(np.float32(0.3), *halves[:3], ct=halves[3])
+    exact = [np.asarray(x, float) for x in halves]
+    wanted = of_scale(whole, np.float64(0.3), *exact[:3], ct=exact[3])
+    np.testing.assert_allclose(found, wanted, rtol=0.01)
+
+
 @pytest.mark.parametrize("normalizer", [jsm.softmax, jsm.entmax15])
 def test_ring_of_infinite_scores(normalizer, rng):
     """Several of +inf, on two devices, share their row; the query that has none is as ever."""

@@ -41,11 +41,6 @@ def chosen(name: str, general: Callable[..., T], *args: Any, **known: Any) -> T:
     return lax.platform_dependent(*args, default=general, **of) if of else general(*args)
 
 
-def apart(x: T) -> T:
-    """The same, for a loop that is to share nothing with the loops before."""
-    return chosen("apart", lambda x: x, x)
-
-
 def if_local(special: Callable[..., T], general: Callable[..., T], *args: Any) -> T:
     """`special(*args)` where XLA shares nothing among devices, or `general(*args)`."""
     return lax.cond(is_local(), special, general, *args)

@@ -130,15 +130,6 @@ def largest(general: Callable[..., Array], scores: tuple[Array, ...], *, stored:
     return general(tuple(z.astype(stored) for z in scores)).astype(scores[0].dtype)
 
 
-def apart(general: Callable[..., Any], x: Any) -> Any:
-    """The same, as if it were other arrays.
-
-    If two loops begin with the same steps, XLA for CPU takes these once and holds what they give.
-    """
-    del general
-    return jax.tree.map(lax.optimization_barrier, x)
-
-
 def first_tau(
     general: Callable[..., Any],
     scores: tuple[Array, ...],

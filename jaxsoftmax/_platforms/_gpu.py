@@ -4,6 +4,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
 
 # The longest row of which XLA for GPU makes all sums in one kernel, which reads it once.
 _HELD = 16384
@@ -15,7 +17,22 @@ def sums_at_once(general: Callable[..., Any], *args: Any, rows: Any, one_by_one:
     return (one_by_one if is_held else general)(*args)
 
 
-log_sums_at_once = sums_at_once  # on a CPU these are at once, as in general
+def log_pulled_back(
+    general: Callable[..., Any], logs: Any, ct: Any, *, rows: Any, logs_of: Callable[..., Any]
+) -> Any:
+    """`general(logs, ct)`. One kernel that has all of a row finds maximum and sum once more.
+
+    If they were shared with the forward pass, each would be another pass over the scores.
+    """
+    if rows.length_in_memory(ct[0]) <= _HELD:
+        logs = logs_of(rows, _anew(rows, logs.scores))
+    return general(logs, ct)
+
+
+def _anew(rows: Any, scores: tuple[Array, ...]) -> tuple[Array, ...]:
+    """The scores, as if they were others; of half precision as they are in memory."""
+    stored = rows.stored or scores[0].dtype
+    return tuple(lax.optimization_barrier(z.astype(stored)).astype(z.dtype) for z in scores)
 
 
 def dominating(general: Callable[..., Any], p: Any, *, rows: Any) -> Any:

@@ -116,10 +116,12 @@ class Block:
             weights = _weights_of(made, (top, jnp.ones_like(by)), again)
             p = made.rows.map(jnp.multiply, [weights], [by])
             of_weights = _grouped(ct_out * by, value.shape[1]).astype(value.dtype)
-        # The slopes of softmax are its weights, and the mean is known.
-        mean = jnp.sum(ct_out * out, -1, keepdims=True) if made.form.only_scales else None
-        if mean is not None and made.rows.names:
-            mean = lax.psum(mean, made.rows.names)
+        mean = None
+        # The slopes of softmax are its weights, and so the mean is known, up to the rounding of
+        # weights that are mixed. That would be left of sums over rows, such as those of a scale.
+        if made.form.only_scales and {self.query, self.key, self.value}.issuperset(wanted):
+            mean = jnp.sum(ct_out * out, -1, keepdims=True)
+            mean = lax.psum(mean, made.rows.names) if made.rows.names else mean
         if again and mean is not None and made.dropout is None:
             less_mean = _less(factor, value, mean).astype(value.dtype)
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
@@ -150,12 +152,16 @@ class Block:
         Those of the scores of a row sum to 0, but not when they are rounded to half precision: what
         is left would be multiplied by the mean of the keys.
         """
+        dtype = parts[self.key].dtype
         key = parts[self.key].astype(ct_entries[0].dtype)
-        less_mean = key - jnp.mean(key, -1, keepdims=True)
-        largest, left = (jnp.max(jnp.abs(x), -1, keepdims=True) for x in (key, less_mean))
+        mean, of_squares = (jnp.mean(x, -1, keepdims=True) for x in (key, key * key))
+        less_mean = key - mean
         # In each block: one more array for all of them would take longer to read. Not where a few
         # keys make the mean: others would lose digits, and the few overflow.
-        centered = jnp.where(left <= largest / 2, less_mean, key).astype(parts[self.key].dtype)
+        is_common = mean * mean > 0.75 * of_squares
+        largest = float(jnp.finfo(dtype).max)
+        fits = jnp.max(jnp.abs(less_mean), -1, keepdims=True) <= largest
+        centered = jnp.where(is_common & fits, less_mean, key).astype(dtype)
 
         def of_query(query: Array) -> Entries:
             places = self.key, self.query

@@ -28,6 +28,7 @@ from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import iterate, vary_like
 from jaxsoftmax._scores import wide, wide_zeros
 from jaxsoftmax.attention._bands import Reach
+from jaxsoftmax.attention._blocks import instantiated
 
 # What goes round, keys, values and their segments, and what stays, by name.
 Arrays = dict[str, Any]
@@ -221,20 +222,35 @@ def _joined(*row_values: Array) -> Array:
     return jnp.concatenate(row_values, -1)
 
 
-def _attend_fwd(ring: Ring, moving: Arrays, staying: Arrays) -> tuple[tuple[Array, Array], Any]:
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class _Kind:
+    """Whether a cotangent is wanted that sums over scores of a row, such as that of a scale."""
+
+    sums: bool
+
+
+def _attend_fwd(ring: Ring, *primals: Any) -> tuple[tuple[Array, Array], Any]:
+    moving, staying = ({name: x.value for name, x in own.items()} for own in primals)
     found = attend(ring, moving, staying)
-    return found, (moving, staying, *found)
+    others = {name: x.perturbed for name, x in primals[1].items() if name != "query"}
+    kind = _Kind(any(others[name] and is_smooth(staying[name]) for name in others))
+    return found, (kind, moving, staying, *found)
 
 
 def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Arrays, Arrays]:
-    moving, staying, out, threshold = residuals
-    ct_out, ct_threshold = ct
+    kind, moving, staying, out, threshold = residuals
+    ct_out, ct_threshold = (instantiated(x, out) for x in ct)
     # Where a row sees nothing, there is nothing that `tau` would be subtracted from.
     threshold = jnp.where(threshold == -jnp.inf, 0, threshold)
     of_out, total = _sums_of_slopes(ring, moving, staying, out, threshold)
     total = jnp.where(total == 0, 1, total)
+    if kind.sums:
+        weighted = _sums_of_cotangents(ring, moving, staying, threshold, ct_out)
+    else:
+        weighted = jnp.sum(ct_out * of_out, -1)
     # What each weight is worth beside its share of the output: all weights sum to 1.
-    worth = (ct_threshold[..., 1] - jnp.sum(ct_out * of_out, -1)) / total
+    worth = (ct_threshold[..., 1] - weighted) / total
     cts = linear_pair(
         functools.partial(_pulled, ring),
         functools.partial(_pushed, ring),
@@ -266,12 +282,26 @@ def _sums_of_slopes(
     return ring.sum(slopes, moving, staying)
 
 
+def _sums_of_cotangents(
+    ring: Ring, moving: Arrays, staying: Arrays, threshold: Array, ct_out: Array
+) -> Array:
+    """The sums over all keys of `s ct`, by slopes that are not rounded as those that are mixed."""
+
+    @jax.checkpoint
+    def weighted(first_key: Array, moving: Arrays) -> Array:
+        mix = functools.partial(ring.parts.mix, staying, first_key, moving)
+        cts = ct_out, jnp.zeros_like(threshold[..., 1])
+        return -jax.vjp(mix, threshold)[1](cts)[0][..., 1]
+
+    return ring.sum(weighted, moving, staying)
+
+
 def _in_tau(threshold: Array, tangent: Array) -> Array:
     """The tangent of a threshold of which only `tau` moves."""
     return jnp.zeros_like(threshold).at[..., 1].set(tangent)
 
 
-attend.defvjp(_attend_fwd, _attend_bwd)
+attend.defvjp(_attend_fwd, _attend_bwd, symbolic_zeros=True)
 
 
 # The pullback and its transpose are loops of their own. Were one transposed by JAX, the keys of all

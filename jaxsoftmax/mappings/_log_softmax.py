@@ -8,14 +8,15 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import log1p
-from jaxsoftmax._implementations import Implementation
+from jaxsoftmax._implementations import Implementation, platforms
 from jaxsoftmax._linear_pair import linear_pair
-from jaxsoftmax._platforms import apart, chosen
+from jaxsoftmax._platforms import chosen
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
 from jaxsoftmax._row_choice import batched_in_kernels, by_implementation
@@ -133,70 +134,112 @@ def logsumexp(
     return rows.flatten(log_sum(rows, scores)).astype(output_dtype(x))
 
 
-@custom_vjp
-def _log(rows: Rows, scores: Entries) -> Entries:
+class Logs(NamedTuple):
+    """What log-softmax is made of: each score less the maximum, less a logarithm.
+
+    Attributes:
+      scores: the scores.
+      top: the maximum, finite in a row in which nothing takes part.
+      log: the logarithm of the sum of the exponentials of the scores less the maximum.
+    """
+
+    scores: Entries
+    top: Array
+    log: Array
+
+
+def log_probabilities(rows: Rows, scores: Entries) -> Entries:
     """Log-softmax of prepared scores."""
-    return by_implementation(_log_probabilities, rows, scores)
+    if platforms(rows.implementation, "rows"):
+        return _in_kernels(rows, scores)
+    return _log(rows, _logs(rows, lax.stop_gradient(scores))._replace(scores=scores))
 
 
-def _log_probabilities(rows: Rows, scores: Entries) -> Entries:
+def _logs(rows: Rows, scores: Entries) -> Logs:
     total = total_of(rows, scores)
+    return Logs(scores, total.top, total.log)
 
+
+def _less_log(rows: Rows, logs: Logs) -> Entries:
     def log_p(score: Array, top: Array, log: Array) -> Array:
         return _tops.gap(score, top) - log
 
-    return rows.map(log_p, [rows.rounded(scores)], [total.top, total.log])
+    return rows.map(log_p, [rows.rounded(logs.scores)], [logs.top, logs.log])
 
 
-def _log_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
-    log_p = log_probabilities(rows, scores)
-    return log_p, (rows, log_p)
+@custom_vjp
+def _log(rows: Rows, logs: Logs) -> Entries:
+    """The logarithms of the probabilities, with the derivative of log-softmax in the scores.
+
+    What is the same for a row counts as a constant: its part is in the rule.
+    """
+    return _less_log(rows, logs)
 
 
-def _log_bwd(residuals: Any, ct: Entries) -> tuple[None, Entries]:
-    pull = functools.partial(
-        _threshold.by_platform, "log_sums_at_once", _log_pulled_back_at_once, _log_pulled_back
-    )
-    fast, slow = (functools.partial(_threshold.of_shares, p) for p in (pull, _log_pulled_back))
-    return None, linear_pair(fast, _log_pushed_forward, residuals, ct, reference=slow)
+def _log_fwd(rows: Rows, logs: Logs) -> tuple[Entries, Any]:
+    return _log(rows, logs), (rows, logs)
 
 
-def _log_pulled_back(residuals: Any, ct: Entries) -> Entries:
+def _log_bwd(point: tuple[Rows, Logs], ct: Entries) -> tuple[None, Logs]:
+    of_scores = _pulled_by(point, ct)
+    _, logs = point
+    return None, Logs(of_scores, jnp.zeros_like(logs.top), jnp.zeros_like(logs.log))
+
+
+_log.defvjp(_log_fwd, _log_bwd)
+
+
+def _pulled_by(point: tuple[Rows, Logs], ct: Entries) -> Entries:
+    """The cotangents of scores, given those of the logarithms of probabilities."""
+    fast, slow = (functools.partial(_threshold.of_shares, p) for p in (_by_platform, _pulled_back))
+    return linear_pair(fast, _pushed_forward, point, ct, reference=slow)
+
+
+def _by_platform(point: tuple[Rows, Logs], ct: Entries) -> Entries:
+    rows, logs = point
+    general = functools.partial(_pulled_back_at_once, rows)
+    return chosen("log_pulled_back", general, logs, ct, rows=rows, logs_of=_logs)
+
+
+def _pulled_back_at_once(rows: Rows, logs: Logs, ct: Entries) -> Entries:
+    """What `_pulled_back` returns, by one pass for the sums, which needs no exponentials.
+
+    What dominates its row has the maximum, and the shares of all others add up to `1 - 1 / sum`.
+    """
+
+    def terms(score: Array, ct: Array, top: Array) -> tuple[Array, Array]:
+        gap = _tops.gap(score, top)
+        ct = jnp.where(gap > -jnp.inf, ct, 0)
+        return ct, jnp.where(gap < 0, ct, 0)
+
+    def pulled(score: Array, ct: Array, top: Array, log: Array, total: Array, left: Array) -> Array:
+        gap = _tops.gap(score, top)
+        dominates = (gap >= 0) & (log < _HALF)
+        of_score = jnp.where(dominates, -left, ct - jnp.exp(gap - log) * total)
+        return jnp.where(gap == -jnp.inf, 0, of_score)
+
+    total, others = rows.sums(terms, [rows.rounded(logs.scores), ct], [logs.top])
+    left = others + jnp.expm1(-logs.log) * total
+    values = [logs.top, logs.log, total, left]
+    return rows.map(pulled, [rows.rounded(logs.scores), ct], values)
+
+
+# Of a row in which the maximum has more than half.
+_HALF = math.log(2)
+
+
+def _pulled_back(point: tuple[Rows, Logs], ct: Entries) -> Entries:
     """`ct - p sum(ct)`, of which the entry that dominates is minus the sum of the others."""
-    rows, log_p = residuals
-    p = rows.map(jnp.exp, [log_p])
+    rows, log_p, p = _probabilities(point)
     dominates = _tops.dominating(rows, p)
     ct = rows.map(lambda c, lp: jnp.where(lp == -jnp.inf, 0, c), [ct, log_p])
     others = rows.map(lambda c, p, d, s: (1 - d) * (c - p * s), [ct, p, dominates], [rows.sum(ct)])
     return rows.map(lambda c, d, s: c - d * s, [others, dominates], [rows.sum(others)])
 
 
-# What dominates its row has more.
-_HALF = math.log(0.5)
-
-
-def _log_pulled_back_at_once(residuals: Any, ct: Entries) -> Entries:
-    """The same, of which all sums are one pass."""
-    rows, log_p = residuals
-
-    def terms(log_p: Array, ct: Array) -> tuple[Array, Array, Array]:
-        of_others = jnp.where((log_p > -jnp.inf) & (log_p <= _HALF), ct, 0)
-        of_all = jnp.where(log_p == -jnp.inf, 0, ct)
-        return of_all, of_others, jnp.where(log_p > _HALF, 0, jnp.exp(log_p))
-
-    def pulled(log_p: Array, ct: Array, total: Array, left: Array) -> Array:
-        others = jnp.where(log_p > _HALF, -left, ct - jnp.exp(log_p) * total)
-        return jnp.where(log_p == -jnp.inf, 0, others)
-
-    total, of_others, others = rows.sums(terms, [log_p, ct])
-    log_p, ct, total, others = apart((log_p, ct, total, of_others - others * total))
-    return rows.map(pulled, [log_p, ct], [total, others])
-
-
-def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
+def _pushed_forward(point: tuple[Rows, Logs], tangents: Entries) -> Entries:
     """`dz - sum(p dz)`, 0 where no score takes part."""
-    rows, log_p = residuals
-    p = rows.map(jnp.exp, [log_p])
+    rows, log_p, p = _probabilities(point)
     relative = _tops.relative_to_dominating(rows, p, tangents)
     mean = rows.sum(rows.map(jnp.multiply, [p, relative]))
     return rows.map(
@@ -204,8 +247,31 @@ def _log_pushed_forward(residuals: Any, tangents: Entries) -> Entries:
     )
 
 
-_log.defvjp(_log_fwd, _log_bwd)
-log_probabilities = batched_in_kernels(_log, 0)
+def _probabilities(point: tuple[Rows, Logs]) -> tuple[Rows, Entries, Entries]:
+    rows, logs = point
+    log_p = _log(rows, logs)
+    return rows, log_p, rows.map(jnp.exp, [log_p])
+
+
+@custom_vjp
+def _log_in_kernels(rows: Rows, scores: Entries) -> Entries:
+    """Log-softmax of prepared scores, by kernels."""
+    return by_implementation(lambda rows, z: _less_log(rows, _logs(rows, z)), rows, scores)
+
+
+def _log_in_kernels_fwd(rows: Rows, scores: Entries) -> tuple[Entries, Any]:
+    log_p = _in_kernels(rows, scores)
+    of_top = rows.max(lax.stop_gradient(log_p))
+    log = jnp.where(of_top == -jnp.inf, 0, -of_top)
+    return log_p, (rows, Logs(scores, _tops.top_of(rows, lax.stop_gradient(scores)), log))
+
+
+def _log_in_kernels_bwd(point: tuple[Rows, Logs], ct: Entries) -> tuple[None, Entries]:
+    return None, _pulled_by(point, ct)
+
+
+_log_in_kernels.defvjp(_log_in_kernels_fwd, _log_in_kernels_bwd)
+_in_kernels = batched_in_kernels(_log_in_kernels, 0)
 
 
 @custom_vjp
