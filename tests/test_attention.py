@@ -657,6 +657,21 @@ def test_half_precision_is_rounded_at_the_end(dtype, rounding, rng):
 
 
 @pytest.mark.parametrize("again", [False, True])
+def test_gradients_in_float16_of_small_cotangents(again, rng, tiled):
+    """Cotangents of scores are less than its least number where those of outputs are not."""
+    if again:
+        tiled(Tiling(2**16, 2**16, 2**16, (1, 64), 2, products_again=True))
+    query, key, value, ct = rng.normal(size=(4, 1, 512, 1, 32))
+    halves = [jnp.asarray(x, jnp.float16) for x in (query, key, value, 1e-3 * ct)]
+
+    def pulled(*args):
+        return jax.vjp(jsm.dot_product_attention, *args[:3])[1](args[3])
+
+    for x, y in zip(pulled(*halves), pulled(*(np.asarray(x, float) for x in halves)), strict=True):
+        assert np.linalg.norm(np.asarray(x, float) - y) <= 0.002 * np.linalg.norm(y)
+
+
+@pytest.mark.parametrize("again", [False, True])
 @pytest.mark.parametrize("has_sink", [False, True])
 def test_gradients_in_half_precision_that_sum_over_scores(has_sink, again, rng, tiled):
     """Cotangents of a row's scores sum to 0, or to that of a sink, whatever was rounded.

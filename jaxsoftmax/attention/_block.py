@@ -122,7 +122,8 @@ class Block:
         if made.form.only_scales and {self.query, self.key, self.value}.issuperset(wanted):
             mean = jnp.sum(ct_out * out, -1, keepdims=True)
             mean = lax.psum(mean, made.rows.names) if made.rows.names else mean
-        if again and mean is not None and made.dropout is None:
+        is_narrow = value.dtype == jnp.float16
+        if again and mean is not None and made.dropout is None and not is_narrow:
             less_mean = _less(factor, value, mean).astype(value.dtype)
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
             mean = jnp.zeros_like(mean)
@@ -135,7 +136,7 @@ class Block:
             made.form, made.rows, p, made.params, cts, mean
         )
         found = list(pullback((ct_entries, tuple(ct_params), tuple(ct_row_values))))
-        if self.query in wanted and made.is_relative and parts[self.key].dtype != p[0].dtype:
+        if self.query in wanted and made.is_relative and parts[self.key].dtype == jnp.bfloat16:
             i = list(wanted).index(self.query)
             found[i] = self._pulled_to_queries(first, parts, ct_entries)
         if self.value in wanted:
@@ -149,19 +150,15 @@ class Block:
     ) -> Array:
         """The cotangent of the queries, of keys less what they have in common.
 
-        Those of the scores of a row sum to 0, but not when they are rounded to half precision: what
-        is left would be multiplied by the mean of the keys.
+        Those of the scores of a row sum to 0, but not when they are rounded to bfloat16: what is
+        left would be multiplied by the mean of the keys.
         """
-        dtype = parts[self.key].dtype
         key = parts[self.key].astype(ct_entries[0].dtype)
         mean, of_squares = (jnp.mean(x, -1, keepdims=True) for x in (key, key * key))
-        less_mean = key - mean
         # In each block: one more array for all of them would take longer to read. Not where a few
-        # keys make the mean: others would lose digits, and the few overflow.
+        # keys make the mean, for others would lose digits.
         is_common = mean * mean > 0.75 * of_squares
-        largest = float(jnp.finfo(dtype).max)
-        fits = jnp.max(jnp.abs(less_mean), -1, keepdims=True) <= largest
-        centered = jnp.where(is_common & fits, less_mean, key).astype(dtype)
+        centered = jnp.where(is_common, key - mean, key).astype(parts[self.key].dtype)
 
         def of_query(query: Array) -> Entries:
             places = self.key, self.query
@@ -193,6 +190,8 @@ def _factors_again(made: Prepared, again: bool) -> tuple[Array, Array, Array] | 
     if not again or made.form is not SOFTMAX or made.factors is None:
         return None
     query, key, _ = made.factors
+    if key.dtype == jnp.float16:  # too narrow for what is made of cotangents
+        return None
     return made.factors if _are_many(query, key) else None
 
 

@@ -112,9 +112,15 @@ _SCORES, _ROWS, _COLUMNS = "...rh,...hs->...rs", "...rs,...hs->...rh", "...rh,..
 def _narrow(product: Callable[..., Array]) -> Callable[..., Array]:
     """A product of a cotangent in the dtype of the other factor.
 
-    Factors in half precision are multiplied at twice the rate; they are summed in float32.
+    Factors in half precision are multiplied at twice the rate; they are summed in float32. But the
+    cotangents of scores are often less than the least number of float16.
     """
-    return lambda ct, other: product(ct.astype(other.dtype), other)
+
+    def narrow(ct: Array, other: Array) -> Array:
+        other = other.astype(ct.dtype) if other.dtype == jnp.float16 else other
+        return product(ct.astype(other.dtype), other)
+
+    return narrow
 
 
 # Of a cotangent and the other factor.

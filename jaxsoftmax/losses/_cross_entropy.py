@@ -56,7 +56,8 @@ def cross_entropy(
         broadcast.
       axis: the axis of the classes. It may be several axes, or None for all: the classes are then
         counted along the axes in the order given, fastest along the last.
-        They may include names of mesh axes: the classes are then counted across the devices.
+        They may include names of mesh axes: the classes are then counted across the devices, which
+        come first, wherever the names stand.
       where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
         (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
         `jnp.mean(loss, where=rows)` afterwards.

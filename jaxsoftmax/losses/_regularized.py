@@ -117,7 +117,8 @@ def entmax_loss(
       One value per row, in the dtype of `scores`, or float32 for half precision. It is never
       negative if the targets sum to 1. For other targets, it is the value of the formula, and the
       gradient is `p - y`. A target that `where` excludes gives inf. A target out of range gives NaN
-      and gradient 0, and an error under `jax.experimental.checkify`.
+      and gradient 0, and an error under `jax.experimental.checkify`. It has the errors of `entmax`,
+      which at a large `alpha` are large.
 
     Raises:
       TypeError: if `scores` is not real, or `targets` are not integers or real numbers.
