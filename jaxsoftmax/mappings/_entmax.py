@@ -60,7 +60,8 @@ def entmax(
     Returns:
       Probabilities of the shape and dtype of `x`. Above an `alpha` of 2 they rise steeply at the
       edge of the support, so an entry that is barely above 0 may have an error: of 3e-4 at 3 and
-      4e-3 at 4 in float32, of 1e-11 and 5e-6 in float64. Above 10 it can be as large as the others.
+      4e-3 at 4 in float32, of 1e-11 and 5e-6 in float64, and of about `eps ** (1 / (alpha - 1))`
+      beyond, which is 0.17 at 10 in float32 and 0.15 at 20 in float64.
 
     Raises:
       TypeError: if `x` is not real, `where` not boolean or `segment_ids` not integers.
