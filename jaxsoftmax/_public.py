@@ -71,6 +71,13 @@ def _kind_of(value: Any) -> str:
     return type(value).__name__
 
 
+def shown(value: Any) -> str:
+    """A value that was refused, in words if it is traced."""
+    values = value if isinstance(value, tuple | list) else (value,)
+    traced = [x for x in values if isinstance(x, core.Tracer)]
+    return _kind_of(traced[0]) if traced else repr(value)
+
+
 def _sequence(name: str, value: Any, kinds: str = "known while tracing") -> Any:
     return _static(name, tuple(value) if isinstance(value, list) else value, kinds)
 

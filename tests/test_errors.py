@@ -332,6 +332,18 @@ SENTENCES = [
     ),
     (
         ValueError,
+        "local_window_size must be one or two ints, before and after, not negative, got an array "
+        "that is traced (with jax.jit, name it in static_argnames).",
+        lambda: jax.jit(lambda n: jsm.dot_product_attention(Q, Q, Q, local_window_size=(n, 0)))(1),
+    ),
+    (
+        ValueError,
+        "dropout_rate must be a number from 0 to less than 1, got an array that is traced (with "
+        "jax.jit, name it in static_argnames).",
+        lambda: jax.jit(lambda r: jsm.dot_product_attention(Q, Q, Q, dropout_rate=r))(0.5),
+    ),
+    (
+        ValueError,
         "dropout_key must be given for a dropout_rate of 0.5, got None.",
         lambda: jsm.dot_product_attention(Q, Q, Q, dropout_rate=0.5),
     ),

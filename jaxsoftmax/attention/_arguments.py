@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._public import is_int, is_public
+from jaxsoftmax._public import is_int, is_public, shown
 from jaxsoftmax._scores import (
     as_counts,
     as_int,
@@ -220,7 +220,7 @@ def check_window(
     if len(pair) != 2 or not all(is_int(n) and n >= 0 for n in pair):
         raise ValueError(
             "local_window_size must be one or two ints, before and after, not negative, got "
-            f"{window!r}."
+            f"{shown(window)}."
         )
     before, after = (min(int(n), _FAR) for n in pair)
     return before, 0 if is_causal else after
@@ -229,7 +229,7 @@ def check_window(
 def check_dropout(rate: float, key: Array | None) -> Array | None:
     """The key for dropout, if there is any."""
     if not isinstance(rate, numbers.Real) or not 0 <= rate < 1:
-        raise ValueError(f"dropout_rate must be a number from 0 to less than 1, got {rate!r}.")
+        raise ValueError(f"dropout_rate must be a number from 0 to less than 1, got {shown(rate)}.")
     if rate == 0:
         return None
     if key is None:

@@ -69,8 +69,8 @@ def cross_entropy(
       class_weights: how much each class counts; not negative, of the shape (K,) for K classes, or
         of the sizes of `axis`. For a mean as in PyTorch, divide the sum of the losses by the sum of
         `class_weights[targets]`.
-      ignore_index: a class whose rows have loss 0 and gradient 0, whatever their scores are, if their
-        temperatures are positive. It may be out of range.
+      ignore_index: a class whose rows have loss 0 and gradient 0, whatever their scores are, if
+        their temperatures are not NaN or negative. It may be out of range.
 
     Returns:
       One value per row, in the dtype of `scores`, or float32 for half precision. A target that
