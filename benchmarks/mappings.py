@@ -160,7 +160,7 @@ def steps(quick: bool) -> list[Comparison]:
 NOTES = """
 - `log_softmax` and `logsumexp` on CPUs: ours are right to about 4 ulp even if one class dominates,
   where those of `jax.nn` lose every digit ([accuracy](accuracy.md)). For that, the exponentials
-  below the maximum are summed separately, and rounding errors of their differences are corrected.
+  below the maximum are summed separately, of scores less a whole number, which rounds nothing.
 - `softmax`: the differences to the maximum are exact, and infinite scores share a row.
 - In bfloat16, `jax.nn` computes with 8 bits, and its error is up to 56 ulp. Ours computes in
   float32 and rounds once.
