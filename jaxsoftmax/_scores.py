@@ -198,6 +198,16 @@ def check_mask(where: ArrayLike, shape: tuple[int, ...], name: str = "where") ->
     return with_ndim(where, len(shape))
 
 
+def as_returned(found: Array, x: ArrayLike, where: ArrayLike | None) -> Array:
+    """A result in the dtype of the scores.
+
+    What `where` excludes passes no cotangent on: that of a sum that leaves it out may be NaN.
+    """
+    if where is not None:
+        found = jnp.where(check_mask(where, found.shape), found, 0)
+    return found.astype(output_dtype(x))
+
+
 def temper(
     rows: Rows,
     scores: Array,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
@@ -126,7 +127,7 @@ def held(functions: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]
       functions: functions, and arrays beside them, in a pytree.
     """
     leaves, tree = jax.tree.flatten(jax.tree.map(_as_tree, functions))
-    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array)]
+    places = [i for i, x in enumerate(leaves) if isinstance(x, jax.Array | np.ndarray)]
 
     def of_arrays(arrays: Sequence[Array]) -> Any:
         merged = leaves.copy()

@@ -21,7 +21,7 @@ from jaxsoftmax._form import Form
 from jaxsoftmax._implementations import KERNELS, refuse
 from jaxsoftmax._public import PARAMETER, is_array, public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Options, check_per_row, check_real, output_dtype, prepare
+from jaxsoftmax._scores import Options, as_returned, check_per_row, check_real, prepare
 from jaxsoftmax.mappings import softmax
 
 
@@ -93,12 +93,13 @@ def threshold_mapping(form: Form, *, name: str = "mapping") -> Callable[..., Arr
         given = bound.arguments
         _check_inverse(safe, *(given[p] for p in own))
         x, axis = given.pop("x"), given.pop("axis")
-        rows, scores = prepare(x, axis, Options(**{o: given.pop(o) for o in _OF_ROWS}))
+        options = Options(**{o: given.pop(o) for o in _OF_ROWS})
+        rows, scores = prepare(x, axis, options)
         _, params = of_rows(rows, scores, **given)
         if by_jax and rows.implementation in KERNELS:
             refuse("pallas", f"{name}, whose form has a tau and no slope")
         make = _threshold.probabilities if by_jax else _threshold.apply
-        return make(safe, rows, scores, *params)[0].astype(output_dtype(x))
+        return as_returned(make(safe, rows, scores, *params)[0], x, options.where)
 
     mapping.__name__ = mapping.__qualname__ = name
     mapping.__doc__ = f"The mapping `{name}` of a form; see `jaxsoftmax.threshold_mapping`."

@@ -27,6 +27,7 @@ from jaxsoftmax._scores import (
     Axis,
     Options,
     as_array,
+    as_returned,
     check_key,
     has_parameter,
     is_cold,
@@ -214,7 +215,7 @@ def gumbel_softmax(
     (p,) = _threshold.apply(_softmax.SOFTMAX, rows, (tempered,))
     if hard:
         p = _with_value(p, _one_hot(rows, lax.stop_gradient(perturbed)))
-    return p.astype(output_dtype(x))
+    return as_returned(p, x, where)
 
 
 def straight_through(

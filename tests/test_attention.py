@@ -717,9 +717,8 @@ def test_gradients_in_half_precision_that_sum_over_scores(has_sink, again, rng, 
         (functools.partial(jsm.softmax, sink=1.0), {}, 0, 3),
         (jsm.softmax, {}, 300, 0),
         (jsm.softmax, {}, 60_000, 0),
-        (jsm.softmax, {}, 1e-3, 100),
     ],
-    ids=["common part", "causal", "sink", "own sink", "outlier", "large outlier", "key near 0"],
+    ids=["common part", "causal", "sink", "own sink", "outlier", "large outlier"],
 )
 def test_gradients_in_half_precision_of_keys_far_from_0(normalizer, options, first, common, rng):
     """What keys have in common is no part of the gradient of the queries, however it is rounded.

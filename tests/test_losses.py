@@ -441,6 +441,19 @@ def test_convex_in_the_scores(case):
 # Exactness.
 
 
+@pytest.mark.parametrize("scores", [[45.0, 0.0], [20.0, 1.0, 0.0]])
+def test_second_derivatives_of_cross_entropy_of_what_is_nearly_certain(scores):
+    """`diag(p) - p p^T`, whose every row sums to 0: that of the class is the sum of all others."""
+    p = scipy.special.softmax(scores)
+    wanted = -np.outer(p, p)
+    np.fill_diagonal(wanted, 0)
+    np.fill_diagonal(wanted, -wanted.sum(1))
+    scores = np.float32(scores)
+    for outer in (jax.jacfwd, jax.jacrev):
+        hessian = outer(jax.grad(lambda x: jsm.cross_entropy(x, 0)))(scores)
+        np.testing.assert_allclose(hessian, wanted, rtol=1e-5)
+
+
 def test_cross_entropy_of_what_is_nearly_certain():
     scores = jnp.array([[70.0, 0.0], [0.0, 70.0]], jnp.float32)
     loss = jsm.cross_entropy(scores, np.array([0, 1]))

@@ -102,6 +102,18 @@ def test_masks_broadcast(case, rng):
         np.testing.assert_array_equal(case.fun(x, where=mask), case.fun(x, where=full))
 
 
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize("case", **named([c for c in FUNCTIONS if c.fun is not jsm.logsumexp]))
+def test_cotangents_of_what_is_excluded_reach_nothing(case, rng):
+    """As of an entropy, `-jnp.sum(p * jnp.log(p), where=where)`, which is NaN where `p` is 0."""
+    x, where = rng.normal(size=(3, 5)), rng.random((3, 5)) < 0.6
+    out, pull_back = jax.vjp(lambda x: case.fun(x, where=where), x)
+    ct = rng.normal(size=out.shape)
+    for bad in (np.nan, np.inf, -np.inf):
+        found, wanted = (pull_back(np.where(where, ct, y))[0] for y in (bad, 0.0))
+        np.testing.assert_array_equal(found, wanted)
+
+
 @tempered
 @pytest.mark.parametrize("t", [0.25, 3.0, np.float32(2.0), 2])
 def test_temperature_divides_the_scores(case, t, rng):

@@ -314,6 +314,37 @@ def test_attention(layout, kind, rng):
     assert actual[0].sharding.is_equivalent_to(wanted, 4)
 
 
+@pytest.mark.parametrize("spread", [P(), P("a")], ids=["replicated", "spread"])
+def test_what_losses_hold_per_class_on_an_explicit_mesh(spread, rng):
+    """Classes that are spread, and weights and masks of them in the loss, with their gradients."""
+    mesh, (hidden, weight) = mesh_of((4,)), (float32(rng, 8, 4), float32(rng, 4, 12))
+    labels, weights = np.arange(8), float32(rng, 12) ** 2
+    where, prior = np.arange(12) != 9, float32(rng, 12)
+
+    def own(scores, labels, axis=-1, *, prior):
+        return jsm.cross_entropy(scores + prior[None], labels, axis)
+
+    def losses(hidden, weight, weights, where, prior):
+        held = (
+            functools.partial(jsm.cross_entropy, class_weights=weights, where=where),
+            functools.partial(own, prior=prior),
+        )
+        return jnp.stack([jsm.linear_cross_entropy(hidden, weight, labels, loss=x) for x in held])
+
+    args = hidden, weight, weights, where, prior
+    derivatives = jax.jacrev(losses, (0, 1, 2, 4))
+    actual, _ = on_mesh(mesh, derivatives, args, [P(), P(None, "a"), spread, spread, spread])
+    assert_equal(actual, jax.jit(derivatives)(*args))
+    part = functools.partial(jsm.cross_entropy, class_weights=weights[:3])
+    with pytest.raises(ValueError, match=r"one value per class, shape \(12,\), got shape \(3,\)"):
+        on_mesh(
+            mesh,
+            lambda hidden, weight: jsm.linear_cross_entropy(hidden, weight, labels, loss=part),
+            (hidden, weight),
+            [P(), P(None, "a")],
+        )
+
+
 @pytest.mark.leaks_in_jax
 def test_what_partials_hold_on_an_explicit_mesh(rng):
     """Arrays in functions of one's own: those of partials get gradients, others a sentence."""

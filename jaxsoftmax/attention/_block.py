@@ -154,11 +154,11 @@ class Block:
         left would be multiplied by the mean of the keys.
         """
         key = parts[self.key].astype(ct_entries[0].dtype)
-        mean, of_squares = (jnp.mean(x, -1, keepdims=True) for x in (key, key * key))
-        # In each block: one more array for all of them would take longer to read. Not where a few
-        # keys make the mean, for others would lose digits.
-        is_common = mean * mean > 0.75 * of_squares
-        centered = jnp.where(is_common, key - mean, key).astype(parts[self.key].dtype)
+        less_mean = key - jnp.mean(key, -1, keepdims=True)
+        largest, left = (jnp.max(jnp.abs(x), -1, keepdims=True) for x in (key, less_mean))
+        # In each block: one more array for all of them would take longer to read. Not where a key
+        # lacks what others have in common: it would lose digits, and queries may see it alone.
+        centered = jnp.where(left <= largest / 2, less_mean, key).astype(parts[self.key].dtype)
 
         def of_query(query: Array) -> Entries:
             places = self.key, self.query

@@ -8,7 +8,15 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxsoftmax._sharding import explicit_names, first_explicit, held, on_each_device, spec_of
+from jaxsoftmax._configured import Configured
+from jaxsoftmax._sharding import (
+    Names,
+    explicit_names,
+    first_explicit,
+    held,
+    on_each_device,
+    spec_of,
+)
 from jaxsoftmax.linear_loss._layer import Layer
 from jaxsoftmax.linear_loss._losses import How, summed_or_each
 
@@ -26,8 +34,11 @@ def on_explicit_mesh(
 
     # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
     params, of_params = held((how.loss, how.soft_cap))
+    count = layer.weight.shape[1] if classes else 0
+    _check_classes(how.loss, count)
 
-    def local(params: list[Array], labels: Array, keep: Array, *others: Array) -> Array:
+    def local(labels: Array, keep: Array, *others: Array) -> Array:
+        params, others = others[: len(params_axes)], others[len(params_axes) :]
         *layer, weights = others if weights_given else (*others, None)
         layer_here = Layer(*layer, *(None,) * (3 - len(layer)))
         loss, soft_cap = of_params(params)
@@ -38,12 +49,30 @@ def on_explicit_mesh(
     weights_given = weights is not None
     layer_axes = ((*in_rows, ()), ((), classes), (classes,))
     given = [x for x in layer if x is not None]
-    in_axes = ((), (*in_rows, classes)[: labels.ndim], in_rows, *layer_axes[: len(given)])
+    params_axes = [_axes_of(x, count, classes) for x in params]
+    of_labels = (*in_rows, classes)[: labels.ndim]
+    in_axes = (of_labels, in_rows, *params_axes, *layer_axes[: len(given)])
     if weights is not None:
         in_axes, given = (*in_axes, in_rows), [*given, weights]
     out_specs = PartitionSpec() if how.in_sum else spec_of(in_rows)
     mapped = on_each_device(local, sharding_of(layer), in_axes, out_specs)
-    return mapped(params, labels, keep, *given)
+    return mapped(labels, keep, *params, *given)
+
+
+def _axes_of(param: Array, count: int, classes: Names) -> tuple[Names, ...]:
+    """What a parameter of the loss is spread over: its classes, if it has one value for each."""
+    if count == 0 or param.ndim == 0 or param.shape[-1] != count:
+        return ()
+    return (*[()] * (param.ndim - 1), classes)
+
+
+def _check_classes(loss: Any, count: int) -> None:
+    """Raises for what one of our losses holds per class, but not for all of so many."""
+    for name, x in (loss.arrays if isinstance(loss, Configured) and count else {}).items():
+        if name in ("class_weights", "where") and x.ndim and x.shape[-1] not in (1, count):
+            raise ValueError(
+                f"{name} must have one value per class, shape {(count,)}, got shape {x.shape}."
+            )
 
 
 def sharding_of(layer: Layer) -> Any:

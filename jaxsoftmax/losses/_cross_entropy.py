@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
-from jaxsoftmax import _tops
+from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
@@ -237,12 +237,9 @@ def _surprise_and_excess_bwd(
     p = rows.map(
         lambda excess, hit, own: jnp.where(hit, own, excess), [excess, hits], [jnp.exp(-surprise)]
     )
-    mean = rows.sum(rows.map(jnp.multiply, [p, ct_excess]))
-
-    def ct_score(p: Array, excess: Array, ct_e: Array, mean: Array, ct_s: Array) -> Array:
-        return p * (ct_e - mean) + ct_s * excess
-
-    return None, rows.map(ct_score, [p, excess, ct_excess], [mean, ct_surprise]), None
+    of_p = _threshold.softmax_jacobian((rows, p), ct_excess)
+    ct_scores = rows.map(lambda c, excess, ct: c + ct * excess, [of_p, excess], [ct_surprise])
+    return None, ct_scores, None
 
 
 _surprise_and_excess.defvjp(_surprise_and_excess_fwd, _surprise_and_excess_bwd)

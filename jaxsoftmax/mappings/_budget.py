@@ -14,7 +14,7 @@ from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
 from jaxsoftmax._public import BUDGET, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator, iterate
-from jaxsoftmax._scores import Axis, Options, check_per_row, is_cold, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, is_cold, prepare
 from jaxsoftmax._threshold import Solved
 
 
@@ -82,7 +82,7 @@ def budget_sparsemax(
         tied = _coldest(rows, tied, total)
         cold = jnp.broadcast_to(cold, rows.shape(scores[0]))
         scores = rows.map(lambda z, t, c: jnp.where(c, t, z), [scores, tied], [cold])
-    return _threshold.apply(BUDGET_SPARSEMAX, rows, scores, total)[0].astype(output_dtype(x))
+    return as_returned(_threshold.apply(BUDGET_SPARSEMAX, rows, scores, total)[0], x, where)
 
 
 def _check_budget(budget: float | None, length: int) -> None:

@@ -13,7 +13,7 @@ from jaxsoftmax._form import Form, State, tolerance
 from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._public import ALPHA, Fixed, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._scores import Axis, Options, check_per_row, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, prepare
 from jaxsoftmax._threshold import has_form
 from jaxsoftmax.mappings._powers import NO_BETA, expm1_over, log1p_over, phi, power, safe_log
 from jaxsoftmax.mappings._softmax import SOFTMAX
@@ -88,7 +88,7 @@ def entmax(
     options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
     form, params = _with_alpha(rows, scores, alpha)
-    return _threshold.apply(form, rows, scores, *params)[0].astype(output_dtype(x))
+    return as_returned(_threshold.apply(form, rows, scores, *params)[0], x, where)
 
 
 @has_form(lambda rows, scores: (ENTMAX15, ()))
@@ -145,7 +145,7 @@ def entmax15(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
-    return _threshold.apply(ENTMAX15, rows, scores)[0].astype(output_dtype(x))
+    return as_returned(_threshold.apply(ENTMAX15, rows, scores)[0], x, where)
 
 
 @has_form(lambda rows, scores: (SPARSEMAX, ()))
@@ -202,7 +202,7 @@ def sparsemax(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
-    return _threshold.apply(SPARSEMAX, rows, scores)[0].astype(output_dtype(x))
+    return as_returned(_threshold.apply(SPARSEMAX, rows, scores)[0], x, where)
 
 
 def _with_alpha(

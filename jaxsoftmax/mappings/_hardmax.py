@@ -10,7 +10,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Real
 from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, prepare
 from jaxsoftmax._threshold import Solved, has_form
 
 
@@ -49,7 +49,7 @@ def hardmax(
       Blondel, Martins & Niculae, 2020: Learning with Fenchel-Young losses (arXiv:1901.02324).
     """
     rows, scores = prepare(x, axis, Options(where))
-    return _threshold.apply(HARDMAX, rows, scores)[0].astype(output_dtype(x))
+    return as_returned(_threshold.apply(HARDMAX, rows, scores)[0], x, where)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

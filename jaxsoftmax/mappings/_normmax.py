@@ -14,7 +14,7 @@ from jaxsoftmax._elementary import nan_unless, sqrt
 from jaxsoftmax._form import Form
 from jaxsoftmax._public import ALPHA, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, sum_to
-from jaxsoftmax._scores import Axis, Options, check_per_row, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, prepare
 from jaxsoftmax.mappings._entmax import ENTMAX
 
 
@@ -76,7 +76,7 @@ def normmax(
         raise ValueError(f"alpha must be above 1 and finite, got {known}.")
     order = check_per_row("alpha", alpha, scores[0], rows)
     is_two = known == 2
-    return _apply(is_two, rows, scores, order)[0].astype(output_dtype(x))
+    return as_returned(_apply(is_two, rows, scores, order)[0], x, where)
 
 
 _SQUARES = Form(lambda u: jnp.maximum(u, 0) ** 2, sqrt, lambda p: 2 * sqrt(p))

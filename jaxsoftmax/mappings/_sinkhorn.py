@@ -17,6 +17,7 @@ from jaxsoftmax._public import AXIS, INTEGER, public
 from jaxsoftmax._reductions import Rows
 from jaxsoftmax._scores import (
     Options,
+    as_returned,
     as_scores,
     check_mask,
     output_dtype,
@@ -166,7 +167,7 @@ def sinkhorn(
     rows, scores, a = scaled(
         x, axes, where, temperature, num_iterations, row_sums, column_sums, tol
     )
-    return (a * _threshold.apply(SOFTMAX, rows, (scores,))[0]).astype(output_dtype(x))
+    return as_returned(a * _threshold.apply(SOFTMAX, rows, (scores,))[0], x, where)
 
 
 @_tells

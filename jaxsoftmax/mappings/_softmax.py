@@ -11,7 +11,7 @@ from jaxsoftmax import _threshold, _tops
 from jaxsoftmax._implementations import Implementation
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, prepare
 from jaxsoftmax._threshold import Solved, has_form
 
 
@@ -75,7 +75,7 @@ def softmax(
     """
     options = Options(where, temperature, sink, segment_ids, num_segments, implementation)
     rows, scores = prepare(x, axis, options)
-    return _threshold.apply(SOFTMAX, rows, scores)[0].astype(output_dtype(x))
+    return as_returned(_threshold.apply(SOFTMAX, rows, scores)[0], x, where)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -11,7 +11,7 @@ from jaxsoftmax import _tops
 from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._public import public
 from jaxsoftmax._reductions import Entries, Rows
-from jaxsoftmax._scores import Axis, Options, output_dtype, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, prepare
 
 
 @public
@@ -63,7 +63,7 @@ def softpick(
     options = Options(where, temperature)
     rows, scores = prepare(x, axis, options, at_zero=lambda top: jnp.full_like(top, jnp.inf))
     p, _ = _shares_and_slopes(rows, scores)
-    return p[0].astype(output_dtype(x))
+    return as_returned(p[0], x, where)
 
 
 @custom_vjp

@@ -19,9 +19,9 @@ from jaxsoftmax._scores import (
     Axis,
     Options,
     Temperature,
+    as_returned,
     as_scores,
     is_cold,
-    output_dtype,
     prepare,
     split_axis,
     with_ndim,
@@ -79,7 +79,7 @@ def stick_breaking(
       (arXiv:2410.17980).
     """
     rows, scores = prepare(x, _in_order(axis, as_scores(x).ndim), Options(where, temperature))
-    return _breaks_or_hardmax(rows, scores, temperature, reverse).astype(output_dtype(x))
+    return as_returned(_breaks_or_hardmax(rows, scores, temperature, reverse), x, where)
 
 
 def _in_order(axis: Axis, ndim: int) -> Axis:
