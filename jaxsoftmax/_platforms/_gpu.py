@@ -24,7 +24,7 @@ def log_pulled_back(
 
     If they were shared with the forward pass, each would be another pass over the scores.
     """
-    if rows.length_in_memory(ct[0]) <= _HELD:
+    if 0 < rows.length_in_memory(ct[0]) <= _HELD:
         logs = logs_of(rows, _anew(rows, logs.scores))
     return general(logs, ct)
 

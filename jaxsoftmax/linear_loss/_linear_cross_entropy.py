@@ -76,7 +76,8 @@ def linear_cross_entropy(
       reduction: "mean" and "sum" are over the rows that count; "none" returns the loss of each row.
       where: which rows count; a boolean mask that broadcasts to `labels`. The loss and the gradient
         of other rows are 0, even if they contain NaN.
-      logits_soft_cap: a positive number `c`. Scores become `c * tanh(scores / c)`.
+      logits_soft_cap: a positive number `c`. Scores become `c * tanh(scores / c)`; those of -inf,
+        as from a bias, stay.
       chunk_size: rows per chunk, on each device. None chooses it from the sizes. A larger chunk
         needs more memory and may take less time.
       vocab_axis_name: inside `shard_map`, the mesh axis over which the classes are sharded, or a
