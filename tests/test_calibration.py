@@ -509,6 +509,25 @@ def test_vector_scaling_equals_scipy(rng):
     assert fitted < negative_log_likelihood(logits[where], labels[where], one) - 0.05
 
 
+def test_vector_scaling_of_logits_that_tell_nothing():
+    """The temperature is high, and the penalty far steeper in the scales than the loss."""
+    for seed in range(6):
+        rng = np.random.default_rng(seed)
+        logits = np.float32(2 * rng.normal(size=(200, 3)))
+        labels = rng.choice(3, 200, p=[0.6, 0.3, 0.1])
+        temperature = float(fit_temperature(logits, labels))
+
+        def objective(params, logits=logits, labels=labels, temperature=temperature):
+            scales, biases = params[:3], params[3:]
+            log_p = scipy.special.log_softmax(logits * scales / temperature + biases, -1)
+            distance = np.mean((scales - 1) ** 2) + np.mean(biases**2)
+            return distance - np.mean(log_p[np.arange(200), labels])
+
+        scale, bias = fit_vector_scaling(logits, labels)
+        fitted = objective(np.concatenate([scale * temperature, bias]).astype(float))
+        assert fitted <= best_of_scipy(objective, np.repeat([1.0, 0.0], 3)) + 1e-6
+
+
 @pytest.mark.asks_for_nan
 def test_vector_scaling_with_classes_ruled_out(rng):
     logits, labels = biased_examples(rng)

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._elementary import nan_unless
@@ -104,14 +105,23 @@ def fit_vector_scaling(
     of_biases = strength("intercept_penalty", intercept_penalty, penalty, unit)
     tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss, width))
 
-    def objective(params: Params) -> Array:
+    # At a high temperature the penalty is far steeper in the scales than the loss: by these
+    # factors less in the variables of the search.
+    flat = lax.rsqrt(1 + 2 * of_scales / (tempered.size * tempered**2))
+
+    def sought(variables: Params) -> Params:
+        scale, bias = variables
+        return scale * flat, bias
+
+    def objective(variables: Params) -> Array:
+        params = sought(variables)
         scale, bias = _bounded(params)
         distance = jnp.mean((scale / tempered - 1) ** 2)
         return data_term(params) + of_scales * distance + of_biases * jnp.mean(bias**2)
 
-    start = tempered, jnp.zeros_like(tempered)
-    params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
-    scale, bias = _nan_like(value, _bounded(params))
+    start = tempered / flat, jnp.zeros_like(tempered)
+    variables, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
+    scale, bias = _nan_like(value, _bounded(sought(variables)))
     return scale / unit, bias
 
 
