@@ -42,6 +42,11 @@ class Configured:
         return dataclasses.replace(self, function=function)
 
 
+def arrays_in(function: Any) -> dict[str, Array]:
+    """The arrays that one of our functions holds, by name; none of any other function."""
+    return function.arrays if isinstance(function, Configured) else {}
+
+
 def configured(function: Callable[..., Any]) -> Configured | None:
     """The function as a pytree, if it is one of ours or a partial of one; None otherwise.
 

@@ -166,9 +166,7 @@ def _apply_bwd(form: Form, residuals: Any, ct: Entries) -> tuple[Any, ...]:
     rows, p, params = residuals
     if form.only_scales:
         p = rows.map(functools.partial(_slopes, form), [p], params)
-        pull = functools.partial(
-            by_platform, "sums_at_once", _softmax_jacobian_at_once, softmax_jacobian
-        )
+        pull = functools.partial(_by_platform, _softmax_jacobian_at_once, softmax_jacobian)
         return None, _by_symmetric(pull, softmax_jacobian, (rows, p), ct)
     if params or form.tau is not None:
         return None, *pull_back(form, rows, p, params, rows.summed_cotangents(ct))
@@ -225,8 +223,7 @@ def _softmax_jacobian_at_once(point: tuple[Rows, Entries], ct: Entries) -> Entri
     return rows.map(lambda p, c, d, m: p * ((c - d) - m), [p, ct], [of_dominating, mean])
 
 
-def by_platform(
-    name: str,
+def _by_platform(
     at_once: Callable[..., Entries],
     one_by_one: Callable[..., Entries],
     point: tuple[Rows, Entries],
@@ -234,13 +231,13 @@ def by_platform(
 ) -> Entries:
     """What both functions make of a point and cotangents, in as many passes as suit a platform.
 
-    Its room chooses, under `name`; where it does not, all sums are taken at once.
+    Where its room does not choose, all sums are taken at once.
     """
     rows, x = point
     general, other = (
         lambda x, ct, rule=rule: rule((rows, x), ct) for rule in (at_once, one_by_one)
     )
-    return chosen(name, general, x, ct, rows=rows, one_by_one=other)
+    return chosen("sums_at_once", general, x, ct, rows=rows, one_by_one=other)
 
 
 def pull_back(

@@ -122,8 +122,7 @@ class Block:
         if made.form.only_scales and {self.query, self.key, self.value}.issuperset(wanted):
             mean = jnp.sum(ct_out * out, -1, keepdims=True)
             mean = lax.psum(mean, made.rows.names) if made.rows.names else mean
-        is_narrow = value.dtype == jnp.float16
-        if again and mean is not None and made.dropout is None and not is_narrow:
+        if again and mean is not None and made.dropout is None:
             less_mean = _less(factor, value, mean).astype(value.dtype)
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
             mean = jnp.zeros_like(mean)
@@ -190,8 +189,6 @@ def _factors_again(made: Prepared, again: bool) -> tuple[Array, Array, Array] | 
     if not again or made.form is not SOFTMAX or made.factors is None:
         return None
     query, key, _ = made.factors
-    if key.dtype == jnp.float16:  # too narrow for what is made of cotangents
-        return None
     return made.factors if _are_many(query, key) else None
 
 

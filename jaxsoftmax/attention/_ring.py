@@ -28,7 +28,7 @@ from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import iterate, vary_like
 from jaxsoftmax._scores import wide, wide_zeros
 from jaxsoftmax.attention._bands import Reach
-from jaxsoftmax.attention._blocks import instantiated
+from jaxsoftmax.attention._blocks import Wanted, instantiated
 
 # What goes round, keys, values and their segments, and what stays, by name.
 Arrays = dict[str, Any]
@@ -222,33 +222,25 @@ def _joined(*row_values: Array) -> Array:
     return jnp.concatenate(row_values, -1)
 
 
-@jax.tree_util.register_static
-@dataclasses.dataclass(frozen=True)
-class _Kind:
-    """Whether a cotangent is wanted that sums over scores of a row, such as that of a scale."""
-
-    sums: bool
-
-
 def _attend_fwd(ring: Ring, *primals: Any) -> tuple[tuple[Array, Array], Any]:
     moving, staying = ({name: x.value for name, x in own.items()} for own in primals)
+    _, of_staying = primals
+    wanted = (n for n, x in staying.items() if of_staying[n].perturbed and is_smooth(x))
     found = attend(ring, moving, staying)
-    others = {name: x.perturbed for name, x in primals[1].items() if name != "query"}
-    kind = _Kind(any(others[name] and is_smooth(staying[name]) for name in others))
-    return found, (kind, moving, staying, *found)
+    return found, (Wanted(tuple(wanted)), moving, staying, *found)
 
 
 def _attend_bwd(ring: Ring, residuals: Any, ct: tuple[Array, Array]) -> tuple[Arrays, Arrays]:
-    kind, moving, staying, out, threshold = residuals
+    wanted, moving, staying, out, threshold = residuals
     ct_out, ct_threshold = (instantiated(x, out) for x in ct)
     # Where a row sees nothing, there is nothing that `tau` would be subtracted from.
     threshold = jnp.where(threshold == -jnp.inf, 0, threshold)
     of_out, total = _sums_of_slopes(ring, moving, staying, out, threshold)
     total = jnp.where(total == 0, 1, total)
-    if kind.sums:
-        weighted = _sums_of_cotangents(ring, moving, staying, threshold, ct_out)
-    else:
+    if {"query"}.issuperset(wanted.which):
         weighted = jnp.sum(ct_out * of_out, -1)
+    else:  # sums over scores of a row, such as that of a scale
+        weighted = _sums_of_cotangents(ring, moving, staying, threshold, ct_out)
     # What each weight is worth beside its share of the output: all weights sum to 1.
     worth = (ct_threshold[..., 1] - weighted) / total
     cts = linear_pair(

@@ -11,7 +11,7 @@ from jax import lax
 from jaxtyping import Array
 
 from jaxsoftmax._closed import closed_over
-from jaxsoftmax._configured import Configured
+from jaxsoftmax._configured import arrays_in
 from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._reductions import is_known, untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
@@ -96,7 +96,7 @@ def summed_or_each(
 
 def _refuse_what_is_of_rows(loss: Any) -> None:
     """Raises for an array in a partial of one of our losses that has an axis of rows."""
-    for name, x in (loss.arrays if isinstance(loss, Configured) else {}).items():
+    for name, x in arrays_in(loss).items():
         if x.ndim > 1 and x.shape[-2] != 1:
             raise ValueError(
                 f"loss must hold nothing per row, since it is called on chunks of rows, got {name} "

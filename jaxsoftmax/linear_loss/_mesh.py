@@ -8,7 +8,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxsoftmax._configured import Configured
+from jaxsoftmax._configured import arrays_in
 from jaxsoftmax._sharding import (
     Names,
     explicit_names,
@@ -34,8 +34,9 @@ def on_explicit_mesh(
 
     # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
     params, of_params = held((how.loss, how.soft_cap))
-    count = layer.weight.shape[1] if classes else 0
-    _check_classes(how.loss, count)
+    count = layer.weight.shape[1]
+    if classes:
+        _check_classes(how.loss, count)
 
     def local(labels: Array, keep: Array, *others: Array) -> Array:
         params, others = others[: len(params_axes)], others[len(params_axes) :]
@@ -61,14 +62,14 @@ def on_explicit_mesh(
 
 def _axes_of(param: Array, count: int, classes: Names) -> tuple[Names, ...]:
     """What a parameter of the loss is spread over: its classes, if it has one value for each."""
-    if count == 0 or param.ndim == 0 or param.shape[-1] != count:
+    if param.ndim == 0 or param.shape[-1] != count:
         return ()
     return (*[()] * (param.ndim - 1), classes)
 
 
 def _check_classes(loss: Any, count: int) -> None:
     """Raises for what one of our losses holds per class, but not for all of so many."""
-    for name, x in (loss.arrays if isinstance(loss, Configured) and count else {}).items():
+    for name, x in arrays_in(loss).items():
         if name in ("class_weights", "where") and x.ndim and x.shape[-1] not in (1, count):
             raise ValueError(
                 f"{name} must have one value per class, shape {(count,)}, got shape {x.shape}."
