@@ -148,7 +148,7 @@ def compiled(
     function: Callable[..., Any],
     args: Sequence[Any],
     target: Target,
-    over: jax.sharding.PartitionSpec | None = None,
+    over: Any = None,
 ) -> Any:
     """The executable.
 
@@ -156,13 +156,21 @@ def compiled(
       function: what is compiled.
       args: arrays or their shapes, in any trees.
       target: for what.
-      over: how the arguments are spread over four devices, an axis "a"; by default there is one.
+      over: how the arguments, or each of them, are spread over four devices, an axis "a"; by
+        default there is one.
     """
     if over is None:
-        sharding = jax.sharding.SingleDeviceSharding(target.devices()[0])
+        shardings = jax.sharding.SingleDeviceSharding(target.devices()[0])
     else:
-        sharding = jax.sharding.NamedSharding(target.mesh(), over)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+        spread = functools.partial(jax.sharding.NamedSharding, target.mesh())
+        shardings = jax.tree.map(spread, over)
+
+    def placed(sharding: Any, args: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args
+        )
+
+    shapes = jax.tree.map(placed, shardings, args)
     with _nothing_kept():
         return jax.jit(function).lower(*shapes).compile()
 
@@ -188,17 +196,19 @@ def figures(
     args: Sequence[Any],
     target: Target,
     passes: int = SOLVER_PASSES,
+    over: Any = None,
 ) -> Figures:
-    """Compiles a function for one device and reads what it does.
+    """Compiles a function and reads what it does on a device.
 
     Args:
       function: what is compiled.
       args: arrays or their shapes, in any trees.
       target: for what.
       passes: how often a loop is gone through whose number of passes is not known before.
+      over: as `compiled` takes it.
     """
     start = time.perf_counter()
-    executable = compiled(function, args, target)
+    executable = compiled(function, args, target, over)
     seconds = time.perf_counter() - start
     program = kernels.read(executable.as_text(), passes)
     return Figures(

@@ -150,6 +150,25 @@ def test_programs_stay_small(program, device):
     assert all(x <= most for x, most in zip(actual, BOUNDS[program, device], strict=True)), actual
 
 
+# Rows, classes, and how rows, weights and labels are spread.
+LAST_LAYERS = {
+    "31 chunks for a CPU": (8192 - 256, 32768, None),
+    "128k classes": (8192, 2**17, None),
+    "rows on four devices": (4 * 8192, 32768, (P("a"), P(), P("a"))),
+}
+
+
+@on_both
+@pytest.mark.parametrize("case", LAST_LAYERS)
+def test_bytes_of_a_last_layer_are_those_of_its_scores(case, target):
+    rows, classes, over = LAST_LAYERS[case]
+    hidden, weight = (HIDDEN.update(shape=s) for s in ((rows, LINEAR[1]), (LINEAR[1], classes)))
+    fun, _ = PROGRAMS["linear_cross_entropy, gradient"]
+    args = hidden, weight, LABELS.update(shape=(rows,))
+    scores = rows * classes // (4 if over else 1)
+    assert ahead.figures(fun, args, target, over=over).traffic < 36 * scores
+
+
 @on_both
 def test_matrix_products_and_bytes_are_those_of_algebra(target):
     """Of what is known: attention of `jax.nn` is two products, and negation moves every byte."""

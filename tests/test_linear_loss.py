@@ -124,9 +124,9 @@ def test_weights_wider_than_a_block(monkeypatch):
     all_close(ours, jax.value_and_grad(whole, (0, 1, 2))(*OPERANDS))
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_chunks_that_an_accelerator_takes_as_one(reduction, monkeypatch):
-    """All of them run on accelerators only, and are run here in their stead."""
+@pytest.fixture
+def as_on_accelerators(monkeypatch):
+    """What runs on accelerators only runs here; gives how many chunks of two rows it joins."""
     monkeypatch.setattr("jaxsoftmax.linear_loss._chunks.chunk_size_for", lambda num_classes: 2)
     monkeypatch.setattr("jax.lax.platform_dependent", lambda *args, default, **_: default(*args))
     taken = []
@@ -137,6 +137,11 @@ def test_chunks_that_an_accelerator_takes_as_one(reduction, monkeypatch):
         return taken[-1]
 
     monkeypatch.setattr("jaxsoftmax.linear_loss._losses.in_one", recorded)
+    return taken
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_chunks_that_an_accelerator_takes_as_one(reduction, as_on_accelerators):
     options = {"loss": smoothed, "reduction": reduction}
     ours = functools.partial(chunked, chunk_size=None, **options)
     theirs = functools.partial(whole, **options)
@@ -145,7 +150,38 @@ def test_chunks_that_an_accelerator_takes_as_one(reduction, monkeypatch):
         return f(*OPERANDS), *jax.jvp(jax.grad(weighed(f), (0, 1, 2)), OPERANDS, tangents(OPERANDS))
 
     all_close(derivatives(ours), derivatives(theirs))
-    assert taken[0] == 4  # all four, of two rows each
+    assert as_on_accelerators[0] == 4  # all four, of two rows each
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize(("shape", "spread"), [((16,), P("a")), ((4, 8), P("a")), ((2, 8), P())])
+def test_the_same_of_rows_that_xla_shares(shape, spread, reduction, as_on_accelerators, rng):
+    """Each device's rows of all these chunks are one chunk."""
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+    hidden, labels = rng.normal(size=(*shape, WIDTH)), rng.integers(NUM_CLASSES, size=shape)
+    options = {"loss": smoothed, "reduction": reduction}
+
+    def ours(hidden, weight, bias, labels):
+        return chunked(hidden, weight, bias, chunk_size=None, labels=labels, **options)
+
+    def theirs(hidden, weight, bias, labels):
+        return whole(hidden.reshape(-1, WIDTH), weight, bias, labels=labels.reshape(-1), **options)
+
+    def derivatives(f):
+        def value(*operands):
+            out = f(*operands[:3], labels)
+            return jnp.vdot(out, jnp.arange(1.0, out.size + 1).reshape(out.shape))
+
+        gradient = jax.grad(value, (0, 1, 2))
+        return jax.jit(lambda *x: (value(*x), jax.jvp(gradient, x, tangents(x))))
+
+    operands = (hidden, WEIGHT, BIAS)
+    expected = derivatives(theirs)(*operands)
+    sharding = jax.NamedSharding(mesh, spread)
+    with jax.set_mesh(mesh):
+        hidden, labels = (jax.device_put(x, sharding) for x in (hidden, labels))
+        all_close(derivatives(ours)(hidden, WEIGHT, BIAS), expected)
+    assert as_on_accelerators[0] > 1
 
 
 def test_leading_axes_and_no_bias(rng):

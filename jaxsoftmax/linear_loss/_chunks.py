@@ -25,11 +25,14 @@ class Chunks:
     size: int
 
     @staticmethod
-    def of(shape: tuple[int, ...], size: int) -> "Chunks":
+    def of(shape: tuple[int, ...], size: int, together: int = 1) -> "Chunks":
+        """Chunks of at most so many rows; as many as groups of at most `together` of them need."""
         rows = math.prod(shape)
         if not is_known(rows):
             return Chunks(shape, -(-rows // size), size)
         count = max(1, math.ceil(rows / size))
+        groups = math.ceil(count / together)
+        count = groups * math.ceil(count / groups)
         return Chunks(shape, count, max(1, math.ceil(rows / count)))
 
     def split(self, x: Array) -> Array:
@@ -44,6 +47,14 @@ class Chunks:
         """Chunks of rows to rows."""
         return x.reshape(-1)[: math.prod(self.shape)].reshape(self.shape)
 
+    def grouped(self, x: Array, together: int) -> Array:
+        """Chunks to larger ones, each of so many."""
+        return x.reshape(-1, together * x.shape[1], *x.shape[2:])
+
+    def apart(self, x: Array, together: int) -> Array:
+        """The chunks of groups."""
+        return x.reshape(together * x.shape[0], -1, *x.shape[2:])
+
 
 @dataclasses.dataclass(frozen=True)
 class SharedChunks:
@@ -52,10 +63,12 @@ class SharedChunks:
     Attributes:
       axis: the axis that is split.
       count: how many chunks; the index of a row along the axis, modulo the count, tells which.
+      size: rows per chunk on each device.
     """
 
     axis: int
     count: int
+    size: int
 
     @staticmethod
     def of(hidden: Array, size: int) -> "SharedChunks":
@@ -63,10 +76,10 @@ class SharedChunks:
         axis = shape.index(max(shape))
         parts = parts_of(hidden, axis)
         most = max(shape[axis] // parts, 1)
-        wanted = math.ceil(math.prod(shape) / size)
-        return SharedChunks(
-            axis, next(n for n in range(min(wanted, most), most + 1) if most % n == 0)
-        )
+        rows = math.ceil(math.prod(shape) / parts_in_all(hidden))
+        wanted = math.ceil(rows / size)
+        count = next(n for n in range(min(wanted, most), most + 1) if most % n == 0)
+        return SharedChunks(axis, count, math.ceil(rows / count))
 
     def split(self, x: Array) -> Array:
         """Rows to chunks of rows, (count, ...)."""
@@ -75,18 +88,35 @@ class SharedChunks:
 
     def join(self, x: Array) -> Array:
         """Chunks of rows to rows."""
-        x = jnp.moveaxis(x, 0, self.axis + 1)
-        return x.reshape(*x.shape[: self.axis], -1, *x.shape[self.axis + 2 :])
+        return _merged(jnp.moveaxis(x, 0, self.axis + 1), self.axis)
+
+    def grouped(self, x: Array, together: int) -> Array:
+        """Chunks to larger ones, each of so many: their rows take turns, on the device they are."""
+        x = x.reshape(-1, together, *x.shape[1:])
+        return _merged(jnp.moveaxis(x, 1, self.axis + 2), self.axis + 1)
+
+    def apart(self, x: Array, together: int) -> Array:
+        """The chunks of groups."""
+        axis = self.axis + 1
+        x = x.reshape(*x.shape[:axis], -1, together, *x.shape[axis + 1 :])
+        return _merged(jnp.moveaxis(x, axis + 1, 1), 0)
+
+
+def _merged(x: Array, axis: int) -> Array:
+    """With an axis and the next as one."""
+    return x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
 
 
 def chunks_of_rows(hidden: Array, size: int | None, num_classes: int) -> Chunks | SharedChunks:
     """The chunks, of so many rows on each device, or as many as suit so many classes."""
+    together = 1
     if size is None:
         size = chunk_size_for(num_classes) if is_known(math.prod(hidden.shape)) else _FEWEST
+        together = most_in_one(size, num_classes)
     devices = parts_in_all(hidden)
     if devices == 1 or hidden.ndim == 1 or hidden.size == 0:
-        return Chunks.of(hidden.shape[:-1], size)
-    return SharedChunks.of(hidden, size * devices)
+        return Chunks.of(hidden.shape[:-1], size, together)
+    return SharedChunks.of(hidden, size)
 
 
 def chunk_size_for(num_classes: int) -> int:
@@ -106,15 +136,26 @@ def in_one(count: int, size: int, num_classes: int) -> int:
     """
     if not (is_known(count) and is_known(num_classes)):
         return 1
-    most = max(_SCORES_OF_ACCELERATOR // max(size * num_classes, 1), 1)
+    most = most_in_one(size, num_classes)
     return next(n for n in range(min(most, count), 0, -1) if count % n == 0)
+
+
+def most_in_one(size: int, num_classes: int) -> int:
+    """How many chunks of so many rows an accelerator should take as one at most."""
+    if not is_known(num_classes):
+        return 1
+    rows = max(_FEWEST_OF_ACCELERATOR, _SCORES_OF_ACCELERATOR // max(num_classes, 1))
+    return max(1, rows // size)
 
 
 # So many rows keep the matrix products busy; where there are few classes, more still fit.
 _FEWEST = 256
 # How many scores a chunk has that is large enough for any CPU.
 _SCORES = 2**23
-# Each chunk rewrites the gradient of all weights. As compiled for 8,192 rows and 32,768 classes of
-# width 1,024 in bfloat16, with 256, 1,024 and 2,048 rows a chunk: 5.6, 2.9 and 2.6 ms on an H100,
-# 24.4, 16.1 and 16.5 on a v5e, at a tenth, a fifth and a third of the memory of all scores.
+# Each chunk rewrites the gradient of all weights. An accelerator takes as long for that as for the
+# product that is added if a chunk has about 1,000 rows, whatever width and classes are. As compiled
+# for 8,192 rows and 32,768 classes of width 1,024 in bfloat16, with 256, 1,024 and 2,048 rows a
+# chunk: 5.6, 2.9 and 2.6 ms on an H100, 24.4, 16.1 and 16.5 on a v5e, at a tenth, a fifth and a
+# third of the memory of all scores.
+_FEWEST_OF_ACCELERATOR = 2**10
 _SCORES_OF_ACCELERATOR = 2**25

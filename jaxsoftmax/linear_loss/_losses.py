@@ -15,7 +15,7 @@ from jaxsoftmax._configured import arrays_in
 from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._reductions import is_known, untracked, vary_like
 from jaxsoftmax._scores import soft_cap, wide
-from jaxsoftmax.linear_loss._chunks import Chunks, chunks_of_rows, in_one
+from jaxsoftmax.linear_loss._chunks import chunks_of_rows, in_one
 from jaxsoftmax.linear_loss._layer import Layer, varying_alike
 from jaxsoftmax.linear_loss._rule import Group, Labelled, Operands, each, total
 
@@ -64,21 +64,20 @@ def summed_or_each(
         weights = jnp.ones(keep.shape, wide(layer.hidden.dtype))
     hidden, labels, keep, weights = map(chunks.split, (layer.hidden, labels, keep, weights))
     together = 1
-    if how.chunk_size is None and isinstance(chunks, Chunks):
+    if how.chunk_size is None:
         together = in_one(chunks.count, chunks.size, layer.weight.shape[1])
     losses_of = how.losses
     for _ in keep.shape[2:]:  # chunks that XLA shares among devices keep all axes of rows
         losses_of = jax.vmap(losses_of)
 
     def chunk_of(together: int) -> tuple[Array, Array]:
-        size, *others = keep.shape[1:]
-        shape = (together * size, *others, layer.weight.shape[1])
-        some = vary_like(jnp.zeros(shape, wide(hidden.dtype)), hidden)
-        return some, jnp.concatenate([labels[0]] * together)
+        of_labels, of_rows = (chunks.grouped(x[:together], together)[0] for x in (labels, keep))
+        shape = (*of_rows.shape, layer.weight.shape[1])
+        return vary_like(jnp.zeros(shape, wide(hidden.dtype)), hidden), of_labels
 
     counts = [1] if together == 1 else [1, together]
     (pure, *joined), params, rest = closed_over(losses_of, *map(chunk_of, counts))
-    group = Group(together, joined[0]) if joined else None
+    group = Group(chunks, together, joined[0]) if joined else None
     operands = Operands(hidden, layer.weight, layer.bias, params)
     rows = Labelled(labels, keep, rest)
     if not how.in_sum:

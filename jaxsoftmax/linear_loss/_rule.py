@@ -19,7 +19,7 @@ from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._reductions import is_known, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
-from jaxsoftmax.linear_loss._chunks import Chunks, chunk_size_for, in_one
+from jaxsoftmax.linear_loss._chunks import Chunks, SharedChunks, chunk_size_for, in_one
 
 
 class Operands(NamedTuple):
@@ -46,11 +46,13 @@ class Group(NamedTuple):
     """Chunks that are one on an accelerator.
 
     Attributes:
-      chunks: how many.
+      chunks: all of them.
+      together: how many are one.
       losses: makes the losses of all their rows.
     """
 
-    chunks: int
+    chunks: Chunks | SharedChunks
+    together: int
     losses: Losses
 
 
@@ -146,21 +148,15 @@ def _by_platform(
     """
     if group is None:
         return function(losses, operands, rows, *of_rows)
-    together = group.chunks
-    count, size = rows.keep.shape
+    grouped = functools.partial(group.chunks.grouped, together=group.together)
+    apart = functools.partial(group.chunks.apart, together=group.together)
 
     def in_groups(operands: Operands, rows: Labelled, *of_rows: Array) -> Any:
-        def joined(x: Array) -> Array:
-            return x.reshape(count // together, together * size, *x.shape[2:])
-
-        def apart(x: Array) -> Array:
-            return x.reshape(count, size, *x.shape[2:])
-
         found = function(
             group.losses,
-            operands._replace(hidden=joined(operands.hidden)),
-            Labelled(joined(rows.labels), joined(rows.keep), rows.rest),
-            *map(joined, of_rows),
+            operands._replace(hidden=grouped(operands.hidden)),
+            Labelled(grouped(rows.labels), grouped(rows.keep), rows.rest),
+            *map(grouped, of_rows),
         )
         if not isinstance(found, tuple):
             return apart(found)
@@ -306,7 +302,8 @@ def _each_batch(
 
     if group is not None:
         many = in_one(groups.count, groups.size * size, operands.weight.shape[1])
-        group = Group(many, _one_by_one(losses, many * groups.size, size)) if many > 1 else None
+        of_many = _one_by_one(losses, many * groups.size, size)
+        group = Group(groups, many, of_many) if many > 1 else None
     operands = operands._replace(hidden=grouped(hidden))
     rows = Labelled(grouped(labels), grouped(keep), rows.rest)
     values = each(_one_by_one(losses, groups.size, size), group, operands, rows)
