@@ -243,6 +243,20 @@ def test_attention_fn_pairs_equal_batch_axes_only(rng):
 
 
 @pytest.mark.usefixtures("promotion")
+@pytest.mark.parametrize("batch", [(), (3,), (2, 3)], ids=str)
+@pytest.mark.parametrize("name", ["bias", "mask"])
+def test_masks_of_attention_fn_broadcast_to_the_batch(name, batch, rng):
+    q = jnp.asarray(rng.normal(size=(*batch, 4, 2, 3)))
+    given = jnp.asarray(rng.integers(2, size=(1, 2, 4, 4)), bool if name == "mask" else float)
+    out = jsm.attention_fn(q, q, q, **{name: given})
+    for i in np.ndindex(batch):
+        expected = jsm.dot_product_attention(q[i], q[i], q[i], **{name: given[0]})
+        np.testing.assert_allclose(out[i], expected, rtol=1e-5)
+    with pytest.raises(ValueError, match=rf"{name} must .*\(5, 2, 4, 4\)"):
+        jsm.attention_fn(q, q, q, **{name: jnp.broadcast_to(given, (5, 2, 4, 4))})
+
+
+@pytest.mark.usefixtures("promotion")
 def test_options_of_each_sequence_have_the_batch_axes(rng):
     """As the arrays have them, or one for all of them; or none."""
     q, k, v = rng.normal(size=(3, 2, 3, 5, 2, 4)).astype(np.float32)

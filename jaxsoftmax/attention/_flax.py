@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Float, Real, Shaped
 
-from jaxsoftmax._scores import as_array
+from jaxsoftmax._scores import as_array, broadcasts
 from jaxsoftmax.attention._attention import dot_product_attention
 from jaxsoftmax.attention._options import AxisName
 
@@ -98,8 +98,8 @@ def attention_fn(
         dot_product_attention,
         query,
         key,
-        bias=None if bias is None else _one_batch_axis(jnp.asarray(bias), batch),
-        mask=None if mask is None else _one_batch_axis(jnp.asarray(mask) != 0, batch),
+        bias=None if bias is None else _one_batch_axis("bias", jnp.asarray(bias), batch),
+        mask=None if mask is None else _one_batch_axis("mask", jnp.asarray(mask) != 0, batch),
         is_causal=is_causal,
         **_with_one_batch_axis(options, batch),
     )
@@ -154,8 +154,13 @@ def _with_one_batch_axis(options: dict[str, Any], batch: tuple[int, ...]) -> dic
     return {name: flat(name, x) for name, x in options.items()}
 
 
-def _one_batch_axis(x: Array, batch: tuple[int, ...]) -> Array:
+def _one_batch_axis(name: str, x: Array, batch: tuple[int, ...]) -> Array:
     """What broadcasts to (*batch, N, T, S), with one batch axis at most."""
-    if x.ndim <= 3 or len(batch) == 1:
+    if x.ndim <= 3 or len(batch) < 2:
         return x
+    if not broadcasts(x.shape[:-3], batch):
+        raise ValueError(
+            f"{name} must broadcast to (*batch, heads, queries, keys) with the batch of query, "
+            f"{batch}, got shape {x.shape}."
+        )
     return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
