@@ -222,6 +222,9 @@ def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
 
     # Devices would have to tell each other in every block whether all are near.
     top = if_local(nearly, lambda: largest(scale.dtype))
+    # What is lost in sums of such products could take all weights of a row.
+    size = jnp.abs(top)
+    top = jnp.where((size > _LOSSY) & (size < jnp.inf), top - size * _LOST, top)
     return SOFTMAX.before_sum(made.rows, (top, *made.entries[1:]))
 
 
@@ -229,6 +232,8 @@ def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
 _ROUNDING = 2.0**-8
 # Up to here that is at most 8, and so little that nothing is lost of weights and what they weight.
 _NEAR = 2.0**10
+# The float32 scores from which on weights are anyone's guess, and what they may be off by.
+_LOSSY, _LOST = 2.0**27, 2.0**-20
 
 
 def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
