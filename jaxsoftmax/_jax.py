@@ -28,8 +28,7 @@ def hoist(fun: Callable, *args: Any) -> tuple["Opened", list[Any], list[Any]]:
     """`fun` as a function `pure(consts, *args)`, what it closes over, and the types it returns.
 
     Uses jaxprs without their constants: in jax 0.10 `ClosedJaxpr.jaxpr` is that, since 0.11
-    `Jaxpr.with_consts([])` makes it. `jax.closure_convert` would do if it hoisted integers and
-    keys, too.
+    `Jaxpr.with_consts([])` makes it. `jax.closure_convert` would do if it hoisted integers, too.
     """
     traced, out = jax.make_jaxpr(fun, return_shape=True)(*args)
     jaxpr, consts = opened(traced)
@@ -157,24 +156,26 @@ def _linear_batch(
 
     def mapped(function: Linear) -> Linear:
         def over_axis(points: Values, args: Values) -> Values:
-            in_axes = (0, list(dims[:num]), over)
-            each = jax.vmap(lambda _, *given: function(*given), in_axes, over, **_names(axis))
-            return each(jnp.arange(axis.size), list(points), list(args))
+            in_axes = (list(dims[:num]), over)
+            return jax.vmap(function, in_axes, over, **_axis(axis))(list(points), list(args))
 
         return over_axis
 
     if is_mapped:  # all arguments, so that all cotangents are
-        mesh_axis = getattr(axis, "explicit_mesh_axis", None)
-        out = [unmapped_aval(axis.size, 0, aval, mesh_axis) for aval in out]
-        pairs = zip(args[num:], dims[num:], strict=True)
-        args = [*args[:num], *(batching.bdim_at_front(x, d, axis.size) for x, d in pairs)]
+        out = [unmapped_aval(axis.size, 0, aval, axis.explicit_mesh_axis) for aval in out]
+        args = [*args[:num], *map(functools.partial(_in_front, axis), args[num:], dims[num:])]
     of_all = {name: mapped(function) for name, function in functions.items()}
     result = _linear.bind(*args, num=num, out=tuple(out), **of_all)
     return result, [over] * len(result)
 
 
-def _names(axis: Any) -> dict[str, Any]:
-    return {"axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
+def _axis(axis: Any) -> dict[str, Any]:
+    return {"axis_size": axis.size, "axis_name": axis.name, "spmd_axis_name": axis.spmd_name}
+
+
+def _in_front(axis: Any, x: Any, dim: int | None) -> Any:
+    """With the mapped axis in front, spread over an explicit mesh as all that is mapped."""
+    return batching.bdim_at_front(x, dim, axis.size, axis.explicit_mesh_axis)
 
 
 def call(
@@ -212,11 +213,11 @@ def _call_batch(axis: Any, args: Values, dims: Values, **params: Any) -> tuple[A
     if all(d is None for d in dims):
         if axis.name not in [getattr(e, "name", None) for e in params["pure"].jaxpr.effects]:
             return (out := _call.bind(*args, **params)), [None] * len(out)
-        args = [jnp.broadcast_to(args[0], (axis.size, *jnp.shape(args[0]))), *args[1:]]
-        dims = [0, *dims[1:]]  # for a collective over the axis, something has to have it
+        # For a collective over the axis, something has to have it.
+        args, dims = [_in_front(axis, args[0], None), *args[1:]], [0, *dims[1:]]
     args = [x if d is None else jnp.moveaxis(x, d, 0) for x, d in zip(args, dims, strict=True)]
     in_axes = [None if d is None else 0 for d in dims]
-    num, names = params["num"], {"axis_size": axis.size, **_names(axis)}
+    num, of_axis = params["num"], _axis(axis)
     if not any(i == 0 for i in in_axes[:num]):
         is_batched = [i == 0 for i in in_axes[num:]]
         if (found := params["batch"](axis.size, is_batched, args[num:])) is not None:
@@ -224,10 +225,10 @@ def _call_batch(axis: Any, args: Values, dims: Values, **params: Any) -> tuple[A
 
     def jvp(primals: Values, tangents: Values) -> Any:
         over = [None if t is None else i for t, i in zip(tangents, in_axes, strict=True)]
-        each = jax.vmap(lambda p, t: params["jvp"](p[num:], t[num:]), (in_axes, over), **names)
+        each = jax.vmap(lambda p, t: params["jvp"](p[num:], t[num:]), (in_axes, over), **of_axis)
         return each(list(primals), list(tangents))
 
-    mapped = jax.vmap(functools.partial(_call_evaluate, **params), tuple(in_axes), **names)
+    mapped = jax.vmap(functools.partial(_call_evaluate, **params), tuple(in_axes), **of_axis)
     out = call(mapped, jvp, lambda *_: None, args, params["message"])
     return out, [0] * len(out)
 

@@ -272,8 +272,9 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
         state, moved = step(state)
         return state, jnp.where(jnp.any(moved), passes + 1, _MAX_PASSES)
 
-    passes = vary_like(jnp.zeros((), jnp.int32), jax.tree.leaves(start)[0])
-    return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
+    # In an array, as a number of its own is on no mesh, and `vmap` of a loop would miss that.
+    passes = vary_like(jnp.zeros(1, jnp.int32), jax.tree.leaves(start)[0])
+    return lax.while_loop(lambda carry: carry[1][0] < _MAX_PASSES, body, (start, passes))[0]
 
 
 # More than bisection in every other pass needs to pin down a float64.

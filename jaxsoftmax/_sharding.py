@@ -27,6 +27,12 @@ def first_explicit(arrays: Iterable[Array]) -> Any:
     return next((sharding for sharding in found if sharding is not None), None)
 
 
+def explicit_axes(mesh: Any) -> set[str]:
+    """The explicit axes of a mesh."""
+    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
+    return {name for name, kind in kinds if kind == AxisType.Explicit}
+
+
 def explicit_names(x: Array, axis: int) -> Names:
     """The explicit mesh axes that an array axis is spread over."""
     names = jax.typeof(x).sharding.spec[axis]
@@ -95,8 +101,9 @@ def on_each_device(
         is added here is what to do. When JAX has it, such functions work, and this may go.
     """
     mesh: Any = sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    names = {name for name, kind in kinds if kind == AxisType.Explicit}
+    names = explicit_axes(mesh)
+    if len(names) == len(mesh.axis_names):
+        names = set()  # all but those that `vmap` has taken, which only JAX knows
     specs = [spec_of(axes) for axes in in_axes]
     mapped = jax.shard_map(
         fun, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs, axis_names=names

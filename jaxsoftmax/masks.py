@@ -298,7 +298,7 @@ def _min_p_mask(
     gaps, _ = _tops.below_top(rows, scores)
 
     def keep(gap: Array, least: Array) -> Array:
-        return (gap >= least) & (gap > -jnp.inf)
+        return ((gap >= least) | (gap == 0)) & (gap > -jnp.inf)
 
     return rows.map(keep, [gaps], [least])[0]
 

@@ -136,6 +136,11 @@ SENTENCES = [
     (TypeError, "probs must be an array, got str.", lambda: cal.brier_score("probs", Y)),
     (TypeError, "loss must be a function, got int.", lambda: cal.fit_temperature(X, Y, loss=3)),
     (TypeError, "key must be an array, got str.", lambda: jsm.dot_product_attention(Q, "k", Q)),
+    (
+        ValueError,
+        "logits_soft_cap must be a number, got an array of shape (2,).",
+        lambda: jsm.linear_cross_entropy(X, W, Y, logits_soft_cap=jnp.ones(2)),
+    ),
     (TypeError, "query must be an array, got list.", lambda: jsm.attention_fn([1.0], Q, Q)),
     # Options.
     (

@@ -693,7 +693,7 @@ def test_z_loss_adds_the_square_of_logsumexp(rng):
 
 
 def test_smoothing_and_z_loss_are_numbers_or_row_values_and_differentiable():
-    share, drift = np.array([[0.1], [0.4]]), np.array([[0.3], [0.0]])
+    share, drift = np.array([[0.1], [0.4]]), np.array([[0.3], [0.2]])
 
     @jax.jit
     def loss(scores, share, drift):
@@ -1004,3 +1004,14 @@ def test_integers_that_jax_would_cut_are_no_other_classes():
 def test_negative_class_weights_are_nan():
     assert np.isnan(jsm.cross_entropy(np.zeros(3), 1, class_weights=np.array([1.0, -1.0, 1.0])))
     assert np.isfinite(jsm.cross_entropy(np.zeros(3), 0, class_weights=np.array([1.0, 0.0, 1.0])))
+
+
+@pytest.mark.asks_for_nan
+@pytest.mark.parametrize(("name", "value"), [("label_smoothing", 1.5), ("z_loss", -1.0)])
+def test_options_that_turn_out_to_be_out_of_range(name, value):
+    def loss(value):
+        return jsm.cross_entropy(np.eye(2, 3), np.array([0, 1]), **{name: value})
+
+    assert np.all(np.isnan(jax.jit(loss)(value)))
+    assert np.isnan(loss(np.array([[0.5], [value]]))).tolist() == [False, True]
+    assert np.all(np.isfinite(jax.jit(loss)(0.5)))

@@ -124,6 +124,9 @@ def test_min_p_edges():
     assert not np.any(jsm.min_p_mask(np.full(3, -np.inf, np.float32), 0.0))
     assert jsm.min_p_mask(np.float32([1, np.nan, 2]), 0.9).tolist() == [False, True, False]
     assert jsm.min_p_mask(jnp.zeros((2, 0)), 0.9).shape == (2, 0)
+    # Of numbers that are not known while tracing, none loses the largest.
+    for p in (2.0, -1.0, np.nan):
+        assert jsm.min_p_mask(x, np.array(p)).tolist() == [True, False, False, True]
 
 
 def test_masks_under_differentiation():

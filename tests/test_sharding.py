@@ -740,6 +740,76 @@ def test_vmap_within_shard_map(rng):
     np.testing.assert_allclose(jax.jit(spread)(x), jsm.entmax15(x), rtol=1e-13, atol=1e-15)
 
 
+MAPPED = {
+    "softmax": (jsm.softmax, [(4, 3, 8)]),
+    "log_softmax": (jsm.log_softmax, [(4, 3, 8)]),
+    "entmax15": (jsm.entmax15, [(4, 3, 8)]),
+    "budget_sparsemax": (functools.partial(jsm.budget_sparsemax, budget=2.0), [(4, 3, 8)]),
+    "stick_breaking": (jsm.stick_breaking, [(4, 3, 8)]),
+    "sparsemax_loss": (lambda x: jsm.sparsemax_loss(x, np.arange(3)), [(4, 3, 8)]),
+    "linear_cross_entropy": (
+        lambda x: jsm.linear_cross_entropy(x, np.sin(np.arange(40.0)).reshape(8, 5), np.arange(4)),
+        [(4, 4, 8)],
+    ),
+    "attention": (
+        functools.partial(jsm.dot_product_attention, is_causal=True, normalizer=jsm.sparsemax),
+        [(4, 2, 6, 2, 4)] * 3,
+    ),
+}
+
+
+@pytest.mark.parametrize("spec", [P("a"), P("a", "b")], ids=str)
+@pytest.mark.parametrize("name", MAPPED)
+def test_vmap_over_what_an_explicit_mesh_spreads(name, spec, rng):
+    """Of the function and its derivatives, which are on the mesh as the arrays are."""
+    function, shapes = MAPPED[name]
+    if name not in ("attention", "linear_cross_entropy") and len(spec) == 2:
+        spec = P("a", None, "b")  # rows
+    args = [rng.normal(size=shape) for shape in shapes]
+
+    def of_sines(*args):
+        return jnp.sum(jnp.sin(jax.vmap(function)(*args)))
+
+    def everything(*args):
+        gradient = jax.grad(of_sines, tuple(range(len(args))))
+        return jax.vmap(function)(*args), jax.jvp(gradient, args, tuple(map(jnp.cos, args)))
+
+    mesh = mesh_of((4,) if len(spec) == 1 else (2, 2))
+    wanted = jax.jit(everything)(*args)
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
+        found = jax.jit(everything)(*placed)
+    assert_close(found, wanted)
+    assert jax.typeof(found[0]).sharding.spec[0] == "a"
+
+
+OTHERS_OF_ATTENTION = {
+    "bias": ((4, 4, 8, 8), P("a")),
+    "mask": ((4, 1, 8, 8), P("a")),
+    "sink": ((4,), P("b")),
+    "query_offset": ((4,), P("a")),
+    "key_value_seq_lengths": ((4,), P("a")),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS_OF_ATTENTION)
+def test_options_of_attention_on_a_mesh_whose_devices_have_all_queries(name, rng):
+    shape, spec = OTHERS_OF_ATTENTION[name]
+    q, (k, v) = rng.normal(size=(4, 8, 4, 4)), rng.normal(size=(2, 4, 8, 2, 4))
+    option = rng.integers(2, 8, size=shape) if len(shape) == 1 else rng.normal(size=shape)
+    option = {"mask": option > -1, "sink": option.astype(float)}.get(name, option)
+
+    def everything(q, k, v, option):
+        def attend(*args):
+            return jsm.dot_product_attention(*args, **{name: option})
+
+        return attend(q, k, v), jax.vjp(attend, q, k, v)[1](jnp.cos(q))
+
+    wanted = jax.jit(everything)(q, k, v, option)
+    found, _ = on_mesh(mesh_of((2, 2)), everything, (q, k, v, option), (P(), P(), P(), spec))
+    assert_close(found, wanted)
+
+
 def test_vmap_of_the_rings_derivatives(rng):
     arrays = rng.normal(size=(3, 2, 1, 8, 1, 2))  # two of each, one after the other
 
@@ -863,6 +933,44 @@ def test_half_precision_where_some_axes_are_automatic(rng):
     wanted = jsm.log_softmax(x), jsm.logsumexp(x)
     for one, other in zip(jax.jit(spread)(x), wanted, strict=True):
         np.testing.assert_allclose(*(np.asarray(z, np.float32) for z in (one, other)), rtol=1e-2)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_stick_beside_an_axis_that_is_automatic(reverse, rng):
+    """Devices have parts of a row that XLA may split further."""
+    x, ct = rng.normal(size=(2, 4, 16))
+    mesh, spread = mesh_of((2, 4), AxisType.Auto), P(None, "a")
+    function = functools.partial(jsm.stick_breaking, reverse=reverse)
+    of_parts = jax.shard_map(
+        functools.partial(function, axis=(-1, "a")),
+        mesh=mesh,
+        in_specs=spread,
+        out_specs=spread,
+        axis_names={"a"},
+    )
+    found, wanted = (
+        jax.jit(lambda f=f: (f(x), jax.vjp(f, x)[1](ct)))() for f in (of_parts, function)
+    )
+    assert_close(found, wanted)
+
+
+@pytest.mark.leaks_in_jax
+@pytest.mark.parametrize("name", ["softmax", "sparsemax"])
+def test_a_ring_beside_an_axis_that_is_automatic(name, rng):
+    arrays, ct = rng.normal(size=(3, 2, 8, 2, 4)), rng.normal(size=(2, 8, 2, 4))
+    normalizer = getattr(jsm, name)
+    attend = functools.partial(jsm.dot_product_attention, normalizer=normalizer, is_causal=True)
+    ring = jax.shard_map(
+        functools.partial(attend, kv_axis_name="a", query_axis_name="a"),
+        mesh=mesh_of((2, 4), AxisType.Auto),
+        in_specs=P(None, "a"),
+        out_specs=P(None, "a"),
+        axis_names={"a"},
+    )
+    found, wanted = (
+        jax.jit(lambda f=f: (f(*arrays), jax.vjp(f, *arrays)[1](ct)))() for f in (ring, attend)
+    )
+    assert_close(found, wanted)
 
 
 def test_second_derivatives_beside_a_sink(rng):

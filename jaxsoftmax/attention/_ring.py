@@ -133,8 +133,7 @@ class Ring:
 
     def sum(self, part: Callable[..., Any], moving: Any, staying: Arrays) -> Any:
         """The sum of `part(first key, what is here)`, an array or some, over all parts."""
-        shapes = jax.eval_shape(part, self.first_key(0), moving)
-        zeros = jax.tree.map(lambda x: _zeros(x, staying), shapes)
+        zeros = zeros_of(staying, part, self.first_key(0), moving)
 
         def visit(first_key: Array, moving: Any, totals: Any) -> Any:
             return jax.tree.map(jnp.add, totals, part(first_key, moving))
@@ -142,8 +141,13 @@ class Ring:
         return self.round(visit, moving, zeros)
 
 
-def _zeros(like: Any, staying: Arrays) -> Array:
-    return vary_like(jnp.zeros(like.shape, like.dtype), staying["query"])
+def zeros_of(staying: Arrays, function: Callable[..., Any], *args: Any) -> Any:
+    """Zeros as what the function returns, which vary over devices as queries do."""
+
+    def zeros(like: Any) -> Array:
+        return vary_like(jnp.zeros(like.shape, like.dtype), staying["query"])
+
+    return jax.tree.map(zeros, jax.eval_shape(function, *args))
 
 
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
@@ -182,8 +186,7 @@ def _streamed(
         before, now = (jnp.exp(log - finite)[..., None] for log in logs)
         return (before * state[0] + now * parts[1][0]).astype(state[0].dtype), top, total
 
-    shapes = jax.eval_shape(stream, staying, ring.first_key(0), moving)
-    out, top, log = (_zeros(x, staying) for x in shapes)
+    out, top, log = zeros_of(staying, stream, staying, ring.first_key(0), moving)
     start = out, top + jnp.finfo(top.dtype).min, log - jnp.inf
     out, top, log = ring.round(visit, moving, start)
     return out, jnp.stack([top, log, jnp.ones_like(log)], -1)
@@ -192,8 +195,8 @@ def _streamed(
 def _searched(ring: Ring, search: Search, moving: Arrays, staying: Arrays) -> Array:
     """The thresholds of whole rows, by the search that any form has."""
     keys = {name: x for name, x in moving.items() if name != "value"}
-    of_part = jax.eval_shape(search.top, staying, ring.first_key(0), keys)
-    least = _zeros(of_part, staying) + jnp.finfo(of_part.dtype).min
+    zeros = zeros_of(staying, search.top, staying, ring.first_key(0), keys)
+    least = zeros + jnp.finfo(zeros.dtype).min
 
     def larger(first_key: Array, keys: Arrays, top: Array) -> Array:
         return jnp.maximum(top, search.top(staying, first_key, keys))

@@ -26,7 +26,7 @@ from jaxsoftmax.attention._bands import Reach
 from jaxsoftmax.attention._cutting import InBlocks
 from jaxsoftmax.attention._operands import KEY_AXIS
 from jaxsoftmax.attention._prepared import Rules
-from jaxsoftmax.attention._ring import Arrays, Parts, Ring, Search, attend
+from jaxsoftmax.attention._ring import Arrays, Parts, Ring, Search, attend, zeros_of
 from jaxsoftmax.mappings import softmax
 from jaxsoftmax.mappings._log_softmax import total_of
 from jaxsoftmax.mappings._softmax import SOFTMAX
@@ -152,8 +152,8 @@ class _Here:
         if streams(self.rules.normalizer):
             stream = opened(self.stream, first, moving)
             return Parts(mix, stream=stream, total=total), closed.arrays
-        state = jax.eval_shape(self.start, staying)
-        sums = jax.eval_shape(self.sums, staying, first, keys, threshold)
+        state = zeros_of(staying, self.start, staying)
+        sums = zeros_of(staying, self.sums, staying, first, keys, threshold)
         search = Search(
             top=opened(self.top, first, keys),
             sums=opened(self.sums, first, keys, threshold),

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from jaxsoftmax import _sharding
-from jaxsoftmax._configured import Configured
+from jaxsoftmax._configured import arrays_in
 from jaxsoftmax._scores import mesh_names
-from jaxsoftmax._sharding import Names, explicit_names, first_explicit, spec_of
+from jaxsoftmax._sharding import Names, explicit_axes, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._ring_parts import streams
 
@@ -68,7 +68,12 @@ class Plan:
         letters = letters.rjust(x.ndim)
         letters = letters[len(letters) - x.ndim :]
         pairs = zip(letters, x.shape, strict=True)
-        return [() if n == 1 else of.get(letter, ()) for letter, n in pairs]
+        # Arrays are not spread over what a `shard_map` around has taken.
+        left = explicit_axes(self.sharding.mesh)
+        return [
+            () if n == 1 else tuple(name for name in of.get(letter, ()) if name in left)
+            for letter, n in pairs
+        ]
 
 
 # The axes of arrays, from the last one on; those of size 1 are on all devices.
@@ -98,7 +103,8 @@ def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
     """
     inputs = [given.get(name) for name in ("query", "key", "value")]
     query, key, value, sizes = _arguments.check_inputs(*inputs)
-    sharding = first_explicit((query, key, value))
+    others = *given.values(), *arrays_in(normalizer).values()
+    sharding = first_explicit((query, key, value, *others))
     if sharding is None:
         return None
     batch = explicit_names(query, 0) or explicit_names(key, 0)
@@ -127,7 +133,7 @@ def on_each_device(
     here: Callable[..., Any], plan: Plan, normalizer: Any, mods: Any, given: dict[str, Any]
 ) -> Any:
     """Calls `here(normalizer, mods, given)` with each device's part of all arrays."""
-    parameters = normalizer.arrays if isinstance(normalizer, Configured) else {}
+    parameters = arrays_in(normalizer)
     own = normalizer.with_arrays({}) if parameters else normalizer
     others, of_others = _sharding.held((own, mods))
     arrays = [*map(jnp.asarray, (*given.values(), *parameters.values())), *others]

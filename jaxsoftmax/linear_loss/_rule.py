@@ -19,6 +19,7 @@ from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._platforms import chosen
 from jaxsoftmax._reductions import is_known, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
+from jaxsoftmax._sharding import first_explicit
 from jaxsoftmax.linear_loss._chunks import Chunks, SharedChunks, chunk_size_for, in_one
 
 
@@ -284,6 +285,8 @@ def _each_batch(
         return None  # other weights for other rows
     if rows.keep.ndim - batched_rows.keep != 2:
         return None  # chunks that XLA shares among devices
+    if first_explicit((operands.hidden, rows.labels, rows.keep)) is not None:
+        return None  # each device maps over its own
 
     def chunks_of(x: Array, is_batched: bool) -> Array:
         x = x if is_batched else jnp.broadcast_to(x, (axis_size, *x.shape))

@@ -120,10 +120,14 @@ def cross_entropy(
     loss = _weighted_surprise(rows, z, target, weights)
     if smoothing != 0:
         share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
+        if smoothing is None:
+            share = nan_unless((share >= 0) & (share <= 1), share)
         uniform = _weighted_surprise(rows, z, _uniform(rows, z), weights)
         loss = times(1 - share, loss) + times(share, uniform)
     if drift != 0:
         strength = check_per_row("z_loss", z_loss, z[0], rows)
+        if drift is None:
+            strength = nan_unless((strength >= 0) & (strength < jnp.inf), strength)
         loss += times(strength, _squared_log_sum(rows, z))
     loss = one_per_row(rows, loss, target, scores)
     return loss if ignored is None else jnp.where(ignored, 0, loss)

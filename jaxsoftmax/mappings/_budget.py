@@ -224,7 +224,7 @@ def _start(rows: Rows, scores: Entries, total: Array) -> _State:
         low=low + nothing,
         high=top + nothing,
         last=nothing + jnp.inf,
-        passes=jnp.zeros((), jnp.int32),
+        passes=jnp.zeros_like(nothing, jnp.int32),
         finishing=nothing,
     )
 

@@ -139,8 +139,9 @@ def _sum_before(rows: Rows, x: Array, reverse: bool) -> Array:
     (axis,) = rows.axes
     parts = parts_of(x, axis)
     if parts > 1:
-        return _sum_before_in_parts(x, axis, parts, reverse)
-    before = _sum_before_here(x, axis, reverse)
+        before = _sum_before_in_parts(x, axis, parts, reverse)
+    else:
+        before = _sum_before_here(x, axis, reverse)
     if not rows.names:
         return before
     total = jnp.sum(x, axis)
@@ -153,7 +154,7 @@ def _sum_before(rows: Rows, x: Array, reverse: bool) -> Array:
 
 
 def _sum_before_in_parts(x: Array, axis: int, parts: int, reverse: bool) -> Array:
-    """The same, for rows that XLA shares among devices: no sum runs from part to part."""
+    """The sum of what comes before, where XLA shares rows: no sum runs from part to part."""
     split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
     here = _sum_before_here(split, axis + 1, reverse)
     total = jnp.expand_dims(jnp.sum(split, axis + 1), axis + 1)
