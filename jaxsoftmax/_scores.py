@@ -298,7 +298,7 @@ def check_soft_cap(cap: Any) -> float | None:
     known = known_number(cap)
     if known is not None and not known > 0:
         raise ValueError(f"logits_soft_cap must be positive, got {known}.")
-    if cap is not None and (shape := jnp.shape(cap)):
+    if cap is not None and known is None and (shape := jnp.shape(cap)):
         raise ValueError(f"logits_soft_cap must be a number, got an array of shape {shape}.")
     return known
 
