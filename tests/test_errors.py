@@ -1,5 +1,7 @@
 """What those who call wrongly are told: the argument, what came, what was wanted."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,11 @@ SENTENCES = [
         ValueError,
         "logits_soft_cap must be a number, got an array of shape (2,).",
         lambda: jsm.linear_cross_entropy(X, W, Y, logits_soft_cap=jnp.ones(2)),
+    ),
+    (
+        TypeError,
+        "normalizer must hold its options by name, for scores come first, got 1.5 by position.",
+        lambda: jsm.dot_product_attention(Q, Q, Q, normalizer=functools.partial(jsm.entmax, 1.5)),
     ),
     (TypeError, "query must be an array, got list.", lambda: jsm.attention_fn([1.0], Q, Q)),
     # Options.

@@ -19,7 +19,7 @@ from jaxsoftmax._implementations import (
     platforms,
     refuse,
 )
-from jaxsoftmax._public import refuse_what_is_no_array, within_range
+from jaxsoftmax._public import is_public, refuse_what_is_no_array, within_range
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import check_mask, wide
 from jaxsoftmax.attention import _arguments, _shared
@@ -182,6 +182,12 @@ def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
         raise TypeError(
             "normalizer must be called as f(scores, axis=axis, where=mask), got "
             f"{_arguments.function_name(normalizer)}, which does not take {missing[0]}."
+        )
+    is_partial = isinstance(normalizer, functools.partial)
+    if is_partial and normalizer.args and is_public(normalizer.func):
+        raise TypeError(
+            "normalizer must hold its options by name, for scores come first, got "
+            f"{normalizer.args[0]!r} by position."
         )
     _arguments.check_draws_nothing(normalizer)
     ours = configured(normalizer)
