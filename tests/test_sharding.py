@@ -740,31 +740,34 @@ def test_vmap_within_shard_map(rng):
     np.testing.assert_allclose(jax.jit(spread)(x), jsm.entmax15(x), rtol=1e-13, atol=1e-15)
 
 
+ROW, QKV = P("a", None, "b"), [(4, 2, 6, 2, 4)] * 3
+# Functions, the shapes of what they are mapped over, and how it may be spread further.
 MAPPED = {
-    "softmax": (jsm.softmax, [(4, 3, 8)]),
-    "log_softmax": (jsm.log_softmax, [(4, 3, 8)]),
-    "entmax15": (jsm.entmax15, [(4, 3, 8)]),
-    "budget_sparsemax": (functools.partial(jsm.budget_sparsemax, budget=2.0), [(4, 3, 8)]),
-    "stick_breaking": (jsm.stick_breaking, [(4, 3, 8)]),
-    "sparsemax_loss": (lambda x: jsm.sparsemax_loss(x, np.arange(3)), [(4, 3, 8)]),
+    "softmax": (jsm.softmax, [(4, 3, 8)], ROW),
+    "log_softmax": (jsm.log_softmax, [(4, 3, 8)], ROW),
+    "entmax15": (jsm.entmax15, [(4, 3, 8)], ROW),
+    "budget_sparsemax": (functools.partial(jsm.budget_sparsemax, budget=2.0), [(4, 3, 8)], ROW),
+    "stick_breaking": (jsm.stick_breaking, [(4, 3, 8)], ROW),
+    "sparsemax_loss": (lambda x: jsm.sparsemax_loss(x, np.arange(3)), [(4, 3, 8)], ROW),
     "linear_cross_entropy": (
         lambda x: jsm.linear_cross_entropy(x, np.sin(np.arange(40.0)).reshape(8, 5), np.arange(4)),
         [(4, 4, 8)],
+        P("a", "b"),
     ),
-    "attention": (
+    "sparsemax attention": (
         functools.partial(jsm.dot_product_attention, is_causal=True, normalizer=jsm.sparsemax),
-        [(4, 2, 6, 2, 4)] * 3,
+        QKV,
+        P("a", "b"),
     ),
+    "attention in a ring": (functools.partial(jsm.dot_product_attention, is_causal=True), QKV, ROW),
 }
 
 
-@pytest.mark.parametrize("spec", [P("a"), P("a", "b")], ids=str)
+@pytest.mark.parametrize("further", [False, True])
 @pytest.mark.parametrize("name", MAPPED)
-def test_vmap_over_what_an_explicit_mesh_spreads(name, spec, rng):
+def test_vmap_over_what_an_explicit_mesh_spreads(name, further, rng):
     """Of the function and its derivatives, which are on the mesh as the arrays are."""
-    function, shapes = MAPPED[name]
-    if name not in ("attention", "linear_cross_entropy") and len(spec) == 2:
-        spec = P("a", None, "b")  # rows
+    function, shapes, spec = MAPPED[name]
     args = [rng.normal(size=shape) for shape in shapes]
 
     def of_sines(*args):
@@ -774,7 +777,7 @@ def test_vmap_over_what_an_explicit_mesh_spreads(name, spec, rng):
         gradient = jax.grad(of_sines, tuple(range(len(args))))
         return jax.vmap(function)(*args), jax.jvp(gradient, args, tuple(map(jnp.cos, args)))
 
-    mesh = mesh_of((4,) if len(spec) == 1 else (2, 2))
+    mesh, spec = (mesh_of((2, 2)), spec) if further else (mesh_of((4,)), P("a"))
     wanted = jax.jit(everything)(*args)
     with jax.set_mesh(mesh):
         placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]

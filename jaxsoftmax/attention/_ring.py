@@ -189,7 +189,9 @@ def _streamed(
     out, top, log = zeros_of(staying, stream, staying, ring.first_key(0), moving)
     start = out, top + jnp.finfo(top.dtype).min, log - jnp.inf
     out, top, log = ring.round(visit, moving, start)
-    return out, jnp.stack([top, log, jnp.ones_like(log)], -1)
+    # Made of `log`: under `vmap` on an explicit mesh, JAX can stack only what is all mapped.
+    one = jnp.where(log == log, 1, log)
+    return out, jnp.stack([top, log, one], -1)
 
 
 def _searched(ring: Ring, search: Search, moving: Arrays, staying: Arrays) -> Array:
