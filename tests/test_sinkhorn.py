@@ -405,6 +405,15 @@ def test_residual():
     assert jsm.sinkhorn_residual(jnp.zeros((3, 0))) == 0
 
 
+@pytest.mark.leaks_in_jax
+def test_derivative_of_the_residual_over_a_mesh(rng):
+    p = jnp.asarray(rng.uniform(size=(4, 3)))
+    spread = on_mesh(lambda p: jsm.sinkhorn_residual(p, axes=((0, "i"), 1)), ("i",), ())
+    for f in (spread, jsm.sinkhorn_residual):
+        check_grads(f, (p,), order=1, modes=("fwd", "rev"))
+    np.testing.assert_allclose(jax.grad(spread)(p), jax.grad(jsm.sinkhorn_residual)(p))
+
+
 def test_logarithm():
     np.testing.assert_allclose(np.exp(jsm.log_sinkhorn(X)), jsm.sinkhorn(X), rtol=1e-5)
     # The probabilities next to 1 are too small for float32.

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar, cast
 
 import jax.numpy as jnp
-from jax import core
+from jax import core, lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Real
 
 from jaxsoftmax import _threshold
@@ -273,7 +273,14 @@ def sinkhorn_residual(
     scores = jnp.where(part, jnp.zeros_like(entries), -jnp.inf)
     given = wanted_sums(rows, columns, scores, row_sums, column_sums)
     entries = (jnp.where(part, entries, 0),)
-    off_rows = columns.max((relative(rows.sum(entries), given.rows),), 0)
-    off_columns = rows.max((relative(columns.sum(entries), given.columns),), 0)
+    off_rows = _largest(columns, relative(rows.sum(entries), given.rows))
+    off_columns = _largest(rows, relative(columns.sum(entries), given.columns))
     whole = Rows(*split_axis(both, entries[0].ndim))
     return whole.flatten(jnp.maximum(off_rows, off_columns))
+
+
+def _largest(rows: Rows, x: Array) -> Array:
+    """The largest number of each row, 0 at least. JAX has no derivative of that over devices."""
+    top = rows.max((lax.stop_gradient(x),), 0)
+    count, total = (rows.sum((jnp.where(x == top, y, 0),)) for y in (jnp.ones_like(x), x))
+    return jnp.where(count > 0, total / jnp.maximum(count, 1), top)
