@@ -105,6 +105,10 @@ def on_each_device(
     if len(names) == len(mesh.axis_names):
         names = set()  # all but those that `vmap` has taken, which only JAX knows
     specs = [spec_of(axes) for axes in in_axes]
+    if AxisType.Manual in mesh.axis_types:
+        # JAX cannot pass what such a `shard_map` within another keeps for its gradient (0.10 to
+        # 0.12): only arguments are kept.
+        fun = jax.checkpoint(fun)
     mapped = jax.shard_map(
         fun, mesh=mesh, in_specs=tuple(specs), out_specs=out_specs, axis_names=names
     )

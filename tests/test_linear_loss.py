@@ -184,6 +184,23 @@ def test_the_same_of_rows_that_xla_shares(shape, spread, reduction, as_on_accele
     assert as_on_accelerators[0] > 1
 
 
+def test_the_same_under_vmap_over_an_explicit_mesh(as_on_accelerators, rng):
+    hidden, labels = rng.normal(size=(4, 8, WIDTH)), rng.integers(NUM_CLASSES, size=(4, 8))
+
+    def gradient(hidden, labels):
+        def value(hidden, labels):
+            return chunked(hidden, WEIGHT, BIAS, chunk_size=None, labels=labels)
+
+        return jax.vmap(jax.value_and_grad(value))(hidden, labels)
+
+    expected = jax.jit(gradient)(hidden, labels)
+    mesh = jax.make_mesh((4,), ("a",))
+    with jax.set_mesh(mesh):
+        placed = [jax.device_put(x, jax.NamedSharding(mesh, P("a"))) for x in (hidden, labels)]
+        all_close(jax.jit(gradient)(*placed), expected)
+    assert as_on_accelerators[0] > 1
+
+
 def test_leading_axes_and_no_bias(rng):
     hidden, labels = rng.normal(size=(2, 3, 4, WIDTH)), rng.integers(5, size=(2, 3, 4))
     expected = jsm.cross_entropy(hidden @ WEIGHT, labels)

@@ -976,6 +976,32 @@ def test_a_ring_beside_an_axis_that_is_automatic(name, rng):
     assert_close(found, wanted)
 
 
+@pytest.mark.leaks_in_jax
+@pytest.mark.parametrize("names", [("a", None), ("a", "a"), (None, None)], ids=str)
+def test_a_shard_map_beside_an_explicit_axis(names, rng):
+    """Over some axes only; heads are on the others."""
+    arrays, ct = rng.normal(size=(3, 2, 8, 2, 4)), rng.normal(size=(2, 8, 2, 4))
+    keys, queries = names
+    attend = functools.partial(jsm.dot_product_attention, is_causal=True)
+    of_part = functools.partial(attend, kv_axis_name=keys, query_axis_name=queries)
+    row, column = (P(None, name) if keys else P("a") for name in (queries, keys))
+
+    def everything(f, *arrays):
+        return f(*arrays), jax.vjp(f, *arrays)[1](ct)
+
+    wanted = jax.jit(functools.partial(everything, attend))(*arrays)
+    mesh = mesh_of((2, 2))
+    with jax.set_mesh(mesh):
+        specs = [P(*spec, *[None] * (2 - len(spec)), "b") for spec in (row, column, column)]
+        shardings = [NamedSharding(mesh, spec) for spec in specs]
+        ct, *placed = map(jax.device_put, (ct, *arrays), (shardings[0], *shardings))
+        spread = jax.shard_map(
+            of_part, in_specs=(row, column, column), out_specs=row, axis_names={"a"}
+        )
+        found = jax.jit(functools.partial(everything, spread))(*placed)
+    assert_close(found, wanted)
+
+
 def test_second_derivatives_beside_a_sink(rng):
     """Under `vmap` of a name, where JAX sums the shares of a sink that all devices have."""
     x, sink = jnp.asarray(rng.normal(size=(3, 2, 4))), jnp.array([0.3, -0.2])

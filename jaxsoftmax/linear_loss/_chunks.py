@@ -49,11 +49,12 @@ class Chunks:
 
     def grouped(self, x: Array, together: int) -> Array:
         """Chunks to larger ones, each of so many."""
-        return x.reshape(-1, together * x.shape[1], *x.shape[2:])
+        # In two steps, for either splits or merges an axis that `vmap` may have spread.
+        return _merged(x.reshape(-1, together, *x.shape[1:]), 1)
 
     def apart(self, x: Array, together: int) -> Array:
         """The chunks of groups."""
-        return x.reshape(together * x.shape[0], -1, *x.shape[2:])
+        return _merged(x.reshape(x.shape[0], together, -1, *x.shape[2:]), 0)
 
 
 @dataclasses.dataclass(frozen=True)
