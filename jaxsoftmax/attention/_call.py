@@ -183,13 +183,13 @@ def call(static: Static, normalizer: Normalizer, arrays: dict[str, Any]) -> Any:
             "normalizer must be called as f(scores, axis=axis, where=mask), got "
             f"{_arguments.function_name(normalizer)}, which does not take {missing[0]}."
         )
+    _arguments.check_draws_nothing(normalizer)
     is_partial = isinstance(normalizer, functools.partial)
     if is_partial and normalizer.args and is_public(normalizer.func):
         raise TypeError(
             "normalizer must hold its options by name, for scores come first, got "
             f"{normalizer.args[0]!r} by position."
         )
-    _arguments.check_draws_nothing(normalizer)
     ours = configured(normalizer)
     if ours is not None:
         _check_options({*dict(ours.options), *ours.arrays}, arrays, static.places)
