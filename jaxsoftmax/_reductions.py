@@ -272,9 +272,13 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
         state, moved = step(state)
         return state, jnp.where(jnp.any(moved), passes + 1, _MAX_PASSES)
 
-    # In an array, as a number of its own is on no mesh, and `vmap` of a loop would miss that.
-    passes = vary_like(jnp.zeros(1, jnp.int32), jax.tree.leaves(start)[0])
-    return lax.while_loop(lambda carry: carry[1][0] < _MAX_PASSES, body, (start, passes))[0]
+    passes = vary_like(no_passes(), jax.tree.leaves(start)[0])
+    return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
+
+
+def no_passes() -> Array:
+    """0 on the mesh around, as `vmap` of a loop needs: what is made as a number is on none."""
+    return jnp.squeeze(jnp.zeros(1, jnp.int32))
 
 
 # More than bisection in every other pass needs to pin down a float64.

@@ -27,10 +27,10 @@ def first_explicit(arrays: Iterable[Array]) -> Any:
     return next((sharding for sharding in found if sharding is not None), None)
 
 
-def explicit_axes(mesh: Any) -> set[str]:
-    """The explicit axes of a mesh."""
+def axes_of(mesh: Any, wanted: AxisType) -> set[str]:
+    """The axes of a mesh that are of a kind."""
     kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return {name for name, kind in kinds if kind == AxisType.Explicit}
+    return {name for name, kind in kinds if kind == wanted}
 
 
 def explicit_names(x: Array, axis: int) -> Names:
@@ -67,8 +67,7 @@ def gathered(x: Array, *axes: int) -> Array:
 def parts_of(x: Array, axis: int) -> int:
     """Into how many equal parts XLA may have split an axis, as far as types tell; 1 if none."""
     mesh = jax.typeof(x).sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    names = {*explicit_names(x, axis), *(name for name, kind in kinds if kind == AxisType.Auto)}
+    names = {*explicit_names(x, axis), *axes_of(mesh, AxisType.Auto)}
     parts = math.prod(mesh.shape[name] for name in names)
     return parts if x.shape[axis] % parts == 0 else 1
 
@@ -76,8 +75,7 @@ def parts_of(x: Array, axis: int) -> int:
 def parts_in_all(x: Array) -> int:
     """Into how many parts XLA may split `x` of its own accord, as far as types tell."""
     mesh = jax.typeof(x).sharding.mesh
-    kinds = zip(mesh.axis_names, mesh.axis_types, strict=True)
-    return math.prod(mesh.shape[name] for name, kind in kinds if kind == AxisType.Auto)
+    return math.prod(mesh.shape[name] for name in axes_of(mesh, AxisType.Auto))
 
 
 def on_each_device(
@@ -101,7 +99,7 @@ def on_each_device(
         is added here is what to do. When JAX has it, such functions work, and this may go.
     """
     mesh: Any = sharding.mesh
-    names = explicit_axes(mesh)
+    names = axes_of(mesh, AxisType.Explicit)
     if len(names) == len(mesh.axis_names):
         names = set()  # all but those that `vmap` has taken, which only JAX knows
     specs = [spec_of(axes) for axes in in_axes]

@@ -779,9 +779,7 @@ def test_vmap_over_what_an_explicit_mesh_spreads(name, further, rng):
 
     mesh, spec = (mesh_of((2, 2)), spec) if further else (mesh_of((4,)), P("a"))
     wanted = jax.jit(everything)(*args)
-    with jax.set_mesh(mesh):
-        placed = [jax.device_put(x, NamedSharding(mesh, spec)) for x in args]
-        found = jax.jit(everything)(*placed)
+    found, _ = on_mesh(mesh, everything, args, [spec] * len(args))
     assert_close(found, wanted)
     assert jax.typeof(found[0]).sharding.spec[0] == "a"
 
@@ -803,10 +801,9 @@ def test_options_of_attention_on_a_mesh_whose_devices_have_all_queries(name, rng
     option = {"mask": option > -1, "sink": option.astype(float)}.get(name, option)
 
     def everything(q, k, v, option):
-        def attend(*args):
-            return jsm.dot_product_attention(*args, **{name: option})
-
-        return attend(q, k, v), jax.vjp(attend, q, k, v)[1](jnp.cos(q))
+        return derivatives(
+            lambda *args: jsm.dot_product_attention(*args, **{name: option}), q, k, v
+        )
 
     wanted = jax.jit(everything)(q, k, v, option)
     found, _ = on_mesh(mesh_of((2, 2)), everything, (q, k, v, option), (P(), P(), P(), spec))
@@ -941,7 +938,7 @@ def test_half_precision_where_some_axes_are_automatic(rng):
 @pytest.mark.parametrize("reverse", [False, True])
 def test_a_stick_beside_an_axis_that_is_automatic(reverse, rng):
     """Devices have parts of a row that XLA may split further."""
-    x, ct = rng.normal(size=(2, 4, 16))
+    x = rng.normal(size=(4, 16))
     mesh, spread = mesh_of((2, 4), AxisType.Auto), P(None, "a")
     function = functools.partial(jsm.stick_breaking, reverse=reverse)
     of_parts = jax.shard_map(
@@ -951,17 +948,14 @@ def test_a_stick_beside_an_axis_that_is_automatic(reverse, rng):
         out_specs=spread,
         axis_names={"a"},
     )
-    found, wanted = (
-        jax.jit(lambda f=f: (f(x), jax.vjp(f, x)[1](ct)))() for f in (of_parts, function)
-    )
+    found, wanted = (jax.jit(functools.partial(derivatives, f))(x) for f in (of_parts, function))
     assert_close(found, wanted)
 
 
 @pytest.mark.leaks_in_jax
 @pytest.mark.parametrize("name", ["softmax", "sparsemax"])
 def test_a_ring_beside_an_axis_that_is_automatic(name, rng):
-    arrays, ct = rng.normal(size=(3, 2, 8, 2, 4)), rng.normal(size=(2, 8, 2, 4))
-    normalizer = getattr(jsm, name)
+    arrays, normalizer = rng.normal(size=(3, 2, 8, 2, 4)), getattr(jsm, name)
     attend = functools.partial(jsm.dot_product_attention, normalizer=normalizer, is_causal=True)
     ring = jax.shard_map(
         functools.partial(attend, kv_axis_name="a", query_axis_name="a"),
@@ -970,9 +964,7 @@ def test_a_ring_beside_an_axis_that_is_automatic(name, rng):
         out_specs=P(None, "a"),
         axis_names={"a"},
     )
-    found, wanted = (
-        jax.jit(lambda f=f: (f(*arrays), jax.vjp(f, *arrays)[1](ct)))() for f in (ring, attend)
-    )
+    found, wanted = (jax.jit(functools.partial(derivatives, f))(*arrays) for f in (ring, attend))
     assert_close(found, wanted)
 
 
@@ -980,26 +972,20 @@ def test_a_ring_beside_an_axis_that_is_automatic(name, rng):
 @pytest.mark.parametrize("names", [("a", None), ("a", "a"), (None, None)], ids=str)
 def test_a_shard_map_beside_an_explicit_axis(names, rng):
     """Over some axes only; heads are on the others."""
-    arrays, ct = rng.normal(size=(3, 2, 8, 2, 4)), rng.normal(size=(2, 8, 2, 4))
-    keys, queries = names
+    arrays, (keys, queries) = rng.normal(size=(3, 2, 8, 2, 4)), names
     attend = functools.partial(jsm.dot_product_attention, is_causal=True)
-    of_part = functools.partial(attend, kv_axis_name=keys, query_axis_name=queries)
     row, column = (P(None, name) if keys else P("a") for name in (queries, keys))
-
-    def everything(f, *arrays):
-        return f(*arrays), jax.vjp(f, *arrays)[1](ct)
-
-    wanted = jax.jit(functools.partial(everything, attend))(*arrays)
-    mesh = mesh_of((2, 2))
-    with jax.set_mesh(mesh):
-        specs = [P(*spec, *[None] * (2 - len(spec)), "b") for spec in (row, column, column)]
-        shardings = [NamedSharding(mesh, spec) for spec in specs]
-        ct, *placed = map(jax.device_put, (ct, *arrays), (shardings[0], *shardings))
-        spread = jax.shard_map(
-            of_part, in_specs=(row, column, column), out_specs=row, axis_names={"a"}
-        )
-        found = jax.jit(functools.partial(everything, spread))(*placed)
-    assert_close(found, wanted)
+    in_specs, mesh = (row, column, column), mesh_of((2, 2))
+    spread = jax.shard_map(
+        functools.partial(attend, kv_axis_name=keys, query_axis_name=queries),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=row,
+        axis_names={"a"},
+    )
+    specs = [P(*spec, *[None] * (2 - len(spec)), "b") for spec in in_specs]
+    found, _ = on_mesh(mesh, functools.partial(derivatives, spread), arrays, specs)
+    assert_close(found, jax.jit(functools.partial(derivatives, attend))(*arrays))
 
 
 def test_second_derivatives_beside_a_sink(rng):

@@ -7,12 +7,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jaxtyping import Array
 
 from jaxsoftmax import _sharding
 from jaxsoftmax._configured import arrays_in
 from jaxsoftmax._scores import mesh_names
-from jaxsoftmax._sharding import Names, explicit_axes, explicit_names, first_explicit, spec_of
+from jaxsoftmax._sharding import Names, axes_of, explicit_names, first_explicit, spec_of
 from jaxsoftmax.attention import _arguments
 from jaxsoftmax.attention._ring_parts import streams
 
@@ -69,7 +70,7 @@ class Plan:
         letters = letters[len(letters) - x.ndim :]
         pairs = zip(letters, x.shape, strict=True)
         # Arrays are not spread over what a `shard_map` around has taken.
-        left = explicit_axes(self.sharding.mesh)
+        left = axes_of(self.sharding.mesh, AxisType.Explicit)
         return [
             () if n == 1 else tuple(name for name in of.get(letter, ()) if name in left)
             for letter, n in pairs

@@ -13,7 +13,7 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
 from jaxsoftmax._public import BUDGET, known_number, public
-from jaxsoftmax._reductions import Entries, Rows, indicator, iterate
+from jaxsoftmax._reductions import Entries, Rows, indicator, iterate, no_passes
 from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, is_cold, prepare
 from jaxsoftmax._threshold import Solved
 
@@ -224,7 +224,7 @@ def _start(rows: Rows, scores: Entries, total: Array) -> _State:
         low=low + nothing,
         high=top + nothing,
         last=nothing + jnp.inf,
-        passes=jnp.zeros_like(nothing, jnp.int32),
+        passes=no_passes(),
         finishing=nothing,
     )
 
