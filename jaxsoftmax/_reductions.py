@@ -270,7 +270,9 @@ def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:
     def body(carry: tuple[Any, Array]) -> tuple[Any, Array]:
         state, passes = carry
         state, moved = step(state)
-        return state, jnp.where(jnp.any(moved), passes + 1, _MAX_PASSES)
+        # Not a choice: under `vmap` on an explicit mesh, jax 0.10.0 has none between such numbers.
+        at_rest = jnp.all(~moved).astype(passes.dtype)
+        return state, jnp.maximum(passes + 1, at_rest * _MAX_PASSES)
 
     passes = vary_like(no_passes(), jax.tree.leaves(start)[0])
     return lax.while_loop(lambda carry: carry[1] < _MAX_PASSES, body, (start, passes))[0]
