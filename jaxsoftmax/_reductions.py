@@ -28,6 +28,7 @@ from jaxsoftmax._sharding import explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Terms = Callable[..., Sequence[Array]]
+Pair = tuple[Sequence[Array], Sequence[Array]]  # the terms of sums and of maxima, or these
 ExactSums = Callable[..., Sequence[Array]]
 T = TypeVar("T")
 
@@ -91,13 +92,33 @@ class Rows:
           exactly: `(sums, *row_values)`: the same with smaller rounding errors, by
             `sums(terms, row_values)`. Not all platforms compute that without another pass.
         """
+        sums, _ = self._joint(lambda *args: (function(*args), ()), entries, row_values, exactly)
+        return tuple(sums)
+
+    def sums_and_maxima(
+        self,
+        function: Callable[..., Pair],
+        entries: Sequence[Entries],
+        row_values: Sequence[Array] = (),
+    ) -> Pair:
+        """The sums of the first and the maxima of the second that `function` gives; see `sums`."""
+        return self._joint(function, entries, row_values)
+
+    def _joint(
+        self,
+        function: Callable[..., Pair],
+        entries: Sequence[Entries],
+        row_values: Sequence[Array],
+        exactly: ExactSums | None = None,
+    ) -> Pair:
         if self.segment_ids is not None:
-            parts = zip(*self.map(function, entries, row_values), strict=True)
-            return tuple(map(self.sum, parts))
+            sums, maxima = zip(*self.map(function, entries, row_values), strict=True)
+            sums, maxima = (zip(*terms, strict=True) for terms in (sums, maxima))
+            return tuple(map(self.sum, sums)), tuple(map(self.max, maxima))
         first, *sinks = zip(*entries, strict=True)
-        sums = chosen(
-            "joint_sums",
-            functools.partial(self._joint_sums, function),
+        sums, maxima = chosen(
+            "joint",
+            functools.partial(self._one_by_one, function),
             first,
             tuple(row_values),
             axes=self.axes,
@@ -105,16 +126,23 @@ class Rows:
             exactly=exactly,
         )
         if self.names:
-            sums = lax.psum(tuple(sums), self.names)
+            sums, maxima = lax.psum(sums, self.names), lax.pmax(maxima, self.names)
         for sink in sinks:
-            sums = tuple(map(jnp.add, sums, function(*sink, *row_values)))
-        return tuple(sums)
+            more, others = function(*sink, *row_values)
+            sums, maxima = map(jnp.add, sums, more), map(jnp.maximum, maxima, others)
+        return tuple(sums), tuple(maxima)
+
+    def _one_by_one(
+        self, function: Callable[..., Pair], entries: Sequence[Array], row_values: Sequence[Array]
+    ) -> Pair:
+        sums, maxima = function(*entries, *row_values)
+        return tuple(map(self._local_sum, sums)), tuple(map(self._local_max, maxima))
 
     def max(self, entries: Entries, least: float = -jnp.inf) -> Array:
         """The largest entry of each row, `least` where there is none that is larger."""
         first, *sink = entries
         if self.segment_ids is None:
-            local = jnp.max(first, self.axes, keepdims=True, initial=least)
+            local = self._local_max(first, least)
         else:
             local = self._per_segment("max", least, first)
         top = lax.pmax(local, self.names) if self.names else local
@@ -255,10 +283,8 @@ class Rows:
     def _local_sum(self, x: Array) -> Array:
         return jnp.sum(x, self.axes, keepdims=True)
 
-    def _joint_sums(
-        self, function: Terms, entries: Sequence[Array], row_values: Sequence[Array]
-    ) -> tuple[Array, ...]:
-        return tuple(self._local_sum(terms) for terms in function(*entries, *row_values))
+    def _local_max(self, x: Array, least: float = -jnp.inf) -> Array:
+        return jnp.max(x, self.axes, keepdims=True, initial=least)
 
 
 def iterate(step: Callable[[Any], tuple[Any, Array]], start: Any) -> Any:

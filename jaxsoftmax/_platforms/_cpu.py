@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+_Pair = tuple[Sequence[Array], Sequence[Array]]
+
 # Searches in rows of so many entries and more begin with one of each so many parts. As measured:
 # fewer are gone through before it pays to choose among them.
 MANY, _PARTS = 1024, 64
@@ -23,34 +25,37 @@ ATTENTION = {
     "bands": 8,
 }
 
-LOCAL = ("joint_sums", "rounded", "first_tau", "sum_before", "add_product")
+LOCAL = ("joint", "rounded", "first_tau", "sum_before", "add_product")
 
 
-def joint_sums(
+def joint(
     general: Callable[..., Any],
     entries: Sequence[Array],
     row_values: Sequence[Array],
     *,
     axes: tuple[int, ...],
-    terms: Callable[..., Sequence[Array]],
+    terms: Callable[..., _Pair],
     exactly: Callable[..., Sequence[Array]] | None,
-) -> Sequence[Array]:
-    """The sums of rows, over all of the `axes`, as exact as they can be had."""
+) -> _Pair:
+    """The sums of rows, over all of the `axes`, as exact as they can be had, and maxima."""
     del general
+    if exactly is None:
+        return _folded(terms, entries, row_values, axes)
 
     def sums(terms: Callable[..., Sequence[Array]], row_values: Sequence[Array]) -> Any:
-        return _folded_sums(terms, entries, row_values, axes)
+        return _folded(lambda *args: (terms(*args), ()), entries, row_values, axes)[0]
 
-    return sums(terms, row_values) if exactly is None else exactly(sums, *row_values)
+    return exactly(sums, *row_values), ()
 
 
-def _folded_sums(
-    terms: Callable[..., Sequence[Array]],
+def _folded(
+    terms: Callable[..., _Pair],
     entries: Sequence[Array],
     row_values: Sequence[Array],
     axes: tuple[int, ...],
-) -> tuple[Array, ...]:
-    """The sums of the terms of rows.
+    again: bool = False,
+) -> _Pair:
+    """The sums of the first terms of rows, and the maxima of the second ones.
 
     XLA for CPU reduces the minor axis one number at a time. Folded into blocks, depth and lanes, it
     is reduced over the depth, and LLVM vectorizes across the lanes. What is left is a minor axis
@@ -66,15 +71,20 @@ def _folded_sums(
     folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
     spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
     partial = _reduce(terms(*folded, *spread), (minor + 1,))
-    partial = [sums.reshape(*sums.shape[:minor], -1) for sums in partial]
-    if length <= _SHORT and terms is not _as_they_are:
-        sums = _reduce(partial, axes)
+    partial = jax.tree.map(lambda x: x.reshape(*x.shape[:minor], -1), partial)
+    if length <= _SHORT and not again:
+        found = _reduce(partial, axes)
     else:
-        sums = _folded_sums(_as_they_are, partial, (), axes)
+        parts, of_parts = jax.tree.flatten(partial)
+
+        def as_they_are(*parts: Array) -> _Pair:
+            return jax.tree.unflatten(of_parts, parts)
+
+        found = _folded(as_they_are, parts, (), axes, again=True)
     if whole == length:
-        return sums
+        return found
     rest = [x[..., whole:] for x in entries]
-    return _add(sums, _folded_sums(terms, rest, row_values, axes))
+    return _join(found, _folded(terms, rest, row_values, axes, again))
 
 
 # As measured: what is left of so short a row takes less time one by one than folded again. Of
@@ -93,18 +103,16 @@ def _folding(length: Any) -> tuple[int, int]:
     return lanes, min(length // lanes, 8)
 
 
-def _as_they_are(*terms: Array) -> Sequence[Array]:
-    return terms
+def _join(x: _Pair, y: _Pair) -> _Pair:
+    return tuple(map(jnp.add, x[0], y[0])), tuple(map(jnp.maximum, x[1], y[1]))
 
 
-def _add(x: Sequence[Array], y: Sequence[Array]) -> tuple[Array, ...]:
-    return tuple(map(jnp.add, x, y))
-
-
-def _reduce(terms: Sequence[Array], axes: tuple[int, ...]) -> tuple[Array, ...]:
-    zeros = tuple(jnp.zeros((), x.dtype) for x in terms)
-    sums = lax.reduce(tuple(terms), zeros, _add, axes)
-    return tuple(jnp.expand_dims(x, axes) for x in sums)
+def _reduce(terms: _Pair, axes: tuple[int, ...]) -> _Pair:
+    sums, maxima = map(tuple, terms)
+    zeros = tuple(jnp.zeros((), x.dtype) for x in sums)
+    least = tuple(jnp.full((), -jnp.inf, x.dtype) for x in maxima)
+    found = lax.reduce((sums, maxima), (zeros, least), _join, axes)
+    return jax.tree.map(lambda x: jnp.expand_dims(x, axes), found)
 
 
 def rounded(

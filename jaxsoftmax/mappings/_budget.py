@@ -13,7 +13,7 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
 from jaxsoftmax._public import BUDGET, known_number, public
-from jaxsoftmax._reductions import Entries, Rows, indicator, iterate, no_passes
+from jaxsoftmax._reductions import Entries, Pair, Rows, indicator, iterate, no_passes
 from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, is_cold, prepare
 from jaxsoftmax._threshold import Solved
 
@@ -132,22 +132,24 @@ class _Budget(Solved):
         """The threshold of finite scores, and what infinite ones get."""
         (budget,) = params
 
-        def infinite_and_finite(z: Array) -> tuple[Array, Array]:
+        def counts_and_ends(z: Array) -> Pair:
             # Sums keep a NaN, which maxima may lose.
             finite = jnp.where(jnp.isnan(z), z, indicator(jnp.isfinite(z), z.dtype))
-            return indicator(z == jnp.inf, z.dtype), finite
+            below = _finite(z)
+            ends = below, jnp.where(below == -jnp.inf, below, -below)
+            return (indicator(z == jnp.inf, z.dtype), finite), ends
 
-        firsts, others = rows.sums(infinite_and_finite, [scores])
+        (firsts, others), (top, bottom) = rows.sums_and_maxima(counts_and_ends, [scores])
         share = jnp.clip(budget / jnp.maximum(firsts, 1), 0, 1)
         left = budget - firsts
         # Where nothing is left to be found, any total that there is a threshold for.
         total = jnp.where((left > 0) & (left < others), left, others / 2)
-        return *_spend(rows, rows.map(_finite, [scores]), total), share, left, others
+        return *_spend(rows, scores, (-bottom, top), total), share, left, others
 
     def at(self, score: Array, *row: Array) -> Array:
         """The share of a score."""
         tau, rest, missing, clear, share, left, others, _ = row
-        u = (_finite(score) - tau) - rest
+        u = _inside(score, tau, rest)
         p = jnp.clip(u - _between(u) * missing, 0, 1)
         p = jnp.where(clear, jnp.round(p), p)
         none = left <= 0
@@ -164,19 +166,20 @@ def _between(u: Array) -> Array:
     return indicator((u > 0) & (u < 1), u.dtype)
 
 
-def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
+def _spend(
+    rows: Rows, scores: Entries, ends: tuple[Array, Array], total: Array
+) -> tuple[Array, ...]:
     """The threshold of `clip(scores - tau, 0, 1)` that sum to `total`; NaN where that is NaN.
+
+    Scores of +inf take no part.
 
     A float is not fine enough for a `tau` far from 0: 1000 scores around 100 would miss their
     total by 1%. Hence it is kept as the sum of two, `tau + rest`, and `scores - tau` is exact
     where it matters. What is missing in the end is shared among the entries between 0 and 1.
     """
 
-    def inside(z: Array, tau: Array, rest: Array) -> Array:
-        return (z - tau) - rest
-
     def parts(z: Array, tau: Array, rest: Array) -> tuple[Array, Array, Array]:
-        u = inside(z, tau, rest)
+        u = _inside(z, tau, rest)
         partly = jnp.where(u < 1, jnp.maximum(u, 0), 0)
         # With both ends: an entry at an end leaves it to one side.
         free = indicator((u >= 0) & (u <= 1), u.dtype)
@@ -187,8 +190,12 @@ def _spend(rows: Rows, scores: Entries, total: Array) -> tuple[Array, ...]:
         held, free, ones = rows.sums(parts, [scores], [state.tau, state.rest])
         return _stepped(state, held - (total - ones), held, free)
 
-    tau, rest, *_ = rows.search(scores, step, _start(rows, scores, total))
-    return tau, rest, *_shared_out(rows, scores, rows.map(inside, [scores], [tau, rest]), total)
+    tau, rest, *_ = rows.search(scores, step, _start(*ends, total))
+    return tau, rest, *_shared_out(rows, scores, tau, rest, total)
+
+
+def _inside(z: Array, tau: Array, rest: Array) -> Array:
+    return (_finite(z) - tau) - rest
 
 
 class _State(NamedTuple):
@@ -213,9 +220,7 @@ class _State(NamedTuple):
     finishing: Array
 
 
-def _start(rows: Rows, scores: Entries, total: Array) -> _State:
-    top = rows.max(scores)
-    bottom = -rows.max(rows.map(lambda z: jnp.where(z == -jnp.inf, z, -z), [scores]))
+def _start(bottom: Array, top: Array, total: Array) -> _State:
     low = jnp.maximum(_next(bottom - 1, -1), jnp.finfo(top.dtype).min)
     nothing = jnp.zeros_like(top + total)
     return _State(
@@ -274,42 +279,37 @@ def _stepped(state: _State, excess: Array, held: Array, free: Array) -> tuple[_S
     return new, moved
 
 
-def _shared_out(rows: Rows, scores: Entries, raw: Entries, total: Array) -> tuple[Array, Array]:
+def _shared_out(
+    rows: Rows, scores: Entries, tau: Array, rest: Array, total: Array
+) -> tuple[Array, Array]:
     """What is missing of the total, for each entry between 0 and 1, and whether there is any.
 
     Args:
       rows: the rows.
       scores: the scores.
-      raw: the same, less their threshold.
+      tau: their threshold.
+      rest: a smaller part of it.
       total: what the solution sums to.
     """
 
-    def counts(u: Array) -> tuple[Array, Array, Array]:
+    def counts(z: Array, tau: Array, rest: Array) -> tuple[Array, Array, Array]:
+        u = _inside(z, tau, rest)
         return indicator(u >= 1, u.dtype), _between(u), indicator(u > 0.5, u.dtype)
 
-    ones, free, chosen = rows.sums(counts, [raw])
+    # And by how much the scores that get more than 1/2 are above all others.
+    def off_and_cut(z: Array, tau: Array, rest: Array, share: Array) -> Pair:
+        u, z = _inside(z, tau, rest), _finite(z)
+        off = jnp.where(_between(u) > 0, u - share, 0)
+        return (off,), (jnp.where(u > 0.5, -z, -jnp.inf), jnp.where(u > 0.5, -jnp.inf, z))
+
+    ones, free, chosen = rows.sums(counts, [scores], [tau, rest])
     free = jnp.maximum(free, 1)
     share = (total - ones) / free
     # The mean of deviations is more exact than the sum of many entries that are nearly equal.
-    off = rows.sum(rows.map(lambda u, s: jnp.where(_between(u) > 0, u - s, 0), [raw], [share]))
-    return off / free, (chosen == total) & (_cut(rows, scores, raw) >= 1)
-
-
-def _cut(rows: Rows, scores: Entries, raw: Entries) -> Array:
-    """By how much the scores that get more than 1/2 are above all others.
-
-    If it is 1 or more, and there are as many as the budget, 0 and 1 are all that the row needs.
-    Then many a `tau` will do, and rounding must not leave a speck on the entries at its ends.
-    """
-
-    def chosen(u: Array, z: Array) -> Array:
-        return jnp.where(u > 0.5, -z, -jnp.inf)
-
-    def others(u: Array, z: Array) -> Array:
-        return jnp.where(u > 0.5, -jnp.inf, z)
-
-    least = -rows.max(rows.map(chosen, [raw, scores]))
-    return least - rows.max(rows.map(others, [raw, scores]))
+    (missing,), (least, others) = rows.sums_and_maxima(off_and_cut, [scores], [tau, rest, share])
+    # If the cut is 1 or more, and there are as many as the budget, 0 and 1 are all that the row
+    # needs. Then many a `tau` will do, and rounding must not leave a speck on entries at its ends.
+    return missing / free, (chosen == total) & (-least - others >= 1)
 
 
 # Most rows need fewer passes, and what is left of the bound is enough for a float64.
