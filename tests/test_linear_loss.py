@@ -325,6 +325,31 @@ def test_rows_that_do_not_count_leave_no_trace(reduction):
     assert np.all(np.isfinite(tangent))
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("option", ["where", "ignore_index"])
+def test_rows_that_do_not_count_where_a_bias_rules_a_class_out(option, reduction):
+    """Their infinite losses are not multiplied by what the loss closes over."""
+    labels = np.where(KEEP, np.maximum(LABELS, 1), 0)
+    bias = np.where(np.arange(NUM_CLASSES) == 0, -np.inf, BIAS)
+    options = {"where": KEEP} if option == "where" else {"ignore_index": 0}
+
+    def ours(factor, bias):
+        def loss(scores, labels):
+            return factor * jsm.cross_entropy(scores, labels)
+
+        options_here = {"loss": loss, "reduction": reduction, **options}
+        return jnp.sum(chunked(HIDDEN, WEIGHT, bias, labels=labels, **options_here))
+
+    def theirs(factor, bias):
+        scores = HIDDEN[KEEP] @ WEIGHT + bias[None]
+        summed = jnp.mean if reduction == "mean" else jnp.sum
+        return factor * summed(jsm.cross_entropy(scores, labels[KEEP]))
+
+    gradients = [jax.grad(f, (0, 1))(1.5, bias) for f in (ours, theirs)]
+    all_close(*gradients)
+    close(jax.jvp(lambda a: ours(a, bias), (1.5,), (1.0,))[1], gradients[1][0])
+
+
 DENSE = RNG.dirichlet(np.ones(NUM_CLASSES), size=NUM_ROWS)
 PADDED = np.where(KEEP, LABELS, -100)
 

@@ -57,9 +57,12 @@ class Group(NamedTuple):
     losses: Losses
 
 
-def _scores(hidden: Array, weight: Array, bias: Array | None) -> Array:
-    scores = _dot(hidden, weight, ((hidden.ndim - 1,), (0,)))
-    return scores if bias is None else scores + with_ndim(bias, scores.ndim)
+def _scores(operands: Operands, keep: Array) -> Array:
+    scores = _dot(operands.hidden, operands.weight, ((operands.hidden.ndim - 1,), (0,)))
+    if operands.bias is None:
+        return scores
+    # A row that does not count has some class, too, which the bias may rule out.
+    return scores + jnp.where(keep[..., None], with_ndim(operands.bias, scores.ndim), 0)
 
 
 def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
@@ -78,7 +81,7 @@ def _losses(losses: Losses, operands: Operands, rows: Labelled) -> Array:
 def _losses_of_chunk(
     losses: Losses, operands: Operands, rest: list[Array], labels: Array, keep: Array
 ) -> Array:
-    scores = _scores(operands.hidden, operands.weight, operands.bias)
+    scores = _scores(operands, keep)
     return jnp.where(keep, losses(operands.params, rest, scores, labels), 0)
 
 
@@ -94,7 +97,8 @@ def _gradients(
         def of_scores(scores: Array, params: list[Array]) -> Array:
             return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
 
-        values, pull_back = jax.vjp(of_scores, _scores(hidden, weight, bias), params)
+        scores = _scores(operands._replace(hidden=hidden), keep)
+        values, pull_back = jax.vjp(of_scores, scores, params)
         ct_scores, ct_params = pull_back(vary_like(ct, values))
         *of_rows, of_classes = range(ct_scores.ndim)
         ct_bias = None if bias is None else jnp.sum(ct_scores, of_rows)
