@@ -350,6 +350,29 @@ def test_rows_that_do_not_count_where_a_bias_rules_a_class_out(option, reduction
     close(jax.jvp(lambda a: ours(a, bias), (1.5,), (1.0,))[1], gradients[1][0])
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("keep", [KEEP, np.zeros(NUM_ROWS, bool)], ids=("some", "none"))
+def test_rows_that_do_not_count_where_a_loss_has_no_derivative_at_0(keep, reduction):
+    """Nor have those that fill up a chunk: here scores are divided by their norm."""
+
+    def normed(scores, labels):
+        scores = scores / jnp.linalg.norm(scores, axis=-1, keepdims=True)
+        return jsm.cross_entropy(scores, labels, temperature=0.1)
+
+    def ours(*operands):
+        return jnp.sum(chunked(*operands, loss=normed, where=keep, reduction=reduction))
+
+    def theirs(hidden, weight, bias):
+        losses = jnp.sum(normed(hidden[keep] @ weight + bias[None], LABELS[keep]))
+        return losses / max(1, int(keep.sum())) if reduction == "mean" else losses
+
+    def derivatives(f):
+        gradient = jax.grad(f, (0, 1, 2))
+        return gradient(*OPERANDS), jax.jvp(gradient, OPERANDS, tangents(OPERANDS))[1]
+
+    all_close(derivatives(ours), derivatives(theirs))
+
+
 DENSE = RNG.dirichlet(np.ones(NUM_CLASSES), size=NUM_ROWS)
 PADDED = np.where(KEEP, LABELS, -100)
 

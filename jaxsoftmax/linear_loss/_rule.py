@@ -59,10 +59,11 @@ class Group(NamedTuple):
 
 def _scores(operands: Operands, keep: Array) -> Array:
     scores = _dot(operands.hidden, operands.weight, ((operands.hidden.ndim - 1,), (0,)))
-    if operands.bias is None:
-        return scores
-    # A row that does not count has some class, too, which the bias may rule out.
-    return scores + jnp.where(keep[..., None], with_ndim(operands.bias, scores.ndim), 0)
+    if operands.bias is not None:
+        scores = scores + with_ndim(operands.bias, scores.ndim)
+    # What does not count adds 0 times its derivatives. All losses have them at unequal scores.
+    unequal = 1 / (1 + jnp.arange(scores.shape[-1], dtype=scores.dtype))
+    return jnp.where(keep[..., None], scores, with_ndim(unequal, scores.ndim))
 
 
 def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
