@@ -392,6 +392,25 @@ def normalized_sigmoid(scores, axis, where):
     return weights / jnp.sum(weights, axis, keepdims=True)
 
 
+@pytest.mark.parametrize("options", [{"is_causal": True}, {"local_window_size": (2, 1)}], ids=str)
+def test_functions_of_a_user_get_all_keys(options, rng):
+    """They may use how many there are, and hold a number for each."""
+    gains = jnp.asarray(rng.normal(size=S))
+
+    def rectified(scores, axis, where):
+        return (
+            jnp.where(where, jax.nn.relu(scores + gains[None, None, None]), 0) / scores.shape[axis]
+        )
+
+    before, after = options.get("local_window_size", (T + S, 0))
+    i, j = jnp.arange(T)[:, None], jnp.arange(S)[None, :]
+    where = (i - before <= j) & (j <= i + after)
+    args = inputs(rng)
+    ours = attend(*args, normalizer=rectified, **options)
+    reference = dense(*args, where=where[None, None], normalizer=rectified)
+    np.testing.assert_allclose(ours, reference, rtol=1e-12, atol=1e-12)
+
+
 def test_functions_that_close_over_what_is_learned(rng):
     """Batch 1 has a query that sees nothing, which the function of the user has not to know."""
     slopes, table = jnp.asarray(rng.normal(size=N)), jnp.asarray(rng.normal(size=(B, T + S)))

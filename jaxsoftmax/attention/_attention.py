@@ -111,7 +111,8 @@ def dot_product_attention(
       normalizer: turns scores into weights: `f(scores, axis=axis, where=mask)`, with `scores` of
         shape (B, N, rows, S) and a boolean `mask` that broadcasts to it. Any mapping of this
         package, a `functools.partial` of one (a parameter per head has shape (N, 1, 1)) or a
-        function of your own.
+        function of your own, which gets the scores of excluded keys, too: a causal mask or a window
+        saves it no time.
       scale: multiplies the products of queries and keys; None: :math:`1 / \sqrt H`.
       is_causal: if true, a query sees no key after its own position. Positions of both are counted
         from the first, or as `query_offset` says.

@@ -60,12 +60,16 @@ def cut_and_attend(
 
 def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tiling: Tiling) -> Cuts:
     """How attention is cut where it is one device's own."""
+    # Of functions that are not ours it is not known which of their arrays belong to a head, nor
+    # whether they use how many keys there are.
+    ours = isinstance(rules.normalizer, Configured)
     known = all(map(is_known, (*rules.first[2:], sizes.queries, sizes.keys)))
-    reach = Reach(rules.before, rules.after).of_rows_from(rules.offset) if known else Reach()
+    reach = Reach()
+    if ours and known:
+        reach = Reach(rules.before, rules.after).of_rows_from(rules.offset)
     groups, together = Groups(), sizes.batch * sizes.heads
     forward, backward = tiling.forward, tiling.backward
-    # Of functions that are not ours it is not known which of their arrays belong to a head.
-    if isinstance(rules.normalizer, Configured) and not rules.kv_names:
+    if ours and not rules.kv_names:
         per_head = sizes.heads // sizes.key_heads
         rows = block_size or _rows_of_band(sizes, reach, tiling)
         row_size = per_head * sizes.keys
