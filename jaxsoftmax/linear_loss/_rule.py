@@ -61,7 +61,16 @@ def _scores(operands: Operands, keep: Array) -> Array:
     scores = _dot(operands.hidden, operands.weight, ((operands.hidden.ndim - 1,), (0,)))
     if operands.bias is not None:
         scores = scores + with_ndim(operands.bias, scores.ndim)
-    # What does not count adds 0 times its derivatives. All losses have them at unequal scores.
+    return _unless_kept(scores, keep)
+
+
+# Checkpointed, so that the rows that are kept are remembered, not all their entries.
+@jax.checkpoint
+def _unless_kept(scores: Array, keep: Array) -> Array:
+    """The scores, and unequal numbers in rows that do not count.
+
+    These rows add 0 times their derivatives, which all losses have at unequal scores.
+    """
     unequal = 1 / (1 + jnp.arange(scores.shape[-1], dtype=scores.dtype))
     return jnp.where(keep[..., None], scores, with_ndim(unequal, scores.ndim))
 
