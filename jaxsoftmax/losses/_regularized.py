@@ -162,15 +162,11 @@ class _Regularizer:
         self, rows: Rows, p: Entries, target: Entries, shift: Array | None, *params: Array
     ) -> Array:
         """`Omega(target) - Omega(p)`, where `shift` is by how much the sum of `p` is larger."""
-        change = rows.sum(rows.map(self.change_of_entry, [p, target], params))
-        return self.shifted(change, shift, *params)
 
-    def change_of_entry(self, p: Array, target: Array, *params: Array) -> Array:
-        """The part of an entry, without what its slope adds."""
-        return self.omega(target, *params) - self.omega(p, *params)
+        def of_entry(p: Array, target: Array, *params: Array) -> Array:
+            return self.omega(target, *params) - self.omega(p, *params)
 
-    def shifted(self, change: Array, shift: Array | None, *params: Array) -> Array:
-        """The change of the entries, with what their slope adds."""
+        change = rows.sum(rows.map(of_entry, [p, target], params))
         return change if shift is None else change - shift * self.slope(*params)
 
 
@@ -213,35 +209,19 @@ def _fenchel_young_fwd(
     # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
     # keeps the digits.
     gaps, top = _tops.below_top(rows, scores)
-    linear, excess, change = _sums(regularizer, rows, gaps, p, target, *params)
-    shift = None if of_classes else without_rounding(excess, 1)
-    loss = linear + regularizer.shifted(change, shift, *params)
+    shift = None if of_classes else _shift(rows, p, target)
+
+    def term(gap: Array, p: Array, target: Array) -> Array:
+        excess = p - target
+        return excess * jnp.where(excess == 0, 0, gap)
+
+    linear = rows.sum(rows.map(term, [gaps, p, target]))
+    loss = linear + regularizer.change(rows, p, target, shift, *params)
     noise: ArrayLike = jnp.inf
     if shift is not None:
         loss = loss + times(shift, top)
         noise = jnp.where(shift == 0, noise, 0)
     return not_negative(loss, noise), (rows, scores, p, target, params)
-
-
-def _sums(
-    regularizer: _Regularizer,
-    rows: Rows,
-    gaps: Entries,
-    p: Entries,
-    target: Entries,
-    *params: Array,
-) -> tuple[Array, ...]:
-    """Of `(p - target) gap`, of `p - target`, and of how the regularizer changes."""
-
-    def terms(gap: Array, p: Array, target: Array, *params: Array) -> tuple[Array, ...]:
-        excess = p - target
-        linear = excess * jnp.where(excess == 0, 0, gap)
-        return linear, excess, regularizer.change_of_entry(p, target, *params)
-
-    if not params:
-        return rows.sums(terms, [gaps, p, target])
-    # Powers make a loop too long for compilers to vectorize, if it has other sums, too.
-    return tuple(map(rows.sum, zip(*rows.map(terms, [gaps, p, target], params), strict=True)))
 
 
 def _shift(rows: Rows, p: Entries, target: Entries) -> Array:
