@@ -64,8 +64,9 @@ def _scores(operands: Operands, keep: Array) -> Array:
     return _unless_kept(scores, keep)
 
 
-# Checkpointed, so that the rows that are kept are remembered, not all their entries.
-@jax.checkpoint
+# Checkpointed, so that the rows that are kept are remembered, not all their entries. In a loop
+# nothing else computes the same, and a barrier would make XLA for TPU hold the scores.
+@functools.partial(jax.checkpoint, prevent_cse=False)
 def _unless_kept(scores: Array, keep: Array) -> Array:
     """The scores, and unequal numbers in rows that do not count.
 
