@@ -30,7 +30,8 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
        whose rule runs `fwd` and then calls one linear function of the tangents. When evaluated,
        that is the transpose of `bwd`; when transposed, it is `bwd` itself.
     4. So reverse mode calls `bwd` as it is, with the same arguments as `jax.custom_vjp`. `jax.grad`
-       costs the same as there, and `bwd` need not be linear.
+       costs the same as there, and `bwd` need not be linear. It is not called where all cotangents
+       are known to be 0, as for what another rule returns None.
     5. Both directions are traced through `fwd` and `bwd`, so higher orders follow as long as
        `fwd` and `bwd` are differentiable: let `fwd` call the decorated function itself, not a
        solver, and second derivatives use the rule instead of unrolling the solver.
@@ -305,6 +306,8 @@ class _Pullback:
     active: tuple[int, ...]
 
     def __call__(self, points: Sequence[Any], cts: Sequence[Any]) -> list[Any]:
+        if all(ct is None for ct in cts):
+            return [None] * len(self.active)
         found = self.rule.bwd(
             *self.rule.static,
             jax.tree.unflatten(self.residuals, points),

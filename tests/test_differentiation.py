@@ -680,6 +680,30 @@ def test_symbolic_zeros_of_cotangents():
     close(jax.grad(lambda x: sum(both(x)))(0.3), np.cos(0.3) - np.sin(0.3))
 
 
+def test_nothing_is_pulled_back_where_another_rule_returns_none():
+    called = []
+
+    @jsm.custom_vjp
+    def sine(x):
+        return jnp.sin(x)
+
+    def bwd(x, ct):
+        called.append(ct)
+        return (ct * jnp.cos(x),)
+
+    sine.defvjp(lambda x: (sine(x), x), bwd)
+
+    @jsm.custom_vjp
+    def first(x, y):
+        return x
+
+    first.defvjp(lambda x, y: (first(x, y), None), lambda _, ct: (ct, None))
+    close(jax.jit(jax.grad(lambda x: first(x * x, sine(x))))(0.3), 0.6)
+    assert not called
+    close(jax.grad(lambda x: first(sine(x), x))(0.3), np.cos(0.3))
+    assert called
+
+
 def test_cotangents_of_another_dtype_become_that_of_the_argument():
     @jsm.custom_vjp
     def scaled(x):

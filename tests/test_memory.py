@@ -73,3 +73,16 @@ def test_cross_entropy_of_classes_holds_no_scores():
 
     for fun in (jsm.cross_entropy, jax.value_and_grad(total)):
         assert temporaries(fun, scores, labels) < scores.size * 4 / 2
+
+
+def test_losses_of_entmax_hold_the_probabilities_alone():
+    scores = jax.ShapeDtypeStruct((512, 2048), jnp.float32)
+    labels = jax.ShapeDtypeStruct((512,), jnp.int32)
+    for loss in (jsm.sparsemax_loss, jsm.entmax_loss):
+        assert temporaries(loss, scores, labels) < scores.size * 4 * 1.5
+
+    def total(scores, targets):
+        return jnp.sum(jsm.entmax_loss(scores, targets, 1.3))
+
+    # No pullback of the zero that stands for the derivative in the probabilities.
+    assert temporaries(jax.grad(total, (0, 1)), scores, scores) < scores.size * 4

@@ -162,11 +162,15 @@ class _Regularizer:
         self, rows: Rows, p: Entries, target: Entries, shift: Array | None, *params: Array
     ) -> Array:
         """`Omega(target) - Omega(p)`, where `shift` is by how much the sum of `p` is larger."""
+        change = rows.sum(rows.map(self.change_of_entry, [p, target], params))
+        return self.shifted(change, shift, *params)
 
-        def of_entry(p: Array, target: Array, *params: Array) -> Array:
-            return self.omega(target, *params) - self.omega(p, *params)
+    def change_of_entry(self, p: Array, target: Array, *params: Array) -> Array:
+        """The part of an entry, without what its slope adds."""
+        return self.omega(target, *params) - self.omega(p, *params)
 
-        change = rows.sum(rows.map(of_entry, [p, target], params))
+    def shifted(self, change: Array, shift: Array | None, *params: Array) -> Array:
+        """The change of the entries, with what their slope adds."""
         return change if shift is None else change - shift * self.slope(*params)
 
 
@@ -192,9 +196,19 @@ def _fenchel_young(
     rows: Rows,
     scores: Entries,
     target: Entries,
+    p: Entries,
     *params: Array,
 ) -> Array:
-    return _fenchel_young_fwd(regularizer, of_classes, rows, scores, target, *params)[0]
+    """The loss, where `p` is what the regularizer maps the scores to."""
+    # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
+    # keeps the digits.
+    gaps, top = _tops.below_top(rows, scores)
+    linear, excess, change = _sums(regularizer, rows, gaps, p, target, *params)
+    if of_classes:
+        return not_negative(linear + change, jnp.inf)
+    shift = without_rounding(excess, 1)
+    loss = linear + regularizer.shifted(change, shift, *params) + times(shift, top)
+    return not_negative(loss, jnp.where(shift == 0, jnp.inf, 0))
 
 
 def _fenchel_young_fwd(
@@ -203,25 +217,32 @@ def _fenchel_young_fwd(
     rows: Rows,
     scores: Entries,
     target: Entries,
+    p: Entries,
     *params: Array,
 ) -> tuple[Array, Any]:
-    p = _threshold.apply(regularizer.form, rows, scores, *params)
-    # Where `p` and the target have the same sum, any shift of the scores will do; the maximum at 0
-    # keeps the digits.
-    gaps, top = _tops.below_top(rows, scores)
-    shift = None if of_classes else _shift(rows, p, target)
+    loss = _fenchel_young(regularizer, of_classes, rows, scores, target, p, *params)
+    return loss, (rows, scores, p, target, params)
 
-    def term(gap: Array, p: Array, target: Array) -> Array:
+
+def _sums(
+    regularizer: _Regularizer,
+    rows: Rows,
+    gaps: Entries,
+    p: Entries,
+    target: Entries,
+    *params: Array,
+) -> tuple[Array, ...]:
+    """Of `(p - target) gap`, of `p - target`, and of how the regularizer changes."""
+
+    def terms(gap: Array, p: Array, target: Array, *params: Array) -> tuple[Array, ...]:
         excess = p - target
-        return excess * jnp.where(excess == 0, 0, gap)
+        linear = excess * jnp.where(excess == 0, 0, gap)
+        return linear, excess, regularizer.change_of_entry(p, target, *params)
 
-    linear = rows.sum(rows.map(term, [gaps, p, target]))
-    loss = linear + regularizer.change(rows, p, target, shift, *params)
-    noise: ArrayLike = jnp.inf
-    if shift is not None:
-        loss = loss + times(shift, top)
-        noise = jnp.where(shift == 0, noise, 0)
-    return not_negative(loss, noise), (rows, scores, p, target, params)
+    if not params:
+        return rows.sums(terms, [gaps, p, target])
+    # Powers make a loop too long for compilers to vectorize, if it has other sums, too.
+    return tuple(map(rows.sum, zip(*rows.map(terms, [gaps, p, target], params), strict=True)))
 
 
 def _shift(rows: Rows, p: Entries, target: Entries) -> Array:
@@ -238,7 +259,7 @@ def _fenchel_young_bwd(
         shift = None if of_classes else _shift(rows, p, target)
         return regularizer.change(rows, p, target, shift, *params)
 
-    # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
+    # That in `p` vanishes, since `p` is the maximum: no second solve.
     _, pull_back = jax.vjp(change, target, *params)
     ct_target, *ct_params = pull_back(ct)
     ct = rows.summed_cotangent(ct)
@@ -249,7 +270,7 @@ def _fenchel_young_bwd(
 
     ct_target = rows.map(less_score, [ct_target, scores], [ct])
     ct_scores = rows.map(lambda p, y, ct: ct * (p - y), [p, target], [ct])
-    return None, ct_scores, ct_target, *ct_params
+    return None, ct_scores, ct_target, None, *ct_params
 
 
 _fenchel_young.defvjp(_fenchel_young_fwd, _fenchel_young_bwd)
@@ -267,5 +288,6 @@ def _loss(
     rows, z = prepare_scores(scores, axis, Options(where, temperature))
     target, classes = as_distribution(rows, z, targets, axis)
     params = () if alpha is None else (_entmax.as_alpha(rows, z, alpha),)
-    loss = _fenchel_young(regularizer, classes is not None, rows, z, target, *params)
+    p = _threshold.apply(regularizer.form, rows, z, *params)
+    loss = _fenchel_young(regularizer, classes is not None, rows, z, target, p, *params)
     return one_per_row(rows, loss, classes, scores)
