@@ -54,9 +54,9 @@ class Opened(NamedTuple):
         return jax.tree.unflatten(self.tree, leaves)
 
 
-def is_of_closure(error: NotImplementedError) -> bool:
-    """Whether JAX says that `shard_map` has no closures over arrays of a mesh (0.10 to 0.12)."""
-    return "Closing over inputs" in str(error)
+def is_of_closure(error: Exception) -> bool:
+    """Whether JAX says that nothing may close over arrays of a mesh, by `shard_map` or not."""
+    return any(x in str(error) for x in ("Closing over inputs", "should match the aval mesh"))
 
 
 def varying(x: Array) -> frozenset[str]:

@@ -94,9 +94,7 @@ def on_each_device(
       out_specs: the specs of what it returns.
 
     Raises:
-      NotImplementedError: if `fun` calls a function that closes over an array of the mesh. JAX
-        raises it, since `shard_map` implements that for no explicit axes (0.10 to 0.12); all that
-        is added here is what to do. When JAX has it, such functions work, and this may go.
+      NotImplementedError: if `fun` calls a function that closes over an array of the mesh.
     """
     mesh: Any = sharding.mesh
     names = axes_of(mesh, AxisType.Explicit)
@@ -114,9 +112,41 @@ def on_each_device(
     def of_placed(*args: Any) -> Any:
         pairs = zip(args, specs, strict=True)
         placed = [jax.sharding.reshard(x, NamedSharding(mesh, spec)) for x, spec in pairs]
+        return mapped(*placed)
+
+    return _without_closures(of_placed)
+
+
+def as_a_whole(
+    fun: Callable[..., Any], sharding: NamedSharding, out_specs: Any
+) -> Callable[..., Any]:
+    """`fun` of whole arrays on an explicit mesh, which XLA shares of its own accord.
+
+    Args:
+      fun: the function.
+      sharding: that of any array on the mesh.
+      out_specs: the specs of what it returns.
+
+    Raises:
+      NotImplementedError: if `fun` calls a function that closes over an array of the mesh.
+    """
+    mesh: Any = sharding.mesh
+    specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
+    names = tuple(sorted(axes_of(mesh, AxisType.Explicit)))
+    return _without_closures(jax.sharding.auto_axes(fun, axes=names, out_sharding=specs))
+
+
+def _without_closures(fun: Callable[..., Any]) -> Callable[..., Any]:
+    """`fun`, which says what to do where a function closes over an array of the mesh.
+
+    JAX raises, since it has no such closures where axes stop to be explicit (0.10 to 0.12). When it
+    has them, such functions work, and this may go.
+    """
+
+    def called(*args: Any) -> Any:
         try:
-            return mapped(*placed)
-        except NotImplementedError as error:
+            return fun(*args)
+        except (NotImplementedError, ValueError) as error:
             if not is_of_closure(error):
                 raise
             message = (
@@ -126,7 +156,7 @@ def on_each_device(
             )
             raise NotImplementedError(message) from error
 
-    return of_placed
+    return called
 
 
 def held(functions: Any) -> tuple[list[Array], Callable[[Sequence[Array]], Any]]:

@@ -321,8 +321,11 @@ def test_what_losses_hold_per_class_on_an_explicit_mesh(spread, rng):
     labels, weights = np.arange(8), float32(rng, 12) ** 2
     where, prior = np.arange(12) != 9, float32(rng, 12)
 
-    def own(scores, labels, axis=-1, *, prior):
-        return jsm.cross_entropy(scores + prior[None], labels, axis)
+    def own(scores, labels, prior):
+        """Takes the number of classes, and gathers from what it holds."""
+        log_p = jax.nn.log_softmax(scores + prior[None])
+        smooth = log_p.sum(-1) / scores.shape[-1]
+        return -prior[labels] * (log_p[jnp.arange(len(labels)), labels] + smooth)
 
     def losses(hidden, weight, weights, where, prior):
         held = (
@@ -343,6 +346,33 @@ def test_what_losses_hold_per_class_on_an_explicit_mesh(spread, rng):
             (hidden, weight),
             [P(), P(None, "a")],
         )
+
+
+@pytest.mark.parametrize(
+    "spec", [P("a", None, "b"), P("a", "b"), P(None, ("a", "b"))], ids=["heads", "keys", "all keys"]
+)
+def test_normalizers_of_ones_own_see_all_heads_and_keys_of_an_explicit_mesh(spec, rng):
+    inputs, rates = rng.normal(size=(3, 2, 8, 4, 3)), np.linspace(0.5, 1.5, 4)[:, None, None]
+
+    def own(scores, axis, where, rates):
+        of_heads = jnp.linspace(1.0, 2.0, scores.shape[1])[None, :, None, None]
+        scores = scores * rates[None] / of_heads
+        weights = jax.nn.softmax(scores, axis, where=where)
+        return weights + jnp.where(where, jax.nn.relu(scores), 0) / scores.shape[-1]
+
+    def everything(query, key, value, rates):
+        def attend(query, key, value, rates):
+            normalizer = functools.partial(own, rates=rates)
+            return jsm.dot_product_attention(
+                query, key, value, normalizer=normalizer, is_causal=True
+            )
+
+        return derivatives(attend, query, key, value, rates)
+
+    args = *inputs, rates
+    found, _ = on_mesh(mesh_of((2, 2)), everything, args, [spec] * 3 + [P()])
+    assert_close(found, jax.jit(everything)(*args))
+    assert jax.typeof(jax.tree.leaves(found)[0]).sharding.spec[:3] == (*spec, None, None)[:3]
 
 
 @pytest.mark.leaks_in_jax
@@ -377,11 +407,17 @@ def test_what_partials_hold_on_an_explicit_mesh(rng):
     assert_equal(actual, jax.jit(jax.jacrev(results, 2))(*args))
 
     def hidden_in(function, slopes=None):
-        return lambda score, *places: function(score, *places, slopes)
+        return lambda score, *places, **options: function(score, *places, **options, slopes=slopes)
 
     message = "must not close over arrays on a mesh with explicit axes.*functools.partial"
-    with pytest.raises(NotImplementedError, match=message):
-        on_mesh(mesh, functools.partial(results, hold=hidden_in), args, specs)
+    for some in ({"score_mod": of_scores}, {"normalizer": of_rows}):
+
+        def closed(query, slopes, some=some):
+            hidden = {name: hidden_in(x, slopes=slopes) for name, x in some.items()}
+            return jsm.dot_product_attention(query, query, query, **hidden)
+
+        with pytest.raises(NotImplementedError, match=message):
+            on_mesh(mesh, closed, (query, slopes), (rows, P()))
 
 
 # Queries and keys over the same devices: keys go round.

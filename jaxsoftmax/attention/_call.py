@@ -82,15 +82,17 @@ def attend(
     if shared is None:
         return _here(static, normalizer, given)
 
+    is_ours = isinstance(normalizer, Configured)
+    places = shared.places if is_ours else static.places
+
     def here(normalizer: Normalizer, mods: Any, given: dict[str, Any]) -> Any:
         of_scores, of_masks = mods
-        there = dataclasses.replace(
-            static, places=shared.places, score_mod=of_scores, mask_mod=of_masks
-        )
+        there = dataclasses.replace(static, places=places, score_mod=of_scores, mask_mod=of_masks)
         return _here(there, normalizer, given)
 
     mods = static.score_mod, static.mask_mod
-    return _shared.on_each_device(here, shared, normalizer, mods, given)
+    run = _shared.on_each_device if is_ours else _shared.as_a_whole
+    return run(here, shared, normalizer, mods, given)
 
 
 def _here(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -76,6 +76,11 @@ class Plan:
             for letter, n in pairs
         ]
 
+    def of_output(self, query: Array) -> list[Names]:
+        """What the axes of the output are spread over, but for the features."""
+        places = dataclasses.replace(self.places, queries=self.out_queries)
+        return dataclasses.replace(self, places=places).names(LETTERS["query"], query)[:-1]
+
 
 # The axes of arrays, from the last one on; those of size 1 are on all devices.
 LETTERS = {
@@ -130,13 +135,28 @@ def _without(taken: Names, names: Names) -> Names:
     return tuple(name for name in names if name not in taken)
 
 
+def as_a_whole(
+    here: Callable[..., Any], plan: Plan, normalizer: Any, mods: Any, given: dict[str, Any]
+) -> Any:
+    """Calls `here(normalizer, mods, given)` with arrays that XLA shares among the devices.
+
+    For functions that are not ours: they see all heads and all keys, as on one device.
+    """
+    others, of_others = _sharding.held((normalizer, mods))
+
+    def whole(others: Sequence[Array], given: dict[str, Any]) -> Any:
+        return here(*of_others(others), given)
+
+    spec = spec_of(plan.of_output(given["query"]))
+    return _sharding.as_a_whole(whole, plan.sharding, spec)(others, given)
+
+
 def on_each_device(
     here: Callable[..., Any], plan: Plan, normalizer: Any, mods: Any, given: dict[str, Any]
 ) -> Any:
     """Calls `here(normalizer, mods, given)` with each device's part of all arrays."""
     parameters = arrays_in(normalizer)
-    own = normalizer.with_arrays({}) if parameters else normalizer
-    others, of_others = _sharding.held((own, mods))
+    others, of_others = _sharding.held(mods)
     arrays = [*map(jnp.asarray, (*given.values(), *parameters.values())), *others]
     letters = [LETTERS.get(name, "") for name in given]
     letters += [_OF_NORMALIZER for _ in parameters] + ["" for _ in others]
@@ -144,17 +164,11 @@ def on_each_device(
     def local(*parts: Array) -> tuple[Array, ...]:
         of_given = dict(zip(given, parts, strict=False))
         rest = parts[len(given) :]
-        own, mods = of_others(rest[len(parameters) :])
-        if parameters:
-            own = own.with_arrays(dict(zip(parameters, rest, strict=False)))
-        return here(own, mods, of_given)
+        own = normalizer.with_arrays(dict(zip(parameters, rest, strict=False)))
+        return here(own, of_others(rest[len(parameters) :]), of_given)
 
     in_axes = [plan.names(own, x) for own, x in zip(letters, arrays, strict=True)]
     of_out = in_axes[[*given].index("query")]
     out = _sharding.on_each_device(local, plan.sharding, in_axes, spec_of(of_out[:-1]))(*arrays)
-    wanted = dataclasses.replace(
-        plan, places=dataclasses.replace(plan.places, queries=plan.out_queries)
-    )
-    query = arrays[[*given].index("query")]
-    spec = spec_of(wanted.names(LETTERS["query"], query)[:-1])
+    spec = spec_of(plan.of_output(given["query"]))
     return jax.tree.map(lambda x: jax.sharding.reshard(x, plan.sharding.update(spec=spec)), out)

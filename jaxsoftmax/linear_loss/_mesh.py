@@ -2,15 +2,17 @@
 
 import dataclasses
 import itertools
+from collections.abc import Sequence
 from typing import Any
 
 from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array
 
-from jaxsoftmax._configured import arrays_in
+from jaxsoftmax._configured import Configured, arrays_in
 from jaxsoftmax._sharding import (
     Names,
+    as_a_whole,
     explicit_names,
     first_explicit,
     held,
@@ -24,16 +26,29 @@ from jaxsoftmax.linear_loss._losses import How, summed_or_each
 def on_explicit_mesh(
     how: How, layer: Layer, labels: Array, keep: Array, weights: Array | None
 ) -> Array:
-    """The losses, or their sum, where types tell which devices have which rows and classes."""
+    """The losses, or their sum, where types tell which devices have which rows and classes.
+
+    A loss that is not ours gets the scores of all classes, which XLA shares among the devices.
+    """
     in_rows = [explicit_names(layer.hidden, i) for i in range(keep.ndim)]
     row_names = tuple(itertools.chain.from_iterable(in_rows))
     # An axis that has rows has no classes: of the two, the weights are those to be gathered.
     classes = [name for name in explicit_names(layer.weight, 1) if name not in row_names]
     classes = () if how.names else tuple(classes)
-    how = dataclasses.replace(how, names=how.names or classes)
+    out_specs = PartitionSpec() if how.in_sum else spec_of(in_rows)
 
     # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
     params, of_params = held((how.loss, how.soft_cap))
+    if classes and not isinstance(how.loss, Configured):
+
+        def whole(params: Sequence[Array], *args: Any) -> Array:
+            loss, soft_cap = of_params(params)
+            return summed_or_each(dataclasses.replace(how, loss=loss, soft_cap=soft_cap), *args)
+
+        args = params, layer, labels, keep, weights
+        return as_a_whole(whole, sharding_of(layer), out_specs)(*args)
+
+    how = dataclasses.replace(how, names=how.names or classes)
     count = layer.weight.shape[1]
     if classes:
         _check_classes(how.loss, count)
@@ -55,7 +70,6 @@ def on_explicit_mesh(
     in_axes = (of_labels, in_rows, *params_axes, *layer_axes[: len(given)])
     if weights is not None:
         in_axes, given = (*in_axes, in_rows), [*given, weights]
-    out_specs = PartitionSpec() if how.in_sum else spec_of(in_rows)
     mapped = on_each_device(local, sharding_of(layer), in_axes, out_specs)
     return mapped(labels, keep, *params, *given)
 
