@@ -528,6 +528,37 @@ def test_vector_scaling_of_logits_that_tell_nothing():
         assert fitted <= best_of_scipy(objective, np.repeat([1.0, 0.0], 3)) + 1e-6
 
 
+@pytest.mark.parametrize("fit", FITS[1:])
+def test_scaling_of_logits_far_from_zero(fit, rng):
+    """As good as of the same logits around 0: a bias takes up what all have in common."""
+    logits, labels = biased_examples(rng)
+
+    def fitted(offset):
+        moved = logits + offset * np.std(logits)
+        parameters = fit(moved, labels, ALL, penalty=0.0)
+        return negative_log_likelihood(scaled(moved, *parameters), labels, 1)
+
+    best = fitted(0)
+    for offset in (50, 300):
+        assert fitted(offset) <= best + 1e-6
+
+
+@pytest.mark.asks_for_x64
+def test_penalties_of_logits_far_from_zero(rng):
+    """A large mean makes that of the bias steep, against that of the scale."""
+    logits, labels = biased_examples(rng)
+    logits = logits + 50 * np.std(logits)
+    temperature = float(fit_temperature(logits, labels))
+
+    def objective(params):
+        loss = negative_log_likelihood(scaled(logits, params[:4], params[4:]), labels, 1)
+        distances = (params[:4] * temperature - 1) ** 2 + params[4:] ** 2
+        return loss + 0.1 * np.mean(distances)
+
+    found = np.concatenate(fit_vector_scaling(logits, labels, ALL, penalty=0.1))
+    assert objective(found) <= best_of_scipy(objective, found) + 1e-9
+
+
 @pytest.mark.asks_for_nan
 def test_vector_scaling_with_classes_ruled_out(rng):
     logits, labels = biased_examples(rng)

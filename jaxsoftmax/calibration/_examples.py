@@ -247,3 +247,15 @@ def spread(examples: Examples) -> Array:
     largest = jnp.where(largest == 0, 1, largest).astype(examples.dtype)
     squares, count = examples.sum(moments)
     return largest * jnp.sqrt(squares / jnp.maximum(count, 1))
+
+
+def centers(examples: Examples, unit: Array) -> Array:
+    """The mean of each class's finite logits, in units of `unit`."""
+
+    def moments(block: Examples) -> tuple[Array, Array]:
+        finite = jnp.isfinite(block.logits)
+        weights = jnp.where(finite, block.weights[:, None], 0)
+        return jnp.sum(weights * jnp.where(finite, block.logits, 0) / unit, 0), jnp.sum(weights, 0)
+
+    total, weight = examples.sum(moments)
+    return total / jnp.where(weight == 0, 1, weight)

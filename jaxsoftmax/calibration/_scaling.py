@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._scores import check_real
-from jaxsoftmax.calibration._examples import Examples, as_examples, fit, mean_loss, spread
+from jaxsoftmax.calibration._examples import Examples, as_examples, centers, fit, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.calibration._temperature import best_temperature
 from jaxsoftmax.losses import cross_entropy
@@ -93,11 +94,13 @@ def fit_vector_scaling(
     loss_of = examples.loss(loss)
     width = spread(examples)
     unit = jnp.where(width == 0, 1, width)
+    center = centers(examples, unit)
 
     def scaled_loss(params: Params, block: Examples) -> Array:
-        scale, bias = _bounded(params)
+        scale, at_center = params
         finite = jnp.isfinite(block.logits)
-        scaled = jnp.where(finite, block.logits, 0) / unit * scale[None] + bias[None]
+        centered = jnp.where(finite, block.logits, 0) / unit - center[None]
+        scaled = centered * scale[None] + at_center[None]
         return loss_of(jnp.where(finite, scaled, block.logits), block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
@@ -109,19 +112,19 @@ def fit_vector_scaling(
     # factors less in the variables of the search.
     flat = lax.rsqrt(1 + 2 * of_scales / (tempered.size * tempered**2))
 
-    def sought(variables: Params) -> Params:
-        scale, bias = variables
-        return scale * flat, bias
+    def sought(variables: Params) -> tuple[Array, Array, Array]:
+        of_center = _OfCenter(jnp.multiply, jnp.multiply, jnp.square, center * flat)
+        scale, at_center, bias = of_center.loosened(variables, of_biases)
+        return dataclasses.replace(of_center, center=center).bounded(scale * flat, at_center, bias)
 
     def objective(variables: Params) -> Array:
-        params = sought(variables)
-        scale, bias = _bounded(params)
+        scale, at_center, bias = sought(variables)
         distance = jnp.mean((scale / tempered - 1) ** 2)
-        return data_term(params) + of_scales * distance + of_biases * jnp.mean(bias**2)
+        return data_term((scale, at_center)) + of_scales * distance + of_biases * jnp.mean(bias**2)
 
-    start = tempered / flat, jnp.zeros_like(tempered)
+    start = tempered / flat, center * tempered
     variables, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
-    scale, bias = _nan_like(value, _bounded(sought(variables)))
+    scale, _, bias = _nan_like(value, sought(variables))
     return scale / unit, bias
 
 
@@ -200,21 +203,28 @@ def fit_matrix_scaling(
     across = strength("off_diagonal_penalty", off_diagonal_penalty, penalty, unit)
     along = strength("intercept_penalty", intercept_penalty, penalty, unit)
 
+    center = centers(examples, unit)
+
     def scaled_loss(params: Params, block: Examples) -> Array:
-        weight, bias = _bounded(params)
-        return loss_of((block.logits / unit) @ weight + bias[None], block.labels)
+        weight, at_center = params
+        centered = block.logits / unit - center[None]
+        return loss_of(centered @ weight + at_center[None], block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
 
-    def objective(params: Params) -> Array:
-        weight, bias = _bounded(params)
+    def sought(variables: Params) -> tuple[Array, Array, Array]:
+        of_center = _OfCenter(jnp.dot, jnp.outer, lambda x: jnp.sum(x * x), center)
+        return of_center.bounded(*of_center.loosened(variables, along))
+
+    def objective(variables: Params) -> Array:
+        weight, at_center, bias = sought(variables)
         mixing = jnp.sum((weight / unit * (1 - identity)) ** 2) / max(classes * (classes - 1), 1)
-        return data_term(params) + across * mixing + along * jnp.mean(bias**2)
+        return data_term((weight, at_center)) + across * mixing + along * jnp.mean(bias**2)
 
     tempered = identity * (unit / best_temperature(examples, loss, width))
-    start = tempered, jnp.zeros_like(tempered[0])
-    params, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
-    weight, bias = _nan_like(value, _bounded(params))
+    start = tempered, center @ tempered
+    variables, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
+    weight, _, bias = _nan_like(value, sought(variables))
     return weight / unit, bias
 
 
@@ -229,9 +239,44 @@ def strength(name: str, value: ArrayLike | None, of_all: ArrayLike, like: Array)
     return nan_unless(value >= 0, value)
 
 
-def _bounded(params: Params) -> Params:
-    multiplier, bias = params
-    return jnp.clip(multiplier, -_LIMIT, _LIMIT), jnp.clip(bias, -_LIMIT, _LIMIT)
+@dataclasses.dataclass(frozen=True)
+class _OfCenter:
+    """What the fit makes of the mean logits, beside its multiplier; the bias follows from both.
+
+    A search for that soon ends, be the mean large: no change of the multiplier moves it.
+
+    Attributes:
+      times: the mean logits, or such, times a multiplier.
+      outer: how the multiplier changes, with one number per class.
+      square: the square of the mean logits, summed as `times` sums.
+      center: the mean logits.
+    """
+
+    times: Callable[[Array, Array], Array]
+    outer: Callable[[Array, Array], Array]
+    square: Callable[[Array], Array]
+    center: Array
+
+    def loosened(self, variables: Params, strength: Array) -> tuple[Array, Array, Array]:
+        """Multiplier, what it makes of the mean, and bias, in terms of variables of a search.
+
+        Far from 0 a penalty of the bias is steep. Along that direction the variables are longer.
+        """
+        multiplier, at_center = variables
+        length = 1 + self.square(self.center)
+        bias = at_center - self.times(self.center, multiplier)
+        shorter = bias * lax.rsqrt(1 + 2 * strength / at_center.size * length)
+        moved = (bias - shorter) / length
+        return multiplier + self.outer(self.center, moved), at_center - moved, shorter
+
+    def bounded(
+        self, multiplier: Array, at_center: Array, bias: Array
+    ) -> tuple[Array, Array, Array]:
+        """The same within the bounds of the parameters."""
+        bounded = jnp.clip(multiplier, -_LIMIT, _LIMIT)
+        moved = self.times(self.center, bounded - multiplier)
+        within = jnp.clip(bias - moved, -_LIMIT, _LIMIT)
+        return bounded, at_center + moved + (within - bias), within
 
 
 def _nan_like(value: Array, params: Any) -> Any:
