@@ -692,6 +692,16 @@ def test_z_loss_adds_the_square_of_logsumexp(rng):
     close(*gradients)
 
 
+@pytest.mark.parametrize("cold", [0.0, np.zeros((2, 1)), np.array([[0.0], [1.0]])])
+def test_smoothing_and_z_loss_at_temperature_0(cold):
+    """As near to it: all classes that take part get a share, and the logsumexp is infinite."""
+    scores, ties, labels = np.array([[1.0, 0.2, -0.5]] * 2), np.zeros((2, 3)), np.zeros(2, int)
+    for options in ({"label_smoothing": 0.1}, {"z_loss": 0.1}):
+        loss = functools.partial(jsm.cross_entropy, targets=labels, **options)
+        close(loss(scores, temperature=cold), np.where(np.ravel(cold) > 0, loss(scores), np.inf))
+        close(loss(ties, temperature=cold), loss(ties))
+
+
 def test_smoothing_and_z_loss_are_numbers_or_row_values_and_differentiable():
     share, drift = np.array([[0.1], [0.4]]), np.array([[0.3], [0.0]])
 

@@ -53,6 +53,7 @@ def test_entropy_gradients():
     np.testing.assert_allclose(g, [*(-np.log(P[0, :3]) - 1), 0])
     np.testing.assert_allclose(jax.grad(jsm.tsallis_entropy)(P[0], 1.0), g, rtol=1e-12)
     np.testing.assert_allclose(jax.grad(jsm.tsallis_entropy)(P[0], 2.0), 0.5 - P[0], rtol=1e-12)
+    np.testing.assert_allclose(jax.hessian(jsm.tsallis_entropy)(P[0], 2.0), -np.eye(4), atol=1e-15)
     assert np.all(np.isfinite(jax.hessian(jsm.tsallis_entropy, (0, 1))(P[0], 1.5)[0][0]))
     derivative = jax.grad(jsm.tsallis_entropy, 1)
     logs = np.log(P[0, :3])

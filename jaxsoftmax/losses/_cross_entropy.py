@@ -14,7 +14,17 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless, times
 from jaxsoftmax._public import INTEGER_OR_NONE, NUMBER, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, indicator
-from jaxsoftmax._scores import Axis, Options, as_stored, check_per_row, check_real, in_given_order
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    as_stored,
+    check_per_row,
+    check_real,
+    divided_by_zero,
+    in_given_order,
+    is_cold,
+    prepare,
+)
 from jaxsoftmax.losses._targets import (
     Classes,
     as_target,
@@ -118,17 +128,25 @@ def cross_entropy(
         z = rows.map(lambda z, i: jnp.where(i, 0, z), [z], [jnp.expand_dims(ignored, rows.axes)])
     weights = None if class_weights is None else _as_weights(rows, z, class_weights, axis)
     loss = _weighted_surprise(rows, z, target, weights)
+
+    def in_limit(options: Options) -> Entries:
+        """The scores; at temperature 0, all that is left of `z` is which are the largest."""
+        if is_cold(rows, z[0], temperature) is False:
+            return z
+        return prepare(scores, axis, options, at_zero=divided_by_zero)[1]
+
     if smoothing != 0:
         share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
         if smoothing is None:
             share = nan_unless((share >= 0) & (share <= 1), share)
-        uniform = _weighted_surprise(rows, z, _uniform(rows, z), weights)
+        uniform = _uniform(rows, in_limit(Options(where)))
+        uniform = _weighted_surprise(rows, z, uniform, weights)
         loss = times(1 - share, loss) + times(share, uniform)
     if drift != 0:
         strength = check_per_row("z_loss", z_loss, z[0], rows)
         if drift is None:
             strength = nan_unless((strength >= 0) & (strength < jnp.inf), strength)
-        loss += times(strength, _squared_log_sum(rows, z))
+        loss += times(strength, _squared_log_sum(rows, in_limit(options)))
     loss = one_per_row(rows, loss, target, scores)
     return loss if ignored is None else jnp.where(ignored, 0, loss)
 

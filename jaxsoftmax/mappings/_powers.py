@@ -32,8 +32,9 @@ def negentropy(p: Array, alpha: Array) -> Array:
     """`(p ** alpha - p) / (alpha (alpha - 1))`, which is `p log p` at 1; smooth in `alpha`."""
     beta = alpha - 1
     inside = p * expm1_over(beta, safe_log(p)) / alpha
-    # 0 at 0, with the slope there; one that is infinite is taken as 0.
-    at_zero = jnp.where(beta > 0, -p / (alpha * jnp.where(beta > 0, beta, 1)), 0)
+    # 0 at 0, with the derivatives there; one that is infinite is taken as 0.
+    slope = jnp.where(beta > 0, -1 / (alpha * jnp.where(beta > 0, beta, 1)), 0)
+    at_zero = slope * p + jnp.where(beta == 1, p * p / 2, 0)
     return jnp.where(p > 0, inside, at_zero)
 
 
