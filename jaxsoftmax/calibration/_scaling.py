@@ -208,12 +208,13 @@ def fit_matrix_scaling(
     def scaled_loss(params: Params, block: Examples) -> Array:
         weight, at_center = params
         centered = block.logits / unit - center[None]
-        return loss_of(centered @ weight + at_center[None], block.labels)
+        turned = jnp.matmul(centered, weight, precision=lax.Precision.HIGHEST)
+        return loss_of(turned + at_center[None], block.labels)
 
     data_term = mean_loss(examples, scaled_loss)
 
     def sought(variables: Params) -> tuple[Array, Array, Array]:
-        of_center = _OfCenter(jnp.dot, jnp.outer, lambda x: jnp.sum(x * x), center)
+        of_center = _OfCenter(_times_matrix, jnp.outer, lambda x: jnp.sum(x * x), center)
         return of_center.bounded(*of_center.loosened(variables, along))
 
     def objective(variables: Params) -> Array:
@@ -222,7 +223,7 @@ def fit_matrix_scaling(
         return data_term((weight, at_center)) + across * mixing + along * jnp.mean(bias**2)
 
     tempered = identity * (unit / best_temperature(examples, loss, width))
-    start = tempered, center @ tempered
+    start = tempered, _times_matrix(center, tempered)
     variables, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
     weight, _, bias = _nan_like(value, sought(variables))
     return weight / unit, bias
@@ -277,6 +278,11 @@ class _OfCenter:
         moved = self.times(self.center, bounded - multiplier)
         within = jnp.clip(bias - moved, -_LIMIT, _LIMIT)
         return bounded, at_center + moved + (within - bias), within
+
+
+def _times_matrix(x: Array, matrix: Array) -> Array:
+    """Their product. That of an accelerator would round the factors."""
+    return jnp.sum(x[:, None] * matrix, 0)
 
 
 def _nan_like(value: Array, params: Any) -> Any:
