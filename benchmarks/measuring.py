@@ -135,7 +135,8 @@ class Comparison:
             self._run(entries, calls, found, quick)
         for name, entry in entries.items():
             if entry.is_limit:
-                found[name] = {k: v for k, v in found[name].items() if k in ("time", "relative")}
+                kept = "time", "relative", "compile"
+                found[name] = {k: v for k, v in found[name].items() if k in kept}
             relate(found[name], found.get(entry.ours, {}))
         return [self._result(name, entry, found) for name, entry in self.entries.items()]
 
