@@ -13,6 +13,7 @@ from jax import core
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxsoftmax import _jax
+from jaxsoftmax._sharding import placed_like
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -387,7 +388,8 @@ class _Pullback:
                 f"bwd of {self.rule.name} must return real cotangents for real arguments, got "
                 f"{jnp.result_type(ct)} for {wanted.dtype}."
             )
-        return jnp.asarray(ct).astype(wanted.dtype)
+        # It is spread as all that it was made of, which may be more than the argument.
+        return placed_like(jnp.asarray(ct).astype(wanted.dtype), wanted.sharding.spec)
 
 
 def checked(x: Any, known: Any, message: str) -> Any:

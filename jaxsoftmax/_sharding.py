@@ -35,8 +35,12 @@ def axes_of(mesh: Any, wanted: AxisType) -> set[str]:
 
 def explicit_names(x: Array, axis: int) -> Names:
     """The explicit mesh axes that an array axis is spread over."""
-    names = jax.typeof(x).sharding.spec[axis]
-    return (names,) if isinstance(names, str) else tuple(names or ())
+    return _names(jax.typeof(x).sharding.spec[axis])
+
+
+def _names(entry: Any) -> Names:
+    """The mesh axes of an entry of a spec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def share_like(x: Array, other: Array) -> Array:
@@ -50,6 +54,16 @@ def share_like(x: Array, other: Array) -> Array:
     pairs = zip(sharding.spec, x.shape, other.shape, strict=True)
     spec = [names if n == m else None for names, n, m in pairs]
     return jax.sharding.reshard(x, sharding.update(spec=spec))
+
+
+def placed_like(x: Array, spec: Sequence[Any]) -> Array:
+    """`x`, if it is spread over an explicit mesh, with its first axes spread as a spec says."""
+    sharding = explicit(x)
+    if sharding is None:
+        return x
+    taken = set(jax.tree.leaves(tuple(spec)))
+    others = [None if taken & {*_names(e)} else e for e in sharding.spec[len(spec) :]]
+    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec, *others)))
 
 
 def gathered(x: Array, *axes: int) -> Array:

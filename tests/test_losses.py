@@ -646,6 +646,22 @@ def test_edges_of_kl_divergence():
         jsm.kl_divergence(x, z[0])
 
 
+@pytest.mark.parametrize("alpha", [1.001, 1.00001])
+def test_second_derivatives_in_an_alpha_near_1_of_classes_and_distributions_agree(alpha, rng):
+    """Where the regularizer's slope is infinite, and nothing comes of it."""
+    scores = jnp.asarray(1.5 * rng.normal(size=4), jnp.float32)
+
+    def loss(target, temperature, alpha):
+        return jsm.entmax_loss(scores, target, alpha, temperature=temperature)
+
+    numbers = jnp.float32(1), jnp.float32(alpha)
+    of_class, of_one_hot = (
+        np.stack(jax.hessian(functools.partial(loss, target), (0, 1))(*numbers))
+        for target in (1, jnp.eye(4, dtype=jnp.float32)[1])
+    )
+    np.testing.assert_allclose(of_one_hot, of_class, rtol=1e-4)
+
+
 # Label smoothing and z-loss.
 
 

@@ -348,6 +348,38 @@ def test_what_losses_hold_per_class_on_an_explicit_mesh(spread, rng):
         )
 
 
+@pytest.mark.parametrize("spread", [0, 1])
+def test_labels_and_weights_that_are_spread_where_scores_are_not(spread, rng):
+    """Everything is as on one device; gradients are spread as what they are of."""
+    hidden, weight = rng.normal(size=(8, 5)), rng.normal(size=(5, 4))
+    labels, weights = np.arange(8) % 4, rng.uniform(size=8)
+
+    def losses(hidden, weight, labels, weights):
+        some = functools.partial(jsm.linear_cross_entropy, hidden, weight, labels)
+        each = jsm.cross_entropy(hidden @ weight, labels, temperature=1 + weights[:, None])
+        return jnp.stack(
+            [
+                some(),
+                some(weights=weights),
+                some(where=weights > 0.3, ignore_index=1),
+                jnp.sum(jnp.sin(some(where=weights > 0.3, reduction="none"))),
+                jnp.sum(jnp.sin(each + jsm.sparsemax_loss(hidden @ weight, labels))),
+            ]
+        )
+
+    def everything(hidden, weight, labels, weights):
+        def of_numbers(hidden, weight, weights):
+            return losses(hidden, weight, labels, weights)
+
+        return derivatives(of_numbers, hidden, weight, weights)
+
+    specs = [P(), P(), P(), P()]
+    specs[2 + spread] = P("a")
+    args = hidden, weight, labels, weights
+    found, _ = on_mesh(mesh_of((4,)), everything, args, specs)
+    assert_close(found, jax.jit(everything)(*args))
+
+
 @pytest.mark.parametrize(
     "spec", [P("a", None, "b"), P("a", "b"), P(None, ("a", "b"))], ids=["heads", "keys", "all keys"]
 )
@@ -796,6 +828,11 @@ MAPPED = {
         P("a", "b"),
     ),
     "attention in a ring": (functools.partial(jsm.dot_product_attention, is_causal=True), QKV, ROW),
+    "attention of heads that share keys": (
+        jsm.dot_product_attention,
+        [(4, 2, 6, 4, 4), *[(4, 2, 6, 2, 4)] * 2],
+        P("a", "b"),
+    ),
 }
 
 

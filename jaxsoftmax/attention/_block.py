@@ -106,7 +106,7 @@ class Block:
 
         _, pullback, made = jax.vjp(smooth, *(parts[i] for i in wanted), has_aux=True)
         value, (ct_out, *ct_row_values) = parts[self.value], ct
-        factor = _grouped(ct_out, value.shape[1]).astype(value.dtype)
+        factor = _products.grouped(ct_out, value.shape[1]).astype(value.dtype)
         if _factors_again(made, again) is None:
             p = weights = _weights_of(made, threshold, again)
             of_weights = factor
@@ -115,7 +115,7 @@ class Block:
             top, by = threshold
             weights = _weights_of(made, (top, jnp.ones_like(by)), again)
             p = made.rows.map(jnp.multiply, [weights], [by])
-            of_weights = _grouped(ct_out * by, value.shape[1]).astype(value.dtype)
+            of_weights = _products.grouped(ct_out * by, value.shape[1]).astype(value.dtype)
         mean = None
         # The slopes of softmax are its weights, and so the mean is known, up to the rounding of
         # weights that are mixed. That would be left of sums over rows, such as those of a scale.
@@ -127,7 +127,8 @@ class Block:
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
             mean = jnp.zeros_like(mean)
         else:
-            ct_weights = made.after_dropout(_products.scores(factor, value).reshape(p[0].shape))
+            ct_weights = _products.apart(_products.scores(factor, value), p[0].shape[1])
+            ct_weights = made.after_dropout(ct_weights)
             cts = ct_weights, *map(jnp.zeros_like, p[1:])
         if mean is None:
             mean = _threshold.mean_at_once(made.form, made.rows, p, made.params, cts)
@@ -139,7 +140,9 @@ class Block:
             i = list(wanted).index(self.query)
             found[i] = self._pulled_to_queries(first, parts, ct_entries)
         if self.value in wanted:
-            mixing = _grouped(made.after_dropout(weights[0]), value.shape[1]).astype(value.dtype)
+            mixing = _products.grouped(made.after_dropout(weights[0]), value.shape[1]).astype(
+                value.dtype
+            )
             i = list(wanted).index(self.value)
             found[i] = _products.columns(of_weights, mixing).astype(found[i].dtype)
         return found
@@ -178,12 +181,6 @@ def _merged(parts: Sequence[Array], places: Sequence[int], args: Sequence[Array]
     return merged
 
 
-def _grouped(x: Array, key_heads: int) -> Array:
-    """(B, N, rows, ...) with the heads that share keys as rows of one product."""
-    batch, heads, rows, *rest = x.shape
-    return x.reshape(batch, key_heads, heads // key_heads * rows, *rest)
-
-
 def _factors_again(made: Prepared, again: bool) -> tuple[Array, Array, Array] | None:
     """The factors of scores that are made again for weights of softmax."""
     if not again or made.form is not SOFTMAX or made.factors is None:
@@ -204,9 +201,9 @@ def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
     query, key, scale = factors
 
     def largest(dtype: Any) -> Array:
-        scores = _products.scores(_grouped(query, key.shape[1]), key) * scale
+        scores = _products.scores(_products.grouped(query, key.shape[1]), key) * scale
         top = jnp.max(scores.astype(dtype), -1, keepdims=True)
-        return top.reshape(*query.shape[:-1], 1).astype(scale.dtype)
+        return _products.apart(top, query.shape[1]).astype(scale.dtype)
 
     def nearly() -> Array:
         rounded = largest(jnp.bfloat16)
@@ -245,7 +242,7 @@ def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entr
     top, _ = threshold
     is_tiny = jnp.abs(scale) < _TINY
     of_products = jnp.clip(top / jnp.where(is_tiny, 1, scale), -_HUGE, _HUGE)
-    less = _less(_grouped(query, key.shape[1]), key, jnp.where(is_tiny, 0, of_products))
+    less = _less(_products.grouped(query, key.shape[1]), key, jnp.where(is_tiny, 0, of_products))
     gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, top, 0)
     # Products of other sizes are summed in another order: a gap may come out above that of the top.
     weights = jnp.exp(jnp.minimum(gaps, 0)).astype(key.dtype)
@@ -264,10 +261,9 @@ def _are_many(query: Array, key: Array) -> bool:
 
 def _less(query: Array, key: Array, row_values: Array) -> Array:
     """Products less a number per row, (B, N, rows, S), that need no kernel but their own."""
-    batch, heads, rows, _ = row_values.shape
-    row_values = _grouped(row_values, key.shape[1])
-    less = _products.scores_less(query, _products.with_ones(key), row_values)
-    return less.reshape(batch, heads, rows, -1)
+    of_groups = _products.grouped(row_values, key.shape[1])
+    less = _products.scores_less(query, _products.with_ones(key), of_groups)
+    return _products.apart(less, row_values.shape[1])
 
 
 def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array, Array]:
@@ -287,5 +283,5 @@ def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array,
 
 def _mix(weights: Array, value: Array) -> Array:
     """The values, weighted and summed."""
-    out = _products.rows(_grouped(weights, value.shape[1]).astype(value.dtype), value)
-    return out.reshape(*weights.shape[:-1], -1)
+    out = _products.rows(_products.grouped(weights, value.shape[1]).astype(value.dtype), value)
+    return _products.apart(out, weights.shape[1])

@@ -184,11 +184,9 @@ def _with_arrays(
 
 def _scores(rules: Rules, part: Parts) -> Array:
     query, key = part["query"], part["key"]
-    batch, heads, rows, _ = query.shape
     dtype = wide(query.dtype)
-    # The heads that share keys are rows of one product.
-    grouped = query.reshape(batch, key.shape[1], -1, query.shape[-1])
-    scores = _products.scores(grouped, key).reshape(batch, heads, rows, -1)
+    grouped = _products.grouped(query, key.shape[1])
+    scores = _products.apart(_products.scores(grouped, key), query.shape[1])
     if rules.scale is not None:
         scores = scores * rules.scale
     if "bias" in part:

@@ -24,6 +24,26 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide
 
 
+def grouped(x: Array, key_heads: int) -> Array:
+    """(B, N, rows, ...) with the heads that share keys as rows of one product."""
+    batch, heads, rows, *rest = x.shape
+    if heads == key_heads:
+        return x
+    # In two steps, here and below: either splits or merges an axis beside one that is spread.
+    x = x.reshape(batch, key_heads, heads // key_heads, rows, *rest)
+    return x.reshape(batch, key_heads, heads // key_heads * rows, *rest)
+
+
+def apart(x: Array, heads: int) -> Array:
+    """What `grouped` returns as it was: (B, N, rows, ...)."""
+    batch, key_heads, rows, *rest = x.shape
+    if heads == key_heads:
+        return x
+    rows = rows // (heads // key_heads)
+    x = x.reshape(batch, key_heads, heads // key_heads, rows, *rest)
+    return x.reshape(batch, heads, rows, *rest)
+
+
 def scores(query: Array, key: Array) -> Array:
     """(..., rows, features), (..., features, length) -> (..., rows, length)."""
     return _of_alike(_SCORES, query, key)

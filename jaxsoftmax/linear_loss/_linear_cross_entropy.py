@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
@@ -23,6 +24,7 @@ from jaxsoftmax._scores import (
     wide,
     with_ndim,
 )
+from jaxsoftmax._sharding import placed_like
 from jaxsoftmax.linear_loss._layer import as_layer
 from jaxsoftmax.linear_loss._losses import How, number_of_classes, summed_or_each
 from jaxsoftmax.linear_loss._mesh import on_explicit_mesh, sharding_of
@@ -121,8 +123,9 @@ def linear_cross_entropy(
     """
     layer = as_layer(hidden, weight, bias)
     shape, num_classes = layer.hidden.shape[:-1], layer.weight.shape[1]
+    *of_rows, _ = jax.typeof(layer.hidden).sharding.spec
     ignored, labels = without_ignored(labels, ignore_index)
-    labels = _as_labels(labels, shape, num_classes)
+    labels = placed_like(_as_labels(labels, shape, num_classes), of_rows)
     are_classes = jnp.issubdtype(labels.dtype, jnp.integer)
     if ignore_index is not None and not are_classes:
         raise ValueError("ignore_index goes with classes, got distributions as labels.")
@@ -131,7 +134,8 @@ def linear_cross_entropy(
     known_cap = check_soft_cap(logits_soft_cap)
     names = mesh_names("vocab_axis_name", vocab_axis_name)
     keep = jnp.broadcast_to(True if where is None else check_mask(where, shape), shape)
-    keep = keep if ignored is None else keep & ~ignored
+    keep = placed_like(keep, of_rows)
+    keep = keep if ignored is None else keep & ~placed_like(ignored, of_rows)
     if are_classes:
         length = number_of_classes(layer.weight, names)
         known = (labels >= 0) & (labels < length) | ~keep
@@ -167,7 +171,8 @@ def _as_weights(weights: ArrayLike, keep: Array, dtype: Any) -> Array:
             f"weights must broadcast to one value per row, shape {keep.shape}, got shape "
             f"{weights.shape}."
         )
-    return jnp.where(keep, with_ndim(weights, keep.ndim).astype(dtype), 0)
+    weights = placed_like(with_ndim(weights, keep.ndim), jax.typeof(keep).sharding.spec)
+    return jnp.where(keep, weights.astype(dtype), 0)
 
 
 def _as_labels(labels: ArrayLike, wanted: tuple[int, ...], num_classes: int) -> Array:

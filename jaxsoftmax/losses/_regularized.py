@@ -247,6 +247,7 @@ def _sums(
 
 def _shift(rows: Rows, p: Entries, target: Entries) -> Array:
     """The sum of `p`, 1 or 0, less that of the target."""
+    p = jax.lax.stop_gradient(p)  # Near alpha 1, what rounding leaves of 0 is multiplied.
     return without_rounding(rows.sum(rows.map(jnp.subtract, [p, target])), 1)
 
 
