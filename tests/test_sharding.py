@@ -348,6 +348,16 @@ def test_what_losses_hold_per_class_on_an_explicit_mesh(spread, rng):
         )
 
 
+@pytest.mark.parametrize("spec", [P(None, "a"), P(None, None, "a")], ids=["queries", "heads"])
+def test_attention_is_spread_as_queries_where_keys_are_spread_by_batch(spec, rng):
+    args = rng.normal(size=(3, 4, 8, 4, 2))
+    wanted = jax.jit(functools.partial(derivatives, jsm.dot_product_attention))(*args)
+    attend = functools.partial(derivatives, jsm.dot_product_attention)
+    found, _ = on_mesh(mesh_of((4,)), attend, args, [spec, P("a"), P("a")])
+    assert_close(found, wanted)
+    assert jax.typeof(found[0]).sharding.spec[: len(spec)] == tuple(spec)
+
+
 @pytest.mark.parametrize("spread", [0, 1])
 def test_labels_and_weights_that_are_spread_where_scores_are_not(spread, rng):
     """Everything is as on one device; gradients are spread as what they are of."""

@@ -113,7 +113,8 @@ def plan(given: dict[str, Any], manual: Places, normalizer: Any) -> Plan | None:
     sharding = first_explicit((query, key, value, *others))
     if sharding is None:
         return None
-    batch = explicit_names(query, 0) or explicit_names(key, 0)
+    others = explicit_names(query, 1) + explicit_names(query, 2)  # as the output is to be spread
+    batch = explicit_names(query, 0) or _without(others, explicit_names(key, 0))
     heads = _without(batch, explicit_names(query, 2))
     if sizes.key_heads > 1 and sizes.key_heads % math.prod(sharding.mesh.shape[n] for n in heads):
         heads = ()  # for a device's queries are not to need a part of the keys of another
