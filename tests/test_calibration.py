@@ -559,6 +559,27 @@ def test_penalties_of_logits_far_from_zero(rng):
     assert objective(found) <= best_of_scipy(objective, found) + 1e-9
 
 
+@pytest.mark.parametrize("case", ["small", "far apart"])
+@pytest.mark.asks_for_x64
+def test_matrix_scaling_with_steep_penalties(case, rng):
+    """Of logits far smaller than 1, the penalty is steep; of classes far apart, the loss is not."""
+    logits, labels = biased_examples(rng)
+    logits = logits / 1000 if case == "small" else logits + np.array([1000, -500, 3, 0])
+    unit = np.std(logits)
+
+    def objective(params):
+        weight, bias = params[:16].reshape(4, 4) / unit, params[16:]
+        return (
+            negative_log_likelihood(scaled(logits, weight, bias), labels, 1)
+            + np.mean(weight[~np.eye(4, dtype=bool)] ** 2)
+            + np.mean(bias**2)
+        )
+
+    weight, bias = fit_matrix_scaling(logits, labels, ALL)
+    found = np.concatenate([np.ravel(weight) * unit, bias])
+    assert objective(found) <= best_of_scipy(objective, found) + 1e-8
+
+
 @pytest.mark.asks_for_nan
 def test_vector_scaling_with_classes_ruled_out(rng):
     logits, labels = biased_examples(rng)

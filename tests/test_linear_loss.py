@@ -377,6 +377,28 @@ DENSE = RNG.dirichlet(np.ones(NUM_CLASSES), size=NUM_ROWS)
 PADDED = np.where(KEEP, LABELS, -100)
 
 
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_distributions_of_rows_that_do_not_count_are_some(reduction):
+    """A loss may divide by what they sum to: here they are given as counts."""
+
+    def of_counts(scores, counts):
+        return jsm.cross_entropy(scores, counts / jnp.sum(counts, -1, keepdims=True))
+
+    def ours(*operands):
+        options = {"labels": 3 * DENSE, "loss": of_counts, "where": KEEP, "reduction": reduction}
+        return jnp.sum(chunked(*operands, **options))
+
+    def theirs(hidden, weight, bias):
+        losses = jnp.sum(jsm.cross_entropy(hidden[KEEP] @ weight + bias[None], DENSE[KEEP]))
+        return losses / int(KEEP.sum()) if reduction == "mean" else losses
+
+    def derivatives(f):
+        gradient = jax.grad(f, (0, 1, 2))
+        return gradient(*OPERANDS), jax.jvp(gradient, OPERANDS, tangents(OPERANDS))[1]
+
+    all_close(derivatives(ours), derivatives(theirs))
+
+
 @pytest.mark.parametrize("reduction", REDUCE)
 @pytest.mark.parametrize(("labels", "ignored"), [(PADDED, -100), (DENSE, None)], ids=("ids", "p"))
 def test_weights_of_rows_ignored_classes_and_distributions(labels, ignored, reduction):

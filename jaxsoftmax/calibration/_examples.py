@@ -249,13 +249,22 @@ def spread(examples: Examples) -> Array:
     return largest * jnp.sqrt(squares / jnp.maximum(count, 1))
 
 
-def centers(examples: Examples, unit: Array) -> Array:
-    """The mean of each class's finite logits, in units of `unit`."""
+def by_class(examples: Examples, unit: Array) -> tuple[Array, Array]:
+    """The mean and the standard deviation of each class's finite logits, in units of `unit`.
 
-    def moments(block: Examples) -> tuple[Array, Array]:
-        finite = jnp.isfinite(block.logits)
-        weights = jnp.where(finite, block.weights[:, None], 0)
-        return jnp.sum(weights * jnp.where(finite, block.logits, 0) / unit, 0), jnp.sum(weights, 0)
+    The deviation is 1 where there is none.
+    """
 
-    total, weight = examples.sum(moments)
-    return total / jnp.where(weight == 0, 1, weight)
+    def mean_of(function: Callable[[Array], Array]) -> Array:
+        def moments(block: Examples) -> tuple[Array, Array]:
+            finite = jnp.isfinite(block.logits)
+            weights = jnp.where(finite, block.weights[:, None], 0)
+            values = function(jnp.where(finite, block.logits, 0) / unit)
+            return jnp.sum(weights * values, 0), jnp.sum(weights, 0)
+
+        total, weight = examples.sum(moments)
+        return total / jnp.where(weight == 0, 1, weight)
+
+    center = mean_of(lambda x: x)
+    variance = mean_of(lambda x: (x - center[None]) ** 2)
+    return center, jnp.sqrt(jnp.where(variance > 0, variance, 1))

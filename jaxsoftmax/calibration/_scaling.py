@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +12,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._scores import check_real
-from jaxsoftmax.calibration._examples import Examples, as_examples, centers, fit, mean_loss, spread
+from jaxsoftmax.calibration._examples import Examples, as_examples, by_class, fit, mean_loss, spread
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.calibration._temperature import best_temperature
 from jaxsoftmax.losses import cross_entropy
@@ -94,7 +93,7 @@ def fit_vector_scaling(
     loss_of = examples.loss(loss)
     width = spread(examples)
     unit = jnp.where(width == 0, 1, width)
-    center = centers(examples, unit)
+    center, deviation = by_class(examples, unit)
 
     def scaled_loss(params: Params, block: Examples) -> Array:
         scale, at_center = params
@@ -108,21 +107,20 @@ def fit_vector_scaling(
     of_biases = strength("intercept_penalty", intercept_penalty, penalty, unit)
     tempered = jnp.full(examples.logits.shape[1:], unit / best_temperature(examples, loss, width))
 
-    # At a high temperature the penalty is far steeper in the scales than the loss: by these
-    # factors less in the variables of the search.
-    flat = lax.rsqrt(1 + 2 * of_scales / (tempered.size * tempered**2))
+    # The loss is as steep in the scales as their logits deviate. At a high temperature the penalty
+    # is far steeper. In the variables of the search neither is.
+    flat = lax.rsqrt(deviation**2 + 2 * of_scales / (tempered.size * tempered**2))
 
     def sought(variables: Params) -> tuple[Array, Array, Array]:
-        of_center = _OfCenter(jnp.multiply, jnp.multiply, jnp.square, center * flat)
-        scale, at_center, bias = of_center.loosened(variables, of_biases)
-        return dataclasses.replace(of_center, center=center).bounded(scale * flat, at_center, bias)
+        (scale,), at_center, bias = _parameters(center[None], flat[None], of_biases, variables)
+        return scale, at_center, bias
 
     def objective(variables: Params) -> Array:
         scale, at_center, bias = sought(variables)
         distance = jnp.mean((scale / tempered - 1) ** 2)
         return data_term((scale, at_center)) + of_scales * distance + of_biases * jnp.mean(bias**2)
 
-    start = tempered / flat, center * tempered
+    start = (tempered / flat)[None], center * tempered
     variables, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
     scale, _, bias = _nan_like(value, sought(variables))
     return scale / unit, bias
@@ -203,7 +201,7 @@ def fit_matrix_scaling(
     across = strength("off_diagonal_penalty", off_diagonal_penalty, penalty, unit)
     along = strength("intercept_penalty", intercept_penalty, penalty, unit)
 
-    center = centers(examples, unit)
+    center, deviation = by_class(examples, unit)
 
     def scaled_loss(params: Params, block: Examples) -> Array:
         weight, at_center = params
@@ -213,17 +211,20 @@ def fit_matrix_scaling(
 
     data_term = mean_loss(examples, scaled_loss)
 
+    # As in vector scaling, with a penalty of what is off the diagonal.
+    count = max(classes * (classes - 1), 1)
+    flat = lax.rsqrt(deviation[:, None] ** 2 + 2 * across * (1 - identity) / (count * unit**2))
+
     def sought(variables: Params) -> tuple[Array, Array, Array]:
-        of_center = _OfCenter(_times_matrix, jnp.outer, lambda x: jnp.sum(x * x), center)
-        return of_center.bounded(*of_center.loosened(variables, along))
+        return _parameters(center[:, None], flat, along, variables)
 
     def objective(variables: Params) -> Array:
         weight, at_center, bias = sought(variables)
-        mixing = jnp.sum((weight / unit * (1 - identity)) ** 2) / max(classes * (classes - 1), 1)
+        mixing = jnp.sum((weight / unit * (1 - identity)) ** 2) / count
         return data_term((weight, at_center)) + across * mixing + along * jnp.mean(bias**2)
 
     tempered = identity * (unit / best_temperature(examples, loss, width))
-    start = tempered, _times_matrix(center, tempered)
+    start = tempered / flat, jnp.sum(center[:, None] * tempered, 0)
     variables, value = minimize(objective, start, precise(examples.dtype), memory=_MEMORY)
     weight, _, bias = _nan_like(value, sought(variables))
     return weight / unit, bias
@@ -240,49 +241,32 @@ def strength(name: str, value: ArrayLike | None, of_all: ArrayLike, like: Array)
     return nan_unless(value >= 0, value)
 
 
-@dataclasses.dataclass(frozen=True)
-class _OfCenter:
-    """What the fit makes of the mean logits, beside its multiplier; the bias follows from both.
+def _parameters(
+    center: Array, flat: Array, strength: Array, variables: Params
+) -> tuple[Array, Array, Array]:
+    """Multiplier, what it and the bias make of the mean logits, and bias, within bounds.
 
-    A search for that soon ends, be the mean large: no change of the multiplier moves it.
+    A search for the second soon ends, be the mean large: no change of the multiplier moves it. But
+    then a penalty of the bias is steep: along that direction the variables are longer.
 
-    Attributes:
-      times: the mean logits, or such, times a multiplier.
-      outer: how the multiplier changes, with one number per class.
-      square: the square of the mean logits, summed as `times` sums.
-      center: the mean logits.
+    Args:
+      center: the mean logits, as they multiply the multiplier to be summed over its first axis.
+      flat: the units of the multiplier in which neither loss nor penalty is steep.
+      strength: that of the penalty of the bias.
+      variables: of the search; at a bias of 0 the first two of the results, in these units.
     """
+    multiplier, at_center = variables
+    steep = center * flat
+    length = 1 + jnp.sum(steep**2, 0)
+    bias = at_center - jnp.sum(steep * multiplier, 0)
+    shorter = bias * lax.rsqrt(1 + 2 * strength / bias.size * length)
+    moved = (bias - shorter) / length
+    multiplier, at_center = flat * (multiplier + steep * moved[None]), at_center - moved
 
-    times: Callable[[Array, Array], Array]
-    outer: Callable[[Array, Array], Array]
-    square: Callable[[Array], Array]
-    center: Array
-
-    def loosened(self, variables: Params, strength: Array) -> tuple[Array, Array, Array]:
-        """Multiplier, what it makes of the mean, and bias, in terms of variables of a search.
-
-        Far from 0 a penalty of the bias is steep. Along that direction the variables are longer.
-        """
-        multiplier, at_center = variables
-        length = 1 + self.square(self.center)
-        bias = at_center - self.times(self.center, multiplier)
-        shorter = bias * lax.rsqrt(1 + 2 * strength / at_center.size * length)
-        moved = (bias - shorter) / length
-        return multiplier + self.outer(self.center, moved), at_center - moved, shorter
-
-    def bounded(
-        self, multiplier: Array, at_center: Array, bias: Array
-    ) -> tuple[Array, Array, Array]:
-        """The same within the bounds of the parameters."""
-        bounded = jnp.clip(multiplier, -_LIMIT, _LIMIT)
-        moved = self.times(self.center, bounded - multiplier)
-        within = jnp.clip(bias - moved, -_LIMIT, _LIMIT)
-        return bounded, at_center + moved + (within - bias), within
-
-
-def _times_matrix(x: Array, matrix: Array) -> Array:
-    """Their product. That of an accelerator would round the factors."""
-    return jnp.sum(x[:, None] * matrix, 0)
+    bounded = jnp.clip(multiplier, -_LIMIT, _LIMIT)
+    moved = jnp.sum(center * (bounded - multiplier), 0)
+    within = jnp.clip(shorter - moved, -_LIMIT, _LIMIT)
+    return bounded, at_center + moved + (within - shorter), within
 
 
 def _nan_like(value: Array, params: Any) -> Any:

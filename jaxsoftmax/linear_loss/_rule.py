@@ -76,6 +76,13 @@ def _unless_kept(scores: Array, keep: Array) -> Array:
     return jnp.where(keep[..., None], scores, with_ndim(unequal, scores.ndim))
 
 
+def _labels_unless_kept(labels: Array, keep: Array) -> Array:
+    """The labels, and a share of every class in rows that do not count, if they are shares."""
+    if labels.ndim == keep.ndim:
+        return labels
+    return jnp.where(keep[..., None], labels, 1 / labels.shape[-1])
+
+
 def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
     return lax.dot_general(x, y, (contracted, ((), ())), preferred_element_type=wide(x.dtype))
 
@@ -92,7 +99,7 @@ def _losses(losses: Losses, operands: Operands, rows: Labelled) -> Array:
 def _losses_of_chunk(
     losses: Losses, operands: Operands, rest: list[Array], labels: Array, keep: Array
 ) -> Array:
-    scores = _scores(operands, keep)
+    scores, labels = _scores(operands, keep), _labels_unless_kept(labels, keep)
     return jnp.where(keep, losses(operands.params, rest, scores, labels), 0)
 
 
@@ -109,6 +116,7 @@ def _gradients(
             return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
 
         scores = _scores(operands._replace(hidden=hidden), keep)
+        labels = _labels_unless_kept(labels, keep)
         values, pull_back = jax.vjp(of_scores, scores, params)
         ct_scores, ct_params = pull_back(vary_like(ct, values))
         *of_rows, of_classes = range(ct_scores.ndim)

@@ -123,9 +123,16 @@ def cross_entropy(
     target = as_target(rows, z, targets, axis)
     if ignore_index is not None and not isinstance(target, Classes):
         raise ValueError("ignore_index goes with classes, got distributions as targets.")
-    if ignored is not None:  # whose scores may be NaN, which a product with 0 would keep
+    if ignored is not None:
         ignored = jnp.broadcast_to(ignored, rows.flat_shape(z[0]))
-        z = rows.map(lambda z, i: jnp.where(i, 0, z), [z], [jnp.expand_dims(ignored, rows.axes)])
+
+    def kept(z: Entries) -> Entries:
+        if ignored is None:
+            return z
+        # What is ignored may be NaN, which a product with 0 would keep.
+        return rows.map(lambda z, i: jnp.where(i, 0, z), [z], [jnp.expand_dims(ignored, rows.axes)])
+
+    z = kept(z)
     weights = None if class_weights is None else _as_weights(rows, z, class_weights, axis)
     loss = _weighted_surprise(rows, z, target, weights)
 
@@ -133,7 +140,7 @@ def cross_entropy(
         """The scores; at temperature 0, all that is left of `z` is which are the largest."""
         if is_cold(rows, z[0], temperature) is False:
             return z
-        return prepare(scores, axis, options, at_zero=divided_by_zero)[1]
+        return kept(prepare(scores, axis, options, at_zero=divided_by_zero)[1])
 
     if smoothing != 0:
         share = check_per_row("label_smoothing", label_smoothing, z[0], rows)
