@@ -133,7 +133,8 @@ def sinkhorn(
         row of sum 0 takes no part. None: all the same, 1 unless `column_sums` are given.
       column_sums: what columns sum to, likewise; it broadcasts to the shape of `p.sum(axes[0])`.
         Their total is that of the rows; the difference that rounding makes goes to the columns.
-        None: all the same.
+        None: all the same. In float32, a sum must not be smaller than 1e-30 of the total, unless it
+        is 0.
       tol: the iterations of a matrix end when no sum is further from what it should be, relative to
         that; a number, or one value per matrix. How many there are then depends on the data. None:
         there are always `num_iterations`.
