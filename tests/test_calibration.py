@@ -559,6 +559,50 @@ def test_penalties_of_logits_far_from_zero(rng):
     assert objective(found) <= best_of_scipy(objective, found) + 1e-9
 
 
+def of_counts(scores, counts):
+    """A loss that is NaN if a row counts nothing."""
+    return jsm.cross_entropy(scores, counts / jnp.sum(counts, -1, keepdims=True))
+
+
+def with_norm(scores, labels):
+    """A loss that has no derivative at equal scores."""
+    return jsm.cross_entropy(scores, labels) + 0.01 * jnp.linalg.norm(scores, axis=-1)
+
+
+@pytest.mark.parametrize("loss", [of_counts, with_norm])
+@pytest.mark.parametrize("fit", FITS)
+def test_fits_of_a_loss_that_rows_that_do_not_count_might_spoil(fit, loss, rng):
+    """As without these rows."""
+    logits, labels = biased_examples(rng)
+    where = rng.random(300) < 0.8
+    if loss is of_counts:
+        labels = 3 * np.eye(4)[labels] + rng.random((300, 4))
+    found = fit(logits, labels, where, loss=loss)
+    wanted = fit(logits[where], labels[where], loss=loss)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-3), found, wanted)
+
+
+@pytest.mark.asks_for_nan
+def test_fits_leave_out_what_is_ruled_out_where_a_loss_has_no_derivative(rng):
+    def of_probabilities(scores, labels):
+        return -jnp.log(jnp.take_along_axis(jsm.softmax(scores), labels[:, None], 1)[:, 0])
+
+    logits, labels = biased_examples(rng)
+    wanted = fit_temperature(logits[1:], labels[1:])
+    logits[0, labels[0]] = -np.inf
+    found = fit_temperature(logits, labels, loss=of_probabilities)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_a_fit_without_a_gradient_is_nan(rng):
+    def loss(scores, labels):
+        return jsm.cross_entropy(scores, labels) + 0.0 * jnp.linalg.norm(0.0 * scores, axis=-1)
+
+    logits, labels = biased_examples(rng)
+    with jax.debug_nans(False):
+        assert np.isnan(fit_temperature(logits, labels, loss=loss))
+
+
 @pytest.mark.parametrize("case", ["small", "far apart"])
 @pytest.mark.asks_for_x64
 def test_matrix_scaling_with_steep_penalties(case, rng):

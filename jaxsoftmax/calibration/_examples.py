@@ -23,6 +23,7 @@ from jaxsoftmax.calibration._predictions import (
     wrong_labels,
     wrong_weights,
 )
+from jaxsoftmax.losses._targets import filled_scores, filled_targets
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -58,7 +59,7 @@ class Examples:
 
     def loss(self, loss: Loss) -> Loss:
         """The loss of `(logits, labels)`, the logits being as many columns as here."""
-        return loss if self.logits.shape[1] != 1 else lambda z, y: loss(_both_columns(z), y)
+        return _apart(loss if self.logits.shape[1] != 1 else lambda z, y: loss(_both_columns(z), y))
 
     def every(self, stride: int) -> "Examples":
         """A part of the examples, evenly spread."""
@@ -77,9 +78,8 @@ class Examples:
             fresh = start + jnp.arange(size, dtype=jnp.int32) >= begin
             weights = jnp.where(fresh, part.weights, 0)
             counts = weights > 0
-            logits = jnp.where(counts[:, None], part.logits.astype(self.dtype), 0)
-            counts = counts.reshape(-1, *(1,) * (part.labels.ndim - 1))
-            return Examples(logits, jnp.where(counts, part.labels, 0), weights)
+            logits = filled_scores(part.logits.astype(self.dtype), counts)
+            return Examples(logits, filled_targets(part.labels, counts), weights)
 
         def step(total: Any, number: Array) -> tuple[Any, None]:
             return jax.tree.map(jnp.add, total, fun(block(number))), None
@@ -228,6 +228,26 @@ def mean_loss(examples: Examples, loss: Callable[[Any, Examples], Array]) -> Cal
 
     mean.defvjp(fwd, bwd)
     return mean
+
+
+def _apart(loss: Loss) -> Loss:
+    """The loss, with gradient 0 in rows in which it is infinite, even if its own is NaN there."""
+
+    @custom_vjp
+    def losses(logits: Array, labels: Array) -> Array:
+        return loss(logits, labels)
+
+    def fwd(logits: Array, labels: Array) -> tuple[Array, Any]:
+        values, pull_back = jax.vjp(lambda logits: loss(logits, labels), logits)
+        return values, (pull_back, values)
+
+    def bwd(residuals: Any, ct: Array) -> tuple[Array, None]:
+        pull_back, values = residuals
+        (ct_logits,) = pull_back(ct)
+        return jnp.where(jnp.expand_dims(values == jnp.inf, 1), 0, ct_logits), None
+
+    losses.defvjp(fwd, bwd)
+    return losses
 
 
 def spread(examples: Examples) -> Array:

@@ -8,6 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoftmax._elementary import nan_unless
+
 
 def minimize(
     objective: Callable[[Any], Array], start: Any, tolerance: float, *, memory: int
@@ -15,7 +17,7 @@ def minimize(
     """A local minimum and its value, by L-BFGS with optax's line search.
 
     It ends where the gradient is small, or a step neither halves it nor gains more than
-    rounding takes.
+    rounding takes. If the gradient is NaN, so is the value.
 
     Args:
       objective: what to minimize, of a pytree.
@@ -52,8 +54,8 @@ def minimize(
     # among 64 bits, it adds integers of both kinds.
     with jax.debug_nans(False), jax.numpy_dtype_promotion("standard"):
         init = start, value, grad, solver.init(start), falls, count
-        params, value, *_ = lax.while_loop(go_on, step, init)
-    return params, value
+        params, value, grad, *_ = lax.while_loop(go_on, step, init)
+    return params, nan_unless(~jnp.isnan(optax.tree.norm(grad)), value)
 
 
 def precise(dtype: Any) -> float:

@@ -21,6 +21,7 @@ from jaxsoftmax._reductions import is_known, vary_like
 from jaxsoftmax._scores import wide, wide_zeros, with_ndim
 from jaxsoftmax._sharding import first_explicit
 from jaxsoftmax.linear_loss._chunks import Chunks, SharedChunks, chunk_size_for, in_one
+from jaxsoftmax.losses._targets import filled_scores, filled_targets
 
 
 class Operands(NamedTuple):
@@ -61,26 +62,12 @@ def _scores(operands: Operands, keep: Array) -> Array:
     scores = _dot(operands.hidden, operands.weight, ((operands.hidden.ndim - 1,), (0,)))
     if operands.bias is not None:
         scores = scores + with_ndim(operands.bias, scores.ndim)
-    return _unless_kept(scores, keep)
+    return _filled_scores(scores, keep)
 
 
 # Checkpointed, so that the rows that are kept are remembered, not all their entries. In a loop
 # nothing else computes the same, and a barrier would make XLA for TPU hold the scores.
-@functools.partial(jax.checkpoint, prevent_cse=False)
-def _unless_kept(scores: Array, keep: Array) -> Array:
-    """The scores, and unequal numbers in rows that do not count.
-
-    These rows add 0 times their derivatives, which all losses have at unequal scores.
-    """
-    unequal = 1 / (1 + jnp.arange(scores.shape[-1], dtype=scores.dtype))
-    return jnp.where(keep[..., None], scores, with_ndim(unequal, scores.ndim))
-
-
-def _labels_unless_kept(labels: Array, keep: Array) -> Array:
-    """The labels, and a share of every class in rows that do not count, if they are shares."""
-    if labels.ndim == keep.ndim:
-        return labels
-    return jnp.where(keep[..., None], labels, 1 / labels.shape[-1])
+_filled_scores = jax.checkpoint(filled_scores, prevent_cse=False)
 
 
 def _dot(x: Array, y: Array, contracted: tuple[Sequence[int], Sequence[int]]) -> Array:
@@ -99,7 +86,7 @@ def _losses(losses: Losses, operands: Operands, rows: Labelled) -> Array:
 def _losses_of_chunk(
     losses: Losses, operands: Operands, rest: list[Array], labels: Array, keep: Array
 ) -> Array:
-    scores, labels = _scores(operands, keep), _labels_unless_kept(labels, keep)
+    scores, labels = _scores(operands, keep), filled_targets(labels, keep)
     return jnp.where(keep, losses(operands.params, rest, scores, labels), 0)
 
 
@@ -116,7 +103,7 @@ def _gradients(
             return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
 
         scores = _scores(operands._replace(hidden=hidden), keep)
-        labels = _labels_unless_kept(labels, keep)
+        labels = filled_targets(labels, keep)
         values, pull_back = jax.vjp(of_scores, scores, params)
         ct_scores, ct_params = pull_back(vary_like(ct, values))
         *of_rows, of_classes = range(ct_scores.ndim)

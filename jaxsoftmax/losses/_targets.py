@@ -20,6 +20,7 @@ from jaxsoftmax._scores import (
     output_dtype,
     prepare,
     wide,
+    with_ndim,
 )
 from jaxsoftmax._sharding import share_like
 
@@ -191,3 +192,19 @@ def without_rounding(total: Array, size: ArrayLike) -> Array:
     """
     noise = 8 * jnp.finfo(total.dtype).eps * size
     return total - lax.stop_gradient(jnp.where(jnp.abs(total) <= noise, total, 0))
+
+
+def filled_scores(scores: Array, counts: Array) -> Array:
+    """The scores, and unequal numbers in rows that do not count.
+
+    These rows add 0 times their derivatives, which all losses have at unequal scores.
+    """
+    unequal = 1 / (1 + jnp.arange(scores.shape[-1], dtype=scores.dtype))
+    return jnp.where(counts[..., None], scores, with_ndim(unequal, scores.ndim))
+
+
+def filled_targets(targets: Array, counts: Array) -> Array:
+    """The targets, and class 0, or a share of every class, in rows that do not count."""
+    if targets.ndim == counts.ndim:
+        return jnp.where(counts, targets, 0)
+    return jnp.where(counts[..., None], targets, 1 / targets.shape[-1])
