@@ -35,9 +35,9 @@ def test_every_public_function_is_called():
     assert sorted(CALLS) == sorted(public_functions())
 
 
-def same(actual, expected):
+def same(actual, expected, atol=1e-4):
     jax.tree.map(
-        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), actual, expected
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=atol), actual, expected
     )
 
 
@@ -47,7 +47,9 @@ def test_forward(name):
     exported = export.export(jax.jit(fun), platforms=PLATFORMS)(*args)
     assert exported.platforms == PLATFORMS
     exported = export.deserialize(exported.serialize())
-    same(exported.call(*args), jax.jit(fun)(*args))
+    # Where an optimum is, rounding of the loss tells up to the root of its own size, 3e-4.
+    atol = 2e-3 if ".fit_" in name else 1e-4
+    same(exported.call(*args), jax.jit(fun)(*args), atol)
 
 
 @pytest.mark.parametrize("name", NAMES)
