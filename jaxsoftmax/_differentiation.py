@@ -390,13 +390,3 @@ class _Pullback:
             )
         # It is spread as all that it was made of, which may be more than the argument.
         return placed_like(jnp.asarray(ct).astype(wanted.dtype), wanted.sharding.spec)
-
-
-def checked(x: Any, known: Any, message: str) -> Any:
-    """`x` as it is; under `checkify`, an error if not all of `known` hold."""
-
-    def jvp(primals: Sequence[Any], tangents: Sequence[Any]) -> Any:
-        x, known = primals
-        return [checked(x, known, message)], [tangents[0]]
-
-    return _jax.call(lambda x, _: [x], jvp, lambda *_: None, [x, known], message)[0]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, ArrayLike
 
-from jaxsoftmax._differentiation import checked
+from jaxsoftmax._checked import checked
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import Entries, Rows, indicator, vary_like
 from jaxsoftmax._scores import (
