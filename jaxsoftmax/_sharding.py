@@ -63,19 +63,16 @@ def placed_like(x: Array, spec: Sequence[Any]) -> Array:
         return x
     taken = set(jax.tree.leaves(tuple(spec)))
     others = [None if taken & {*_names(e)} else e for e in sharding.spec[len(spec) :]]
-    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec, *others)))
+    wanted = PartitionSpec(*spec, *others)
+    return x if sharding.spec == wanted else jax.sharding.reshard(x, sharding.update(spec=wanted))
 
 
 def gathered(x: Array, *axes: int) -> Array:
     """`x`, whose `axes`, or all of them if none is named, are not spread over an explicit mesh."""
-    axes = axes or tuple(range(x.ndim))
-    if not any(explicit_names(x, axis) for axis in axes):
-        return x
-    sharding = jax.typeof(x).sharding
-    spec = list(sharding.spec)
-    for axis in axes:
+    spec = list(jax.typeof(x).sharding.spec)
+    for axis in axes or range(x.ndim):
         spec[axis] = None
-    return jax.sharding.reshard(x, sharding.update(spec=PartitionSpec(*spec)))
+    return placed_like(x, spec)
 
 
 def parts_of(x: Array, axis: int) -> int:
@@ -108,7 +105,8 @@ def on_each_device(
       out_specs: the specs of what it returns.
 
     Raises:
-      NotImplementedError: if `fun` calls a function that closes over an array of the mesh.
+      NotImplementedError: if `fun` calls a function that closes over an array of the mesh, which
+        JAX cannot pass on; see `_without_closures`.
     """
     mesh: Any = sharding.mesh
     names = axes_of(mesh, AxisType.Explicit)
@@ -142,7 +140,8 @@ def as_a_whole(
       out_specs: the specs of what it returns.
 
     Raises:
-      NotImplementedError: if `fun` calls a function that closes over an array of the mesh.
+      NotImplementedError: if `fun` calls a function that closes over an array of the mesh, which
+        JAX cannot pass on; see `_without_closures`.
     """
     mesh: Any = sharding.mesh
     specs = jax.tree.map(lambda spec: NamedSharding(mesh, spec), out_specs)
@@ -153,8 +152,10 @@ def as_a_whole(
 def _without_closures(fun: Callable[..., Any]) -> Callable[..., Any]:
     """`fun`, which says what to do where a function closes over an array of the mesh.
 
-    JAX raises, since it has no such closures where axes stop to be explicit (0.10 to 0.12). When it
-    has them, such functions work, and this may go.
+    An error is the right answer. Such a function has to be traced where axes are not explicit, and
+    there JAX (0.10 to 0.12) has no way for an array whose type says that they are: it raises
+    `NotImplementedError` or `ValueError`. Only an argument can be passed, and so a partial. This
+    adds what to do, to the first kind; when JAX has such closures, they work, and this may go.
     """
 
     def called(*args: Any) -> Any:

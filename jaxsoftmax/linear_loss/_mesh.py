@@ -39,14 +39,14 @@ def on_explicit_mesh(
 
     # JAX lets no function on a mesh close over what is on the mesh: parameters are passed.
     params, of_params = held((how.loss, how.soft_cap))
+
+    def here(params: Sequence[Array], *args: Any) -> Array:
+        loss, soft_cap = of_params(params)
+        return summed_or_each(dataclasses.replace(how, loss=loss, soft_cap=soft_cap), *args)
+
     if classes and not isinstance(how.loss, Configured):
-
-        def whole(params: Sequence[Array], *args: Any) -> Array:
-            loss, soft_cap = of_params(params)
-            return summed_or_each(dataclasses.replace(how, loss=loss, soft_cap=soft_cap), *args)
-
-        args = params, layer, labels, keep, weights
-        return as_a_whole(whole, sharding_of(layer), out_specs)(*args)
+        whole = as_a_whole(here, sharding_of(layer), out_specs)
+        return whole(params, layer, labels, keep, weights)
 
     how = dataclasses.replace(how, names=how.names or classes)
     count = layer.weight.shape[1]
@@ -57,9 +57,7 @@ def on_explicit_mesh(
         params, others = others[: len(params_axes)], others[len(params_axes) :]
         *layer, weights = others if weights_given else (*others, None)
         layer_here = Layer(*layer, *(None,) * (3 - len(layer)))
-        loss, soft_cap = of_params(params)
-        how_here = dataclasses.replace(how, loss=loss, soft_cap=soft_cap)
-        losses = summed_or_each(how_here, layer_here, labels, keep, weights)
+        losses = here(params, layer_here, labels, keep, weights)
         return lax.psum(losses, row_names) if how.in_sum and row_names else losses
 
     weights_given = weights is not None
