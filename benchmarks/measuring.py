@@ -91,6 +91,10 @@ class Result:
     quantities: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+# What is told of a limit.
+_OF_LIMITS = "time", "relative", "compile"
+
+
 @dataclasses.dataclass(frozen=True)
 class Comparison:
     """Functions that are measured on the same arguments.
@@ -135,8 +139,7 @@ class Comparison:
             self._run(entries, calls, found, quick)
         for name, entry in entries.items():
             if entry.is_limit:
-                kept = "time", "relative", "compile"
-                found[name] = {k: v for k, v in found[name].items() if k in kept}
+                found[name] = {k: v for k, v in found[name].items() if k in _OF_LIMITS}
             relate(found[name], found.get(entry.ours, {}))
         return [self._result(name, entry, found) for name, entry in self.entries.items()]
 

@@ -140,11 +140,10 @@ class Block:
             i = list(wanted).index(self.query)
             found[i] = self._pulled_to_queries(first, parts, ct_entries)
         if self.value in wanted:
-            mixing = _products.grouped(made.after_dropout(weights[0]), value.shape[1]).astype(
-                value.dtype
-            )
+            mixing = _products.grouped(made.after_dropout(weights[0]), value.shape[1])
             i = list(wanted).index(self.value)
-            found[i] = _products.columns(of_weights, mixing).astype(found[i].dtype)
+            mixed = _products.columns(of_weights, mixing.astype(value.dtype))
+            found[i] = mixed.astype(found[i].dtype)
         return found
 
     def _pulled_to_queries(

@@ -141,7 +141,7 @@ def linear_cross_entropy(
         known = (labels >= 0) & (labels < length) | ~keep
         labels = check_known("labels", jnp.where(keep, labels, 0), known, length)
     else:
-        labels = lax.stop_gradient(jnp.where(keep[..., None], labels, 0))
+        labels = lax.stop_gradient(labels)
     how = How(
         loss=loss,
         soft_cap=logits_soft_cap if known_cap is None else known_cap,

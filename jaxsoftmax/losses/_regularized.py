@@ -260,7 +260,7 @@ def _fenchel_young_bwd(
         shift = None if of_classes else _shift(rows, p, target)
         return regularizer.change(rows, p, target, shift, *params)
 
-    # That in `p` vanishes, since `p` is the maximum: no second solve.
+    # The derivative in `p` vanishes, since `p` is the maximum: no second solve.
     _, pull_back = jax.vjp(change, target, *params)
     ct_target, *ct_params = pull_back(ct)
     ct = rows.summed_cotangent(ct)
