@@ -24,7 +24,7 @@ from jaxtyping import Array
 
 from jaxsoftmax._jax import varying
 from jaxsoftmax._platforms import chosen, constants
-from jaxsoftmax._sharding import explicit, parts_of, share_like
+from jaxsoftmax._sharding import explicit, first_explicit, parts_of, share_like
 
 Entries = tuple[Array, ...]
 Terms = Callable[..., Sequence[Array]]
@@ -36,7 +36,7 @@ T = TypeVar("T")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("segment_ids",),
-    meta_fields=("axes", "names", "num_segments", "implementation", "stored"),
+    meta_fields=("axes", "names", "num_segments", "implementation", "is_half", "stored"),
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -55,6 +55,7 @@ class Rows:
       segment_ids: which row each position along the axis belongs to.
       num_segments: how many rows there are along the axis.
       implementation: what is to compute what is made of them; None: what was measured to be best.
+      is_half: whether the scores came in half precision.
       stored: the dtype of half precision that the scores have in memory, if nothing was computed
         with them; else None.
     """
@@ -64,6 +65,7 @@ class Rows:
     segment_ids: Array | None = None
     num_segments: int = 0
     implementation: str | None = None
+    is_half: bool = False
     stored: Any = None
 
     def sum(self, entries: Entries) -> Array:
@@ -232,6 +234,28 @@ class Rows:
             first = chosen("first_tau", lambda *_: first, scores, start, search=search_first)
             start = with_first(start, first)
         return iterate(step_on(scores), start)
+
+    def in_blocks(
+        self, function: Callable[..., Entries], entries: Entries, *row_values: Array
+    ) -> Entries:
+        """`function(entries, *row_values)`, which goes through rows again and again; not for rules.
+
+        Of as many rows at a time as suit a platform. Not in half precision, where all of what is
+        converted would be held.
+
+        Args:
+          function: what gives entries, those of a row from that row alone.
+          entries: what it takes of each member.
+          *row_values: what it takes of each row.
+        """
+        first = entries[0]
+        least = min(constants("LARGE").values(), default=math.inf)
+        is_large = all(map(is_known, first.shape)) and first.size >= least
+        is_whole = first.ndim > 1 and self.length_in_memory(first) > 0
+        is_spread = first_explicit((*entries, *row_values)) is not None
+        if self.is_half or not is_large or not is_whole or is_spread:
+            return function(entries, *row_values)
+        return chosen("blocks", function, entries, *row_values)
 
     def are_shared(self, scores: Array) -> bool:
         """Whether devices may have to tell each other about a row, as far as types tell."""

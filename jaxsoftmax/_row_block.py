@@ -196,6 +196,9 @@ class Block(Rows):
 
         return lax.cond(jnp.any(hidden > 0), search_all, lambda: found)
 
+    def in_blocks(self, function: Callable[..., Any], entries: Any, *row_values: Array) -> Any:
+        return function(entries, *row_values)
+
     def hold(self, ref: Any) -> Entry:
         """The entries of `ref`, which is read once, as a whole: so XLA can make it on the way."""
         self.held[...] = ref[...]

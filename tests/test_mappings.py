@@ -9,6 +9,7 @@ import pytest
 import scipy.special
 
 import jaxsoftmax as jsm
+from jaxsoftmax._platforms import _cpu
 from tests.cases import (
     FUNCTIONS,
     MAPPINGS,
@@ -215,6 +216,34 @@ def test_lengths_around_those_where_the_sums_change(case, length, rng):
     """Sums and solvers take other paths for long rows; no path may drop the rest of a row."""
     x = rng.normal(size=(3, length))
     x[np.arange(3), [0, length // 2, length - 1]] += 10
+    close(case.fun(x), case.reference(x))
+
+
+IN_BLOCKS = ("sparsemax", "entmax15", "entmax", "normmax", "budget_sparsemax", "stick_breaking")
+
+
+@pytest.mark.parametrize("case", **named([c for c in MAPPINGS if c.name in IN_BLOCKS]))
+def test_many_rows_in_blocks(case, monkeypatch, rng):
+    """What many rows are cut into for a CPU's caches: here 12 rows into 3 blocks."""
+    monkeypatch.setattr(_cpu, "LARGE", 84)
+    monkeypatch.setattr(_cpu, "_AT_ONCE", 30)
+    x, t = rng.normal(size=(2, 6, 7)), rng.uniform(0.5, 2, size=(6, 1))
+    x[1, 3, 2] = np.nan
+    expected = case.reference(x / t)
+    expected[1, 3] = np.nan  # of all rows no other
+    assert "scan[" in str(jax.make_jaxpr(case.fun)(x))
+    close(case.fun(x, temperature=t), expected)
+    mapped = jax.vmap(lambda x, t: case.fun(x, temperature=t), in_axes=(None, 0))
+    close(mapped(x, np.stack([t, 2 * t]))[1], case.fun(x, temperature=2 * t))
+    if case.takes("sink"):
+        sink = rng.normal(size=(2, 1, 1))
+        beside = np.append(x, np.broadcast_to(sink, (2, 6, 1)), -1)
+        expected = case.reference(beside)[..., :-1]
+        expected[1, 3] = np.nan
+        close(case.fun(x, sink=sink), expected)
+    x = rng.normal(size=(13, 7))  # no number of rows near 8 divides them
+    monkeypatch.setattr(_cpu, "_AT_ONCE", 60)
+    assert "scan[" not in str(jax.make_jaxpr(case.fun)(x))
     close(case.fun(x), case.reference(x))
 
 

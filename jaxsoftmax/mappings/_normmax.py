@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax.numpy as jnp
@@ -99,7 +100,9 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
     return _threshold.normalized(rows, rows.map(jnp.power, [powers], [1 / alpha]))
 
 
-_apply = custom_vjp(_probabilities, nondiff_argnums=(0,))
+@functools.partial(custom_vjp, nondiff_argnums=(0,))
+def _apply(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> Entries:
+    return rows.in_blocks(functools.partial(_probabilities, is_two, rows), scores, alpha)
 
 
 def _apply_fwd(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> tuple[Entries, Any]:

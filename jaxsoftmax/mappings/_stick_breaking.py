@@ -102,10 +102,15 @@ def _breaks_or_hardmax(
 
 
 def _pieces_of_any(reverse: bool, rows: Rows, scores: Array) -> Array:
-    left = jnp.exp(_sum_before(rows, _log_rest(scores), reverse))
-    p = jax.nn.sigmoid(scores) * left
-    total = rows.sum((p,))
-    return jnp.where(jnp.isnan(total), total, p)
+    def pieces(entries: Entries) -> Entries:
+        (scores,) = entries
+        left = jnp.exp(_sum_before(rows, _log_rest(scores), reverse))
+        p = jax.nn.sigmoid(scores) * left
+        total = rows.sum((p,))
+        return (jnp.where(jnp.isnan(total), total, p),)
+
+    (p,) = rows.in_blocks(pieces, (scores,))
+    return p
 
 
 def _log_rest(scores: Array) -> Array:
