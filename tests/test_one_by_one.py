@@ -87,6 +87,18 @@ def test_beta_scaling_equals_scipy(name, rng):
         np.testing.assert_allclose(fitted, best.x, rtol=1e-2, atol=2e-3)
 
 
+@pytest.mark.parametrize("count", [0, 1, 200])
+def test_beta_scaling_of_a_class_that_no_row_finds_likely(count):
+    """There a penalty is far steeper than the likelihood in `b`, and that in `a` than in all."""
+    y = (np.arange(400) < count).astype(int)
+    for size in (1e-20, 1e-10, 1e-3):
+        p = size * np.linspace(0.5, 1, 400)
+        for penalty in (0.1, 100.0):
+            fitted = np.ravel(fit_beta_scaling(p, y, penalty=penalty))
+            best = best_beta(p, y, weights=None, penalty=penalty)
+            assert beta_loss(fitted, p, y, penalty=penalty) <= best.fun + 1e-6
+
+
 def test_beta_scaling_of_weights_and_classes(rng):
     probs, labels = of_classes(rng)
     weights = rng.random(400)

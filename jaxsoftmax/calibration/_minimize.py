@@ -1,5 +1,6 @@
 """Minimization of a smooth function of a few numbers or many."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -35,14 +36,19 @@ def minimize(
         updates, state = solver.update(
             grad, state, params, value=value, grad=grad, value_fn=objective
         )
-        params = optax.apply_updates(params, updates)
-        before = value, optax.tree.norm(grad)
+        before = params, value, grad
         # The line search has left both where it ended.
+        params = optax.apply_updates(params, updates)
         value, grad = (optax.tree.get(state, name) for name in ("value", "grad"))
         # On a plateau it compares what rounding has left, for thousands of evaluations.
-        falls = before[0] - value > jnp.finfo(value.dtype).eps * jnp.abs(value)
-        falls |= optax.tree.norm(grad) < before[1] / 2
-        return params, value, grad, state, falls, count + 1
+        noise = jnp.finfo(value.dtype).eps * jnp.abs(value)
+        falls = before[1] - value > noise
+        falls |= optax.tree.norm(grad) < optax.tree.norm(before[2]) / 2
+        # One that found nothing ends anywhere.
+        rises = value - before[1] > noise
+        keep = functools.partial(jnp.where, rises)
+        params, value, grad = jax.tree.map(keep, before, (params, value, grad))
+        return params, value, grad, state, falls & ~rises, count + 1
 
     def go_on(carry: tuple) -> Array:
         _, _, grad, _, falls, count = carry

@@ -102,14 +102,16 @@ def _fit_beta(events: Events, pull: Array) -> tuple[Array, Array, Array]:
     both = jnp.stack(_logs(events.value))
     total = jnp.sum(events.weights)
     shares = events.weights / jnp.where(total == 0, 1, total)
-    # Logs in units of their size, and roots of what may not be negative.
-    unit = jnp.sqrt(jnp.sum(shares[None] * both**2, 1))
-    unit = jnp.where(unit > 0, unit, 1)
-    roots = jnp.sqrt(unit)
+    # Logs in units of their size, and roots of what may not be negative. Where a penalty is steep,
+    # the variables are longer: along none of them may all be far steeper than along others.
+    size = jnp.sqrt(jnp.sum(shares[None] * both**2, 1))
+    steep = 8 * pull / 3  # 4 times the second derivative of the penalty
+    unit = jnp.where(size + steep > 0, size + steep, 1)
+    of_shift = jax.lax.rsqrt(1 + steep)
 
     def parameters(params: tuple[Array, Array]) -> tuple[Array, Array]:
-        slopes, shift = params
-        return jnp.minimum(slopes**2 / unit, _LIMIT), jnp.clip(shift, -_LIMIT, _LIMIT)
+        roots, shift = params
+        return jnp.minimum(roots**2 / unit, _LIMIT), jnp.clip(of_shift * shift, -_LIMIT, _LIMIT)
 
     def objective(params: tuple[Array, Array]) -> Array:
         slopes, shift = parameters(params)
@@ -117,7 +119,7 @@ def _fit_beta(events: Events, pull: Array) -> tuple[Array, Array, Array]:
         distance = (jnp.sum((slopes - 1) ** 2) + shift**2) / 3
         return jnp.sum(shares * (jax.nn.softplus(z) - events.outcome * z)) + pull * distance
 
-    start = roots, jnp.zeros_like(total)
+    start = jnp.sqrt(unit), jnp.zeros_like(total)
     params, value = minimize(objective, start, precise(both.dtype), memory=10)
     slopes, shift = parameters(params)
     known = ~jnp.isnan(value)
