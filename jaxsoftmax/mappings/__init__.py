@@ -5,7 +5,8 @@ promises: the dtype that came goes out, half precision being computed in float32
 what `where` excludes and what is -inf has probability exactly 0 and gradient exactly 0; entries of
 +inf share their row; a row in which nothing takes part is all 0; NaN among what takes part makes
 its row NaN, and so does a negative temperature that is traced; temperature 0 is `hardmax`, or what
-is left of it beside a sink, and temperatures below 1e-30 are taken as 0.
+is left of it beside a sink, and temperatures below 1e-30 are taken as 0; what a temperature below 1
+makes too large for the dtype is infinite.
 """
 
 from jaxsoftmax.mappings._budget import budget_sparsemax as budget_sparsemax
