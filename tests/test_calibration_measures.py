@@ -592,6 +592,17 @@ def test_gradients(fun, rng):
     assert abs(difference) > 1e-3
 
 
+def test_smooth_error_has_first_derivatives(rng):
+    """Of second ones a grid knows nothing; the first are there in all modes and transformations."""
+    p, labels = rng.uniform(0.1, 0.9, size=(2, 20)), rng.integers(2, size=20)
+    fun = lambda p: smooth_calibration_error(p, labels)  # noqa: E731
+    slopes = jax.vmap(jax.grad(fun))(p)
+    np.testing.assert_allclose(jax.vmap(jax.jacfwd(jax.checkpoint(fun)))(p), slopes, rtol=1e-3)
+    for twice in (jax.hessian(fun), jax.grad(lambda p: jnp.sum(jax.grad(fun)(p)))):
+        with pytest.raises(NotImplementedError, match="smooth_calibration_error must be diff"):
+            twice(p[0])
+
+
 def test_small_integers_as_labels():
     probs = np.full((4, 300), 1 / 300)
     labels = np.array([0, 1, 2, 255], np.uint8)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NoReturn
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -49,6 +51,7 @@ def smooth_calibration_error(
       ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
         are not probabilities (up to rounding), a label that is not a class, or a negative weight.
         While tracing, the result is then NaN.
+      NotImplementedError: if it is differentiated twice: on a grid it has first derivatives.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -61,11 +64,39 @@ def smooth_calibration_error(
       Blasiok & Nakkiran, 2023: Smooth ECE (arXiv:2309.12236).
     """
     events = as_predictions(probs, labels, where, weights).confidences()
-    confidence = events.value
     total = jnp.sum(events.weights)
-    shares = events.weights / total
-    spectrum = jnp.fft.rfft(_reflected(confidence, shares * (events.outcome - confidence)))
-    squares = (jnp.pi * jnp.arange(_STEPS + 1, dtype=confidence.dtype)) ** 2
+    masses = events.weights / total * (events.outcome - events.value)
+    return nan_unless(total != 0, _error(events.value, masses))
+
+
+@jax.custom_jvp
+def _error(positions: Array, masses: Array) -> Array:
+    """The error of residuals, `masses` in sum, at some `positions`."""
+    return _error_on_grid(positions, masses)
+
+
+@_error.defjvp
+def _error_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return jax.jvp(_error_on_grid, tuple(map(_not_again, primals)), tangents)
+
+
+@jax.custom_jvp
+def _not_again(x: Array) -> Array:
+    """`x`. Masses are shared linearly among a grid's points, which leaves no second derivatives."""
+    return x
+
+
+@_not_again.defjvp
+def _not_again_jvp(primals: Any, tangents: Any) -> NoReturn:
+    del primals, tangents
+    raise NotImplementedError(
+        "smooth_calibration_error must be differentiated once, got a derivative of its derivative."
+    )
+
+
+def _error_on_grid(positions: Array, masses: Array) -> Array:
+    spectrum = jnp.fft.rfft(_reflected(positions, masses))
+    squares = (jnp.pi * jnp.arange(_STEPS + 1, dtype=positions.dtype)) ** 2
 
     def error(width: Array) -> Array:
         damping = jnp.exp(-squares * width**2 / 2).astype(spectrum.dtype)
@@ -80,12 +111,11 @@ def smooth_calibration_error(
         wider = error(middle) > middle
         return jnp.where(wider, middle, low), jnp.where(wider, high, middle)
 
-    zero = jnp.zeros((), confidence.dtype)
+    zero = jnp.zeros((), positions.dtype)
     low, _ = lax.stop_gradient(lax.fori_loop(0, _HALVINGS, halve, (zero, zero + 1)))
     # One step of Newton's method has the derivative that the implicit function theorem gives.
     value, slope = jax.jvp(error, (low,), (zero + 1,))
-    width = low + (value - low) / (1 - lax.stop_gradient(slope))
-    return nan_unless(total != 0, width)
+    return low + (value - low) / (1 - lax.stop_gradient(slope))
 
 
 def _reflected(positions: Array, masses: Array) -> Array:
