@@ -240,8 +240,8 @@ class Rows:
     ) -> Entries:
         """`function(entries, *row_values)`, which goes through rows again and again; not for rules.
 
-        Of as many rows at a time as suit a platform. Not in half precision, where all of what is
-        converted would be held.
+        Of as many rows at a time as suit a platform. Not of what was converted from half precision,
+        unless it is known as it is stored: all of it would be held.
 
         Args:
           function: what gives entries, those of a row from that row alone.
@@ -253,9 +253,10 @@ class Rows:
         is_large = all(map(is_known, first.shape)) and first.size >= least
         is_whole = first.ndim > 1 and self.length_in_memory(first) > 0
         is_spread = first_explicit((*entries, *row_values)) is not None
-        if self.is_half or not is_large or not is_whole or is_spread:
+        is_converted = self.is_half and self.stored is None
+        if not is_large or not is_whole or is_spread or is_converted:
             return function(entries, *row_values)
-        return chosen("blocks", function, entries, *row_values)
+        return chosen("blocks", function, entries, *row_values, stored=self.stored)
 
     def are_shared(self, scores: Array) -> bool:
         """Whether devices may have to tell each other about a row, as far as types tell."""

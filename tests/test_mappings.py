@@ -241,6 +241,12 @@ def test_many_rows_in_blocks(case, monkeypatch, rng):
         expected = case.reference(beside)[..., :-1]
         expected[1, 3] = np.nan
         close(case.fun(x, sink=sink), expected)
+    half = jnp.asarray(rng.normal(size=(12, 7)), jnp.bfloat16)
+    where = rng.random((12, 7)) < 0.8
+    found = case.fun(half, where=where)
+    assert found.dtype == jnp.bfloat16
+    expected = case.reference(np.where(where, half.astype(float), -1e30))
+    np.testing.assert_allclose(found.astype(float), expected, rtol=0.01, atol=1e-6)
     x = rng.normal(size=(13, 7))  # no number of rows near 8 divides them
     monkeypatch.setattr(_cpu, "_AT_ONCE", 60)
     assert "scan[" not in str(jax.make_jaxpr(case.fun)(x))

@@ -163,7 +163,10 @@ def first_tau(
 
 
 def blocks(
-    general: Callable[..., tuple[Array, ...]], entries: tuple[Array, ...], *row_values: Array
+    general: Callable[..., tuple[Array, ...]],
+    entries: tuple[Array, ...],
+    *row_values: Array,
+    stored: Any,
 ) -> tuple[Array, ...]:
     """`general`, of so many rows at a time that they stay in the caches.
 
@@ -179,8 +182,24 @@ def blocks(
         whole = jnp.broadcast_to(x, (*lead, x.shape[-1]))
         return whole.reshape(-1, *(1,) * (len(lead) - 1), size, x.shape[-1])
 
-    found = lax.map(lambda cuts: general(*cuts), jax.tree.map(cut, (entries, *row_values)))
-    return tuple(x.reshape(*lead, x.shape[-1]) for x in found)
+    def block(cuts: tuple[Any, Any]) -> tuple[Array, ...]:
+        bits, row_values = cuts
+        return general(tuple(map(from_bits, bits)), *row_values)
+
+    # Half precision is cut as integers: floats XLA would convert before the loop, and hold.
+    bits_of, from_bits = _bits(entries[0].dtype, stored)
+    cuts = jax.tree.map(cut, (tuple(map(bits_of, entries)), row_values))
+    return tuple(x.reshape(*lead, x.shape[-1]) for x in lax.map(block, cuts))
+
+
+def _bits(dtype: Any, stored: Any) -> tuple[Callable[[Array], Array], Callable[[Array], Array]]:
+    """To the bits of what is stored in half precision, and back; nothing if nothing is."""
+    if stored is None:
+        return lambda x: x, lambda x: x
+    return (
+        lambda x: lax.bitcast_convert_type(x.astype(stored), jnp.uint16),
+        lambda bits: lax.bitcast_convert_type(bits, stored).astype(dtype),
+    )
 
 
 def _divisor(count: int, most: int) -> int:

@@ -14,7 +14,15 @@ from jaxsoftmax._elementary import two_sum
 from jaxsoftmax._form import tolerance
 from jaxsoftmax._public import BUDGET, known_number, public
 from jaxsoftmax._reductions import Entries, Pair, Rows, indicator, iterate, no_passes
-from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, is_cold, prepare
+from jaxsoftmax._scores import (
+    Axis,
+    Options,
+    as_returned,
+    as_stored,
+    check_per_row,
+    is_cold,
+    prepare,
+)
 from jaxsoftmax._threshold import Solved
 
 
@@ -73,7 +81,9 @@ def budget_sparsemax(
       Correia, Niculae, Aziz & Martins, 2020: Efficient marginalization of discrete and structured
       latent variables via sparsity (arXiv:2007.01919).
     """
-    rows, scores = prepare(x, axis, Options(where, temperature))
+    options = Options(where, temperature)
+    rows, scores = prepare(x, axis, options)
+    rows = as_stored(rows, x, options)
     _check_budget(known_number(budget), rows.length(scores))
     total = check_per_row("budget", budget, scores[0], rows)
     cold = is_cold(rows, scores[0], temperature)

@@ -21,6 +21,7 @@ from jaxsoftmax._scores import (
     Temperature,
     as_returned,
     as_scores,
+    as_stored,
     is_cold,
     prepare,
     split_axis,
@@ -78,7 +79,9 @@ def stick_breaking(
       Tan, Yang, Courville, Panda & Shen, 2024: Scaling stick-breaking attention
       (arXiv:2410.17980).
     """
-    rows, scores = prepare(x, _in_order(axis, as_scores(x).ndim), Options(where, temperature))
+    options = Options(where, temperature)
+    rows, scores = prepare(x, _in_order(axis, as_scores(x).ndim), options)
+    rows = as_stored(rows, x, options)
     return as_returned(_breaks_or_hardmax(rows, scores, temperature, reverse), x, where)
 
 
