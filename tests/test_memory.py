@@ -86,3 +86,16 @@ def test_losses_of_entmax_hold_the_probabilities_alone():
 
     # No pullback of the zero that stands for the derivative in the probabilities.
     assert temporaries(jax.grad(total, (0, 1)), scores, scores) < scores.size * 4
+
+
+def test_many_rows_hold_a_block():
+    """What goes through rows again and again, as it comes and in half precision."""
+    shape = 4096, 1024
+    for fun, dtypes in (
+        (jsm.sparsemax, ["float32"]),
+        (jsm.stick_breaking, ["float32", "bfloat16"]),
+        (functools.partial(jsm.budget_sparsemax, budget=2.0), ["float32", "bfloat16"]),
+    ):
+        for dtype in dtypes:
+            held = 4 * 2**22 if dtype == "bfloat16" else 0  # the result before it is rounded
+            assert temporaries(fun, jax.ShapeDtypeStruct(shape, dtype)) < held + 2**23
