@@ -153,14 +153,7 @@ def probabilities(form: Form, rows: Rows, scores: Entries, *params: Array) -> En
 @functools.partial(custom_vjp, nondiff_argnums=(0,))
 def _apply(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
     """The probabilities that `form` gives to `scores`, with the rule of the family."""
-    return by_implementation(functools.partial(_in_blocks, form), rows, scores, *params)
-
-
-def _in_blocks(form: Form, rows: Rows, scores: Entries, *params: Array) -> Entries:
-    function = functools.partial(probabilities, form, rows)
-    if form.only_scales or form.tau is not None:  # few passes
-        return function(scores, *params)
-    return rows.in_blocks(function, scores, *params)
+    return by_implementation(functools.partial(probabilities, form), rows, scores, *params)
 
 
 def _apply_fwd(form: Form, rows: Rows, scores: Entries, *params: Array) -> tuple[Entries, Any]:

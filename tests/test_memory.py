@@ -91,11 +91,11 @@ def test_losses_of_entmax_hold_the_probabilities_alone():
 def test_many_rows_hold_a_block():
     """What goes through rows again and again, as it comes and in half precision."""
     shape = 4096, 1024
-    for fun, dtypes in (
-        (jsm.sparsemax, ["float32"]),
-        (jsm.stick_breaking, ["float32", "bfloat16"]),
-        (functools.partial(jsm.budget_sparsemax, budget=2.0), ["float32", "bfloat16"]),
+    for fun in (
+        jsm.normmax,
+        jsm.stick_breaking,
+        functools.partial(jsm.budget_sparsemax, budget=2.0),
     ):
-        for dtype in dtypes:
+        for dtype in ("float32", "bfloat16"):
             held = 4 * 2**22 if dtype == "bfloat16" else 0  # the result before it is rounded
             assert temporaries(fun, jax.ShapeDtypeStruct(shape, dtype)) < held + 2**23

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -137,6 +138,10 @@ class _Budget(Solved):
     def totals(self, *params: Array) -> tuple[Array, ...]:
         """A row sums to its budget."""
         return tuple(map(jnp.ones_like, params))
+
+    def probabilities(self, rows: Rows, scores: Entries, *params: Array) -> Entries:
+        """Those of `Solved`."""
+        return rows.in_blocks(functools.partial(super().probabilities, rows), scores, *params)
 
     def solve(self, rows: Rows, scores: Entries, *params: Array) -> tuple[Array, ...]:
         """The threshold of finite scores, and what infinite ones get."""

@@ -15,7 +15,7 @@ from jaxsoftmax._elementary import nan_unless, sqrt
 from jaxsoftmax._form import Form
 from jaxsoftmax._public import ALPHA, known_number, public
 from jaxsoftmax._reductions import Entries, Rows, sum_to
-from jaxsoftmax._scores import Axis, Options, as_returned, check_per_row, prepare
+from jaxsoftmax._scores import Axis, Options, as_returned, as_stored, check_per_row, prepare
 from jaxsoftmax.mappings._entmax import ENTMAX
 
 
@@ -71,7 +71,9 @@ def normmax(
       Santos, Niculae, McNamee & Martins, 2024: Sparse and structured Hopfield networks
       (arXiv:2402.13725).
     """
-    rows, scores = prepare(x, axis, Options(where, temperature))
+    options = Options(where, temperature)
+    rows, scores = prepare(x, axis, options)
+    rows = as_stored(rows, x, options)
     known = known_number(alpha)
     if known is not None and not 1 < known < jnp.inf:
         raise ValueError(f"alpha must be above 1 and finite, got {known}.")
