@@ -1,5 +1,6 @@
 """The last digits, against `mpmath`: of what users get, compiled as they compile it."""
 
+import functools
 import itertools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import mpmath
 import numpy as np
 import pytest
+import scipy.special
 
 import jaxsoftmax as jsm
 from jaxsoftmax._platforms import _cpu
@@ -55,6 +57,25 @@ def test_accuracy_in_ulp(dtype, scale, length):
     print("jax.nn.softmax and log_softmax:", [round(v, 2) for v in theirs])
     assert errors.pop("softmax") <= 6
     assert max(errors.values()) <= 4
+
+
+ALONG = [((5003, 8), 0), ((3, 4100, 2), 1), ((4100, 3), (0, 1)), ((520, 9, 300), (0, 2))]
+
+
+@pytest.mark.parametrize(("shape", "axis"), ALONG)
+def test_accuracy_of_rows_along_any_axes(shape, axis, rng):
+    """However many entries of a row lie apart in memory; scores of few values have no luck."""
+    x = np.float32(rng.normal(size=shape).round())
+    for ours, theirs in (
+        (jsm.log_softmax, scipy.special.log_softmax),
+        (jsm.logsumexp, scipy.special.logsumexp),
+    ):
+        exact = theirs(np.float64(x), axis)
+        off = np.abs(np.float64(ours(x, axis=axis)) - exact)
+        assert np.all(off <= 4 * np.spacing(np.abs(exact).astype(np.float32)))
+    for mapping in (jsm.sparsemax, jsm.entmax15, functools.partial(jsm.entmax, alpha=1.3)):
+        total = np.sum(np.float64(mapping(x, axis=axis)), axis)
+        np.testing.assert_allclose(total, 1, rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float64"])

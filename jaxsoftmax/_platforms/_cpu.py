@@ -1,5 +1,6 @@
 """What XLA for CPU does better in another way."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,22 +70,16 @@ def _folded(
     length = entries[0].shape[minor] if minor in axes else 1
     lanes, depth = _folding(length)
     if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
-        return _reduce(terms(*entries, *row_values), axes)
+        return _stacked(terms, entries, row_values, axes)
     whole = length - length % (depth * lanes)
     # The entries are cut, not the terms: terms of two uses would be held in memory.
     folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
     spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
     partial = _reduce(terms(*folded, *spread), (minor + 1,))
     partial = jax.tree.map(lambda x: x.reshape(*x.shape[:minor], -1), partial)
-    if length <= _SHORT and not again:
-        found = _reduce(partial, axes)
-    else:
-        parts, of_parts = jax.tree.flatten(partial)
-
-        def as_they_are(*parts: Array) -> _Pair:
-            return jax.tree.unflatten(of_parts, parts)
-
-        found = _folded(as_they_are, parts, (), axes, again=True)
+    is_short = length <= (_LONG if again else _SHORT)
+    of_parts = _stacked if is_short else functools.partial(_folded, again=True)
+    found = _of_parts(of_parts, partial, axes)
     if whole == length:
         return found
     rest = [x[..., whole:] for x in entries]
@@ -92,19 +87,54 @@ def _folded(
 
 
 # As measured: what is left of so short a row takes less time one by one than folded again. Of
-# longer rows, so many sums one by one would round too often.
-_SHORT = 128
+# longer rows, so many sums one by one would round too often, and of long ones those of two folds.
+_SHORT, _LONG = 128, 2**14
+
+
+def _stacked(
+    terms: Callable[..., _Pair],
+    entries: Sequence[Array],
+    row_values: Sequence[Array],
+    axes: tuple[int, ...],
+) -> _Pair:
+    """What `_folded` returns, of some entries at a time along an axis that is not the minor one.
+
+    One by one, so many sums would round too often.
+    """
+    shape, spec = entries[0].shape, jax.typeof(entries[0]).sharding.spec
+    long = [i for i in axes[::-1] if i < len(shape) - 1 and isinstance(shape[i], int)]
+    axis = next((i for i in long if shape[i] > _FEW and spec[i] is None), None)
+    if axis is None:
+        return _reduce(terms(*entries, *row_values), axes)
+    whole = shape[axis] - shape[axis] % _DEPTH
+    cut = [lax.slice_in_dim(x, 0, whole, axis=axis) for x in entries]
+    stacked = [x.reshape(*shape[:axis], -1, _DEPTH, *shape[axis + 1 :]) for x in cut]
+    spread = [jnp.expand_dims(values, axis + 1) for values in row_values]
+    partial = _reduce(terms(*stacked, *spread), (axis + 1,))
+    partial = jax.tree.map(lambda x: jnp.squeeze(x, axis + 1), partial)
+    found = _of_parts(_stacked, partial, axes)
+    if whole == shape[axis]:
+        return found
+    rest = [lax.slice_in_dim(x, whole, shape[axis], axis=axis) for x in entries]
+    return _join(found, _reduce(terms(*rest, *row_values), axes))
+
+
+# LLVM vectorizes no depth that it does not unroll, which it does up to 8.
+_DEPTH, _FEW = 8, 32
+
+
+def _of_parts(reduce: Callable[..., _Pair], partial: _Pair, axes: tuple[int, ...]) -> _Pair:
+    """The sums of partial sums and the maxima of partial maxima, by one of the functions above."""
+    parts, structure = jax.tree.flatten(partial)
+    return reduce(lambda *parts: structure.unflatten(parts), parts, (), axes)
 
 
 def _folding(length: Any) -> tuple[int, int]:
-    """Lanes and depth, as measured on rows of 10 to 100,000.
-
-    LLVM vectorizes no depth that it does not unroll, which it does up to 8.
-    """
+    """Lanes and depth, as measured on rows of 10 to 100,000."""
     if not isinstance(length, int) or length < 16:
         return 1, 1
     lanes = 32 if length >= 256 else 16 if length >= 32 else 4
-    return lanes, min(length // lanes, 8)
+    return lanes, min(length // lanes, _DEPTH)
 
 
 def _join(x: _Pair, y: _Pair) -> _Pair:
