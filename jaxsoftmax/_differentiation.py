@@ -131,10 +131,10 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
                 f"no rule defined for custom_vjp function {self._name}: call defvjp."
             )
         bound = self._signature.bind(*args, **kwargs)
-        if bound.kwargs:
-            given = ", ".join(bound.kwargs)
-            raise TypeError(f"{self._name} must be called with positional arguments, got {given}.")
         bound.apply_defaults()
+        if named := [name for name in bound.kwargs if name in kwargs]:
+            given = ", ".join(named)
+            raise TypeError(f"{self._name} must be called with positional arguments, got {given}.")
         static = {i: bound.args[i] for i in self._nondiff_argnums}
         for i, arg in static.items():
             for leaf in jax.tree.leaves(arg):

@@ -75,6 +75,14 @@ def gathered(x: Array, *axes: int) -> Array:
     return placed_like(x, spec)
 
 
+def joinable(x: Array, count: int) -> Array:
+    """`x`, of whose first axes so many can be made one: explicit meshes split only the leading."""
+    spec = jax.typeof(x).sharding.spec[:count]
+    whole = next((i for i, names in enumerate(spec) if names is None), count)
+    later = [i for i in range(whole, len(spec)) if spec[i] is not None]
+    return gathered(x, *later) if later else x
+
+
 def parts_of(x: Array, axis: int) -> int:
     """Into how many equal parts XLA may have split an axis, as far as types tell; 1 if none."""
     mesh = jax.typeof(x).sharding.mesh

@@ -369,6 +369,20 @@ def test_keyword_and_default_arguments():
     assert jax.jvp(lambda x: scaled(x, factor=4.0), (3.0,), (1.0,)) == (12.0, 40.0)
 
 
+def test_a_keyword_after_a_default():
+    def powers(x, factor=2.0, n=1):
+        return factor * x**n
+
+    for fun in (jax.custom_vjp, jsm.custom_vjp):
+        ours = fun(powers, nondiff_argnums=(2,))
+        ours.defvjp(
+            lambda x, factor, n: (powers(x, factor, n), (x, factor)),
+            lambda n, r, ct: (10 * ct * r[1], None),
+        )
+        assert ours(3.0, n=2) == 18.0
+        assert jax.grad(lambda x: ours(x, n=2))(3.0) == 20.0  # noqa: B023
+
+
 def test_methods_are_bound():
     class Model:
         factor = 2.0

@@ -179,6 +179,33 @@ def test_measures_and_draws_on_an_explicit_mesh(rng):
         assert_equal(actual, jax.jit(measured)(p, labels))
 
 
+def test_calibration_of_rows_whose_second_axis_is_spread(rng):
+    """As the lengths of sequences are; the classes, too."""
+    p, labels = rng.dirichlet(np.ones(4), size=(4, 6)), rng.integers(4, size=(4, 6))
+    weights, where = rng.uniform(0.2, 1, size=(4, 6)), rng.random((4, 6)) < 0.8
+    beta = 0.5 + rng.random((3, 4))
+
+    def several(p, labels, weights, where):
+        args = p, labels, where
+        scores = 2 * jnp.log(p)
+        return (
+            calibration.brier_score(*args, weights=weights, reduction="none"),
+            calibration.expected_calibration_error(*args, weights=weights),
+            calibration.fit_isotonic(*args, weights=weights),
+            calibration.fit_temperature(scores, labels, where, weights=weights),
+            calibration.fit_vector_scaling(scores, labels, where, weights=weights, penalty=0.1),
+            calibration.fit_matrix_scaling(scores, p, where, weights=weights, penalty=0.1),
+            calibration.beta_scaling(p, *beta),
+        )
+
+    args, row = (p, labels, weights, where), P(None, "a")
+    with jax.numpy_dtype_promotion("standard"):
+        actual, _ = on_mesh(mesh_of((2, 2)), several, args, [P(None, "a", "b"), row, row, row])
+        expected = jax.jit(several)(*args)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), actual, expected)
+    assert actual[-1].sharding.spec == P(None, "a", "b")
+
+
 @pytest.mark.parametrize("case", **named(LOSSES))
 @every_mesh
 def test_losses(case, mesh, rng):

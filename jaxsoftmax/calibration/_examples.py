@@ -16,6 +16,7 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, at_least_int32, check_mask, check_real
+from jaxsoftmax._sharding import gathered, joinable
 from jaxsoftmax.calibration._predictions import (
     explained,
     in_unit,
@@ -60,6 +61,11 @@ class Examples:
     def loss(self, loss: Loss) -> Loss:
         """The loss of `(logits, labels)`, the logits being as many columns as here."""
         return _apart(loss if self.logits.shape[1] != 1 else lambda z, y: loss(_both_columns(z), y))
+
+    def of_whole_rows(self) -> "Examples":
+        """The same, of which no row is spread over an explicit mesh, for parameters per class."""
+        labels = gathered(self.labels, 1) if self.labels.ndim > 1 else self.labels
+        return Examples(gathered(self.logits, 1), labels, self.weights)
 
     def every(self, stride: int) -> "Examples":
         """A part of the examples, evenly spread."""
@@ -159,8 +165,8 @@ def as_examples(
     # A search has no derivatives worth the name.
     scores, labels = lax.stop_gradient((scores, labels))
     n = math.prod(rows)
-    scores = scores.reshape(n, classes)
-    labels = labels.reshape((n,) if are_classes else (n, classes))
+    scores = joinable(scores, len(rows)).reshape(n, classes)
+    labels = joinable(labels, len(rows)).reshape((n,) if are_classes else (n, classes))
     if classes == 1 and not are_classes:
         labels = jnp.concatenate([1 - labels, labels], 1)
     counted = lax.stop_gradient(row_weights(weights, rows, dtype)).reshape(n)
@@ -168,7 +174,7 @@ def as_examples(
         of_labels = _label_weights(labels, class_weights, max(classes, 2), dtype)
         counted = jnp.where(counted == 0, 0, counted * of_labels)
     if where is not None:
-        takes_part = jnp.broadcast_to(check_mask(where, rows), rows)
+        takes_part = joinable(jnp.broadcast_to(check_mask(where, rows), rows), len(rows))
         counted = jnp.where(takes_part.reshape(n), counted, 0)
     if weights is not None or class_weights is not None:
         counted, _ = in_unit(counted)

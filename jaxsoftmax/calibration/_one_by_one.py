@@ -13,7 +13,7 @@ from jaxtyping import Array, ArrayLike, Bool, Float, Integer, Real
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._public import public
 from jaxsoftmax._scores import as_scores, output_dtype
-from jaxsoftmax._sharding import gathered, share_like
+from jaxsoftmax._sharding import gathered, joinable, share_like
 from jaxsoftmax.calibration._minimize import minimize, precise
 from jaxsoftmax.calibration._predictions import (
     Events,
@@ -319,7 +319,8 @@ def _class_by_class(
     p = as_scores(probs, "probs")
     counts = {name: x.shape[0] if x.ndim else 0 for name, x in parameters.items()}
     column = p.ndim == 1 and set(counts.values()) == {1}
-    columns = p.reshape(-1, 1) if column else p.reshape(-1, p.shape[-1] if p.ndim else 0)
+    flat = joinable(p, p.ndim - 1) if p.ndim > 1 else p
+    columns = flat.reshape(-1, 1) if column else flat.reshape(-1, p.shape[-1] if p.ndim else 0)
     for name, count in counts.items():
         if count != columns.shape[1]:
             raise ValueError(
@@ -332,5 +333,5 @@ def _class_by_class(
     if columns.shape[1] > 1:
         total = jnp.sum(mended, 1, keepdims=True)
         mended = jnp.where(total == 0, 1, mended) / jnp.where(total == 0, columns.shape[1], total)
-    mended = nan_unless(known, share_like(mended, columns))
-    return mended.reshape(p.shape).astype(output_dtype(probs))
+    mended = nan_unless(known, share_like(mended, columns)).reshape(p.shape)
+    return share_like(mended, p).astype(output_dtype(probs))

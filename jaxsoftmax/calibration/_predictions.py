@@ -22,7 +22,7 @@ from jaxsoftmax._scores import (
     check_real,
     with_ndim,
 )
-from jaxsoftmax._sharding import gathered
+from jaxsoftmax._sharding import gathered, joinable
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -266,7 +266,8 @@ def _checked(probs: ArrayLike, labels: ArrayLike) -> tuple[Array, Array, tuple[i
             f"labels must have shape {probs.shape[:-1]}, one per row of probs, got shape "
             f"{labels.shape}."
         )
-    return probs, at_least_int32(labels), probs.shape[:-1]
+    rows = probs.shape[:-1]
+    return joinable(probs, len(rows)), joinable(at_least_int32(labels), len(rows)), rows
 
 
 def _weights(
@@ -274,7 +275,9 @@ def _weights(
 ) -> Array:
     """How much each row counts; NaN if that is negative."""
     counted = row_weights(weights, rows, dtype)
-    return counted if where is None else jnp.where(check_mask(where, rows), counted, 0)
+    if where is None:
+        return counted
+    return jnp.where(joinable(check_mask(where, rows), len(rows)), counted, 0)
 
 
 def row_weights(weights: ArrayLike | None, rows: tuple[int, ...], dtype: Any) -> Array:
@@ -286,6 +289,7 @@ def row_weights(weights: ArrayLike | None, rows: tuple[int, ...], dtype: Any) ->
     if not broadcasts(weights.shape, rows):
         raise ValueError(f"weights must broadcast to shape {rows}, got shape {weights.shape}.")
     weights = jnp.broadcast_to(with_ndim(weights, len(rows)), rows).astype(dtype)
+    weights = joinable(weights, len(rows))
     return nan_unless(weights >= 0, weights)
 
 

@@ -89,7 +89,7 @@ def fit_vector_scaling(
       Guo, Pleiss, Sun & Weinberger, 2017: On calibration of modern neural networks
       (arXiv:1706.04599).
     """
-    examples = as_examples(logits, labels, where, weights, class_weights)
+    examples = as_examples(logits, labels, where, weights, class_weights).of_whole_rows()
     loss_of = examples.loss(loss)
     width = spread(examples)
     unit = jnp.where(width == 0, 1, width)
@@ -193,7 +193,7 @@ def fit_matrix_scaling(
       Kull, Perello-Nieto, Kangsepp, Silva Filho, Song & Flach, 2019: Beyond temperature scaling
       (arXiv:1910.12656).
     """
-    examples = as_examples(logits, labels, where, weights, class_weights)
+    examples = as_examples(logits, labels, where, weights, class_weights).of_whole_rows()
     loss_of = examples.loss(loss)
     width, classes = spread(examples), examples.logits.shape[1]
     unit = jnp.where(width == 0, 1, width)  # what the parameters that multiply are measured in
