@@ -17,8 +17,8 @@ def minimize(
 ) -> tuple[Any, Array]:
     """A local minimum and its value, by L-BFGS with optax's line search.
 
-    It ends where the gradient is small, or a step neither halves it nor gains more than
-    rounding takes. If the gradient is NaN, so is the value.
+    It ends where the gradient is small, or a few steps in a row neither halve it nor gain more
+    than rounding takes. If the gradient is NaN, so is the value.
 
     Args:
       objective: what to minimize, of a pytree.
@@ -32,7 +32,7 @@ def minimize(
     solver = optax.lbfgs(memory_size=memory)
 
     def step(carry: tuple) -> tuple:
-        params, value, grad, state, _, count = carry
+        params, value, grad, state, stalled, count = carry
         updates, state = solver.update(
             grad, state, params, value=value, grad=grad, value_fn=objective
         )
@@ -48,18 +48,19 @@ def minimize(
         rises = value - before[1] > noise
         keep = functools.partial(jnp.where, rises)
         params, value, grad = jax.tree.map(keep, before, (params, value, grad))
-        return params, value, grad, state, falls & ~rises, count + 1
+        stalled = jnp.where(falls & ~rises, 0, stalled + 1)
+        return params, value, grad, state, stalled, count + 1
 
     def go_on(carry: tuple) -> Array:
-        _, _, grad, _, falls, count = carry
-        return falls & (optax.tree.norm(grad) > tolerance) & (count < _MAX_STEPS)
+        _, _, grad, _, stalled, count = carry
+        return (stalled < _PATIENCE) & (optax.tree.norm(grad) > tolerance) & (count < _MAX_STEPS)
 
     value, grad = jax.value_and_grad(objective)(start)
-    falls, count = jnp.ones((), bool), jnp.zeros((), jnp.int32)
+    none = jnp.zeros((), jnp.int32)
     # Without jit these run one by one, and optax divides 0 by 0 before it looks away. With float32
     # among 64 bits, it adds integers of both kinds.
     with jax.debug_nans(False), jax.numpy_dtype_promotion("standard"):
-        init = start, value, grad, solver.init(start), falls, count
+        init = start, value, grad, solver.init(start), none, none
         params, value, grad, *_ = lax.while_loop(go_on, step, init)
     return params, nan_unless(~jnp.isnan(optax.tree.norm(grad)), value)
 
@@ -70,3 +71,5 @@ def precise(dtype: Any) -> float:
 
 
 _MAX_STEPS = 200
+# How many steps in a row may gain nothing: in float32 some do on the way.
+_PATIENCE = 3
