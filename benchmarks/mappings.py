@@ -24,6 +24,7 @@ PULLBACK = "value and vjp, float32"
 HALF = "forward, bfloat16"
 HALVED = "softmax", "log_softmax", "sparsemax", "entmax15"
 FAMILY = "the whole family, forward, float32"
+FIRST_AXIS = "along the first axis, forward, float32"
 GROWTH = "by length, forward, float32"
 
 # Ours, and where `jax.nn` has the same.
@@ -86,6 +87,11 @@ def ours_and_jax(names: Iterable[str], what: Callable = forward) -> dict[str, En
             entries[f"jax.nn.{name}"] = Entry(what(theirs), f"jsm.{name}")
         entries[f"jsm.{name}"] = Entry(what(ours))
     return entries
+
+
+def along_the_first_axis(mapping: Mapping) -> Callable:
+    """The values, of rows whose entries are far from each other in memory."""
+    return forward(functools.partial(mapping, axis=0))
 
 
 def by_sort() -> dict[str, Entry | Missing]:
@@ -156,6 +162,9 @@ def steps(quick: bool) -> list[Comparison]:
     pullback_entries = ours_and_jax(sizes.same, value_and_pullback) | by_hand(value_and_pullback)
     half_entries = ours_and_jax(name for name in sizes.same if name in HALVED)
     family_entries = ours_and_jax(sizes.others) | by_torch("entmax", "normmax", "budget")
+    first_axis_entries = ours_and_jax(
+        ("softmax", "log_softmax", "logsumexp", "sparsemax", "entmax15"), along_the_first_axis
+    )
     growth_entries = (
         ours_and_jax(["softmax", "sparsemax", "entmax15"])
         | by_sort()
@@ -169,6 +178,7 @@ def steps(quick: bool) -> list[Comparison]:
         ),
         *(comparison(HALF, shape, half_entries, "bfloat16") for shape in sizes.shapes),
         comparison(FAMILY, sizes.shapes[0], family_entries),
+        comparison(FIRST_AXIS, sizes.shapes[0], first_axis_entries),
         *(
             comparison(GROWTH, (sizes.numbers // length, length), growth_entries)
             for length in sizes.lengths
@@ -197,11 +207,11 @@ TOPIC = Topic(
     "mappings",
     "Mappings",
     """
-Each mapping runs along the last axis of float32 scores. The mappings are compared with `jax.nn`,
-with a sparsemax that sorts (`optax.projections.projection_simplex`, under `vmap`), and with
-deep-spin's entmax on PyTorch, by its exact algorithm where it has one. The column `relative`
-compares with the first function of each group, `jax.nn.softmax`. The limit is a copy: it reads the
-scores and writes as many numbers. For a vjp, the limit is two copies.
+Each mapping runs along the last axis of scores; in one group, along the first. The mappings are
+compared with `jax.nn`, with a sparsemax that sorts (`optax.projections.projection_simplex`, under
+`vmap`), and with deep-spin's entmax on PyTorch, by its exact algorithm where it has one. The column
+`relative` compares with the first function of each group, `jax.nn.softmax`. The limit is a copy: it
+reads the scores and writes as many numbers. For a vjp, the limit is two copies.
 """,
     steps,
     (
