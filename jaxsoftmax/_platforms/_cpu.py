@@ -238,27 +238,30 @@ def _divisor(count: int, most: int) -> int:
     return found if 4 * found >= most else count
 
 
-def sum_before(general: Callable[..., Array], x: Array, *, reverse: bool) -> Array:
-    """The sums of what comes before each entry, or after it, along the last axis.
+def sum_before(general: Callable[..., Array], x: Array, *, axis: int, reverse: bool) -> Array:
+    """The sums of what comes before each entry, or after it, along an axis.
 
     Within blocks, and of the blocks before. XLA for CPU goes through an array once for each bit of
     its length to scan it. A product with a matrix of 0 and 1 takes the time of one pass.
     """
-    length = x.shape[-1]
+    length = x.shape[axis]
     size = min(length, _SUMMED)
     missing = -length % max(size, 1)
     if missing:
-        x = jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
-    blocks = x.reshape(*x.shape[:-1], (length + missing) // max(size, 1), size)
+        x = jnp.pad(x, [(0, missing if i == axis else 0) for i in range(x.ndim)])
+    count = (length + missing) // max(size, 1)
+    blocks = x.reshape(*x.shape[:axis], count, size, *x.shape[axis + 1 :])
     first, second = (lax.broadcasted_iota(jnp.int32, (size, size), i) for i in (0, 1))
     before = jnp.where(first > second if reverse else first < second, 1, 0).astype(x.dtype)
-    product = (((blocks.ndim - 1,), (0,)), ((), ()))
+    product = (((axis + 1,), (0,)), ((), ()))
     sums = lax.dot_general(blocks, before, product, precision=lax.Precision.HIGHEST)
+    sums = jnp.moveaxis(sums, -1, axis + 1)
     if length > size:
-        last = 0 if reverse else -1
-        totals = sums[..., last] + blocks[..., last]
-        sums = sums + sum_before(general, totals, reverse=reverse)[..., None]
-    return sums.reshape(x.shape)[..., :length]
+        last = 0 if reverse else size - 1
+        totals, last_ones = (lax.index_in_dim(y, last, axis + 1, False) for y in (sums, blocks))
+        of_blocks = sum_before(general, totals + last_ones, axis=axis, reverse=reverse)
+        sums = sums + jnp.expand_dims(of_blocks, axis + 1)
+    return lax.slice_in_dim(sums.reshape(x.shape), 0, length, axis=axis)
 
 
 # How many entries a block has. As measured: 16 to 128 take the same time.

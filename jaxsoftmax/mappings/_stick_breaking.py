@@ -176,9 +176,9 @@ def _sum_before_in_parts(x: Array, axis: int, parts: int, reverse: bool) -> Arra
 
 def _sum_before_here(x: Array, axis: int, reverse: bool) -> Array:
     one_by_one = functools.partial(_sum_by_scan, axis, reverse)
-    if axis != x.ndim - 1 or not is_known(x.shape[axis]):
+    if not is_known(x.shape[axis]):
         return one_by_one(x)
-    return chosen("sum_before", one_by_one, x, reverse=reverse)
+    return chosen("sum_before", one_by_one, x, axis=axis, reverse=reverse)
 
 
 def _sum_by_scan(axis: int, reverse: bool, x: Array) -> Array:
