@@ -77,7 +77,7 @@ def _folded(
     spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
     partial = _reduce(terms(*folded, *spread), (minor + 1,))
     partial = jax.tree.map(lambda x: x.reshape(*x.shape[:minor], -1), partial)
-    is_short = length <= (_LONG if again else _SHORT)
+    is_short = length <= _SHORT and not again
     of_parts = _stacked if is_short else functools.partial(_folded, again=True)
     found = _of_parts(of_parts, partial, axes)
     if whole == length:
@@ -87,8 +87,8 @@ def _folded(
 
 
 # As measured: what is left of so short a row takes less time one by one than folded again. Of
-# longer rows, so many sums one by one would round too often, and of long ones those of two folds.
-_SHORT, _LONG = 128, 2**14
+# longer rows, so many sums one by one would round too often.
+_SHORT = 128
 
 
 def _stacked(
