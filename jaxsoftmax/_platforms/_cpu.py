@@ -108,7 +108,8 @@ def _stacked(
         return _reduce(terms(*entries, *row_values), axes)
     whole = shape[axis] - shape[axis] % _DEPTH
     cut = [lax.slice_in_dim(x, 0, whole, axis=axis) for x in entries]
-    stacked = [x.reshape(*shape[:axis], -1, _DEPTH, *shape[axis + 1 :]) for x in cut]
+    split = *shape[:axis], whole // _DEPTH, _DEPTH, *shape[axis + 1 :]
+    stacked = [x.reshape(split) for x in cut]
     spread = [jnp.expand_dims(values, axis + 1) for values in row_values]
     partial = _reduce(terms(*stacked, *spread), (axis + 1,))
     partial = jax.tree.map(lambda x: jnp.squeeze(x, axis + 1), partial)
@@ -233,9 +234,8 @@ def _bits(dtype: Any, stored: Any) -> tuple[Callable[[Array], Array], Callable[[
 
 
 def _divisor(count: int, most: int) -> int:
-    """The largest divisor of a number that is at most `most`, or the number if that is few."""
-    found = next(n for n in range(most, 0, -1) if count % n == 0)
-    return found if 4 * found >= most else count
+    """The largest divisor of a number that is at most `most`, or the number if that is far less."""
+    return next((n for n in range(most, most // 4, -1) if count % n == 0), count)
 
 
 def sum_before(general: Callable[..., Array], x: Array, *, axis: int, reverse: bool) -> Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -96,6 +97,7 @@ def _probabilities(is_two: bool, rows: Rows, scores: Entries, alpha: Array) -> E
         squares = _threshold.probabilities(_SQUARES, rows, scores)
         return _threshold.normalized(rows, rows.map(jnp.sqrt, [squares]))
     gaps, _ = _tops.below_top(rows, scores)
+    rows = dataclasses.replace(rows, stored=None)
     alpha = nan_unless(alpha > 1, alpha)
     q = alpha / (alpha - 1)
     powers = _threshold.probabilities(ENTMAX, rows, rows.map(jnp.multiply, [gaps], [q]), 1 + 1 / q)
