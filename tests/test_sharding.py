@@ -169,6 +169,7 @@ def test_measures_and_draws_on_an_explicit_mesh(rng):
             calibration.negative_log_likelihood(p, labels),
             calibration.fit_isotonic(p, labels),
             calibration.fit_beta_scaling(p, labels, penalty=0.1),
+            calibration.fit_temperature(jnp.log(p), labels, class_weights=1.0 + np.arange(WIDTH)),
             jax.value_and_grad(lambda p: jnp.sum(calibration.isotonic(p, *line) ** 2))(p),
             jax.value_and_grad(lambda p: jnp.sum(calibration.beta_scaling(p, *beta) ** 2))(p),
             jsm.sample(key, p, shape=(3, ROWS), replace=False),

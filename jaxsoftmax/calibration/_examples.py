@@ -16,7 +16,7 @@ from jaxsoftmax._differentiation import custom_vjp
 from jaxsoftmax._elementary import nan_unless
 from jaxsoftmax._reductions import indicator
 from jaxsoftmax._scores import as_scores, at_least_int32, check_mask, check_real
-from jaxsoftmax._sharding import gathered, joinable
+from jaxsoftmax._sharding import explicit, gathered, joinable
 from jaxsoftmax.calibration._predictions import (
     explained,
     in_unit,
@@ -195,7 +195,12 @@ def _label_weights(labels: Array, class_weights: ArrayLike, classes: int, dtype:
     if jnp.issubdtype(labels.dtype, jnp.integer):
         # One that is out of range counts: its loss is NaN, and so is to be all.
         known = (labels >= 0) & (labels < classes)
-        return jnp.where(known, jnp.take(class_weights, labels, mode="clip"), 1)
+        of_labels = (
+            gathered(class_weights)
+            .at[labels]
+            .get(mode="clip", wrap_negative_indices=False, out_sharding=explicit(labels))
+        )
+        return jnp.where(known, of_labels, 1)
     return labels.astype(dtype) @ class_weights
 
 
