@@ -149,7 +149,9 @@ def fit_matrix_scaling(
 
     It is found by L-BFGS with a line search that starts at `1 / fit_temperature` times the
     identity. Weights are sought up to 1000 over the spread of the logits (see `fit_temperature`),
-    biases up to 1000, either way. The result has no derivatives.
+    biases up to 1000, either way. If each row has an offset of its own that is far above the spread
+    within rows, subtract it first: by the search for it the fit would end early. The result has no
+    derivatives.
 
     Args:
       logits: finite scores of held-out examples, as they go into the mapping. A single column, or
