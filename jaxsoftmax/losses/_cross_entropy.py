@@ -69,8 +69,8 @@ def cross_entropy(
         They may include names of mesh axes: the classes are then counted across the devices, which
         come first, wherever the names stand.
       where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
-        (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
-        `jnp.mean(loss, where=rows)` afterwards.
+        (K,) for K classes along the last axis, or there is a mask for each row. To leave out whole
+        rows, write `jnp.mean(loss, where=rows)` afterwards.
       temperature: divides the scores; a number or one value per row, not negative.
       label_smoothing: the share of the target that is spread evenly over the classes that take
         part. Classes with a score of -inf take no part. A number or one value per row, from 0 to 1.

@@ -54,8 +54,8 @@ def sparsemax_loss(
       axis: the axis of the classes. It may be several axes, or None for all: the classes are then
         counted along the axes in the order given, fastest along the last.
       where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
-        (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
-        `jnp.mean(loss, where=rows)` afterwards.
+        (K,) for K classes along the last axis, or there is a mask for each row. To leave out whole
+        rows, write `jnp.mean(loss, where=rows)` afterwards.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
@@ -109,8 +109,8 @@ def entmax_loss(
       axis: the axis of the classes. It may be several axes, or None for all: the classes are then
         counted along the axes in the order given, fastest along the last.
       where: which classes take part; a boolean mask that broadcasts to `scores`. It has the shape
-        (K,) for K classes, or there is a mask for each row. To leave out whole rows, write
-        `jnp.mean(loss, where=rows)` afterwards.
+        (K,) for K classes along the last axis, or there is a mask for each row. To leave out whole
+        rows, write `jnp.mean(loss, where=rows)` afterwards.
       temperature: divides the scores; a number or one value per row, not negative.
 
     Returns:
