@@ -147,7 +147,7 @@ def _without_replacement(
     perturbed = jnp.where(_any_nan(rows, (perturbed,)), -jnp.inf, perturbed)
     perturbed = jnp.where(perturbed == 0, 0, perturbed)  # to `top_k`, -0 is less than 0
     last = jnp.moveaxis(perturbed, rows.axes, range(-len(rows.axes), 0))
-    last = last.reshape(*last.shape[: last.ndim - len(rows.axes)], -1)
+    last = lax.collapse(last, last.ndim - len(rows.axes))
     count, length = math.prod(draws), last.shape[-1]
     if is_known(length) and count > length:
         raise ValueError(

@@ -222,3 +222,11 @@ def test_few_bits_under_a_mask(dtype, rng):
     np.testing.assert_array_equal(jsm.logsumexp(x, where=where), sums.astype(dtype))
     losses = [jsm.cross_entropy(z, np.arange(3), where=where) for z in (x, wide)]
     np.testing.assert_allclose(*losses, rtol=1e-6)
+
+
+def test_draws_of_no_rows_and_attention_to_no_keys():
+    draws = jsm.sample(jax.random.key(0), np.zeros((0, 3)), shape=(2, 0), replace=False)
+    assert draws.shape == (2, 0)
+    query, none = np.zeros((2, 3, 2, 4)), np.zeros((2, 0, 2, 4))
+    np.testing.assert_array_equal(jsm.attention_fn(query, none, none), np.zeros_like(query))
+    assert jsm.attention_fn(none, query, query).shape == none.shape

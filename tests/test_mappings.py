@@ -247,6 +247,16 @@ def test_many_rows_in_blocks(case, monkeypatch, rng):
     close(case.fun(x), case.reference(x))
 
 
+@every_function
+@pytest.mark.parametrize("length", [40, 1100])
+def test_no_rows(case, length):
+    """As of a batch from which all was filtered: its values and derivatives are empty."""
+    for shape in ((0, length), (2, 0, length)):
+        out, pushed = jax.jvp(case.fun, (np.zeros(shape),), (np.zeros(shape),))
+        assert out.shape == pushed.shape == (shape[:-1] if case.gives == "row value" else shape)
+        assert jax.grad(lambda x: jnp.sum(case.fun(x)))(np.zeros(shape)).shape == shape
+
+
 @pytest.mark.asks_for_x64
 def test_sparse_mappings_reach_zero_and_dense_ones_do_not(rng):
     x = 5 * rng.normal(size=(10, 30))

@@ -73,10 +73,11 @@ def _folded(
         return _stacked(terms, entries, row_values, axes)
     whole = length - length % (depth * lanes)
     # The entries are cut, not the terms: terms of two uses would be held in memory.
-    folded = [x[..., :whole].reshape(*x.shape[:-1], -1, depth, lanes) for x in entries]
+    count = whole // (depth * lanes)
+    folded = [x[..., :whole].reshape(*x.shape[:-1], count, depth, lanes) for x in entries]
     spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
     partial = _reduce(terms(*folded, *spread), (minor + 1,))
-    partial = jax.tree.map(lambda x: x.reshape(*x.shape[:minor], -1), partial)
+    partial = jax.tree.map(lambda x: lax.collapse(x, minor), partial)
     is_short = length <= _SHORT and not again
     of_parts = _stacked if is_short else functools.partial(_folded, again=True)
     found = _of_parts(of_parts, partial, axes)
@@ -189,7 +190,7 @@ def first_tau(
     first, *sink = scores
     length = first.shape[-1]
     whole = first[..., : length - length % _PARTS]
-    largest = jnp.max(whole.reshape(*first.shape[:-1], -1, _PARTS), -2)
+    largest = jnp.max(whole.reshape(*first.shape[:-1], length // _PARTS, _PARTS), -2)
     return search((largest, *sink), start)
 
 

@@ -93,7 +93,7 @@ def attention_fn(
                 f"{name} must have the axes (*batch, length, heads, features), with the batch of "
                 f"query, {batch}, got shape {x.shape}."
             )
-    query, key, value = (x.astype(dtype).reshape(-1, *x.shape[-3:]) for x in (query, key, value))
+    query, key, value = (lax.collapse(x.astype(dtype), 0, -3) for x in (query, key, value))
     attend = functools.partial(
         dot_product_attention,
         query,
@@ -149,7 +149,7 @@ def _with_one_batch_axis(options: dict[str, Any], batch: tuple[int, ...]) -> dic
             return x
         if x.ndim != n + _OF_EACH[name] or x.shape[:n] != batch:
             return x
-        return x.reshape(-1, *x.shape[n:])
+        return lax.collapse(x, 0, n)
 
     return {name: flat(name, x) for name, x in options.items()}
 
@@ -163,4 +163,4 @@ def _one_batch_axis(name: str, x: Array, batch: tuple[int, ...]) -> Array:
             f"{name} must broadcast to (*batch, heads, queries, keys) with the batch of query, "
             f"{batch}, got shape {x.shape}."
         )
-    return jnp.broadcast_to(x, (*batch, *x.shape[-3:])).reshape(-1, *x.shape[-3:])
+    return lax.collapse(jnp.broadcast_to(x, (*batch, *x.shape[-3:])), 0, -3)

@@ -163,7 +163,7 @@ def _sum_before(rows: Rows, x: Array, reverse: bool) -> Array:
 
 def _sum_before_in_parts(x: Array, axis: int, parts: int, reverse: bool) -> Array:
     """The sum of what comes before, where XLA shares rows: no sum runs from part to part."""
-    split = x.reshape(*x.shape[:axis], parts, -1, *x.shape[axis + 1 :])
+    split = x.reshape(*x.shape[:axis], parts, x.shape[axis] // parts, *x.shape[axis + 1 :])
     here = _sum_before_here(split, axis + 1, reverse)
     total = jnp.expand_dims(jnp.sum(split, axis + 1), axis + 1)
     first, second = (lax.broadcasted_iota(jnp.int32, (parts, parts), i) for i in (0, 1))
