@@ -625,6 +625,13 @@ def test_derivatives_of_kl_divergence(rng):
     np.testing.assert_array_equal(same, np.zeros((2, 2, 4)))
 
 
+def test_kl_divergence_of_excluded_classes_makes_no_nan():
+    x, z = np.array([1.0, 2.0, 0.5]), np.array([0.0, 1.0, 2.0])
+    with jax.disable_jit(), jax.debug_nans(True):
+        found = jsm.kl_divergence(x, z, where=np.array([True, True, False]))
+    np.testing.assert_allclose(found, jsm.kl_divergence(x[:2], z[:2]), rtol=1e-12, atol=1e-16)
+
+
 @pytest.mark.asks_for_nan
 def test_edges_of_kl_divergence():
     inf = np.inf

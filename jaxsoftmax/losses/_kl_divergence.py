@@ -82,7 +82,7 @@ def _term(log_p: Array, log_q: Array) -> Array:
     has_p, has_q = log_p != -jnp.inf, log_q != -jnp.inf
     p, q = (jnp.exp(jnp.where(has, x, -jnp.inf)) for has, x in ((has_p, log_p), (has_q, log_q)))
     both = has_p & has_q
-    d = jnp.where(both, log_q - log_p, 0)
+    d = jnp.where(both, log_q, 0) - jnp.where(both, log_p, 0)
     near = jnp.where(jnp.abs(d) < 1, d, 0)
     # Where `d` is small, `p - q` is what the logarithms say it is.
     term = jnp.where(jnp.abs(d) < 1, q * (near + jnp.expm1(-near)), q * d + (p - q))
