@@ -36,7 +36,7 @@ T = TypeVar("T")
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("segment_ids",),
-    meta_fields=("axes", "names", "num_segments", "implementation", "is_half", "stored"),
+    meta_fields=("axes", "names", "num_segments", "implementation", "stored"),
 )
 @dataclasses.dataclass(frozen=True)
 class Rows:
@@ -55,7 +55,6 @@ class Rows:
       segment_ids: which row each position along the axis belongs to.
       num_segments: how many rows there are along the axis.
       implementation: what is to compute what is made of them; None: what was measured to be best.
-      is_half: whether the scores came in half precision.
       stored: the dtype of half precision that the scores have in memory, if nothing was computed
         with them; else None.
     """
@@ -65,7 +64,6 @@ class Rows:
     segment_ids: Array | None = None
     num_segments: int = 0
     implementation: str | None = None
-    is_half: bool = False
     stored: Any = None
 
     def sum(self, entries: Entries) -> Array:
@@ -240,8 +238,7 @@ class Rows:
     ) -> Entries:
         """`function(entries, *row_values)`, which goes through rows again and again; not for rules.
 
-        Of as many rows at a time as suit a platform. Not of what was converted from half precision,
-        unless it is known as it is stored: all of it would be held.
+        Of as many rows at a time as suit a platform.
 
         Args:
           function: what gives entries, those of a row from that row alone.
@@ -253,8 +250,7 @@ class Rows:
         is_large = all(map(is_known, first.shape)) and first.size >= least
         is_whole = first.ndim > 1 and self.length_in_memory(first) > 0
         is_spread = first_explicit((*entries, *row_values)) is not None
-        is_converted = self.is_half and self.stored is None
-        if not is_large or not is_whole or is_spread or is_converted:
+        if not is_large or not is_whole or is_spread:
             return function(entries, *row_values)
         return chosen("blocks", function, entries, *row_values, stored=self.stored)
 

@@ -138,8 +138,7 @@ def prepare(
       name: what error messages call `x`.
     """
     scores = as_scores(x, name)
-    is_half = output_dtype(x) != scores.dtype
-    rows = dataclasses.replace(_rows(scores, axis, options), is_half=is_half)
+    rows = _rows(scores, axis, options)
     if options.where is not None:
         # Before the division: what is excluded, be it NaN, must not reach any derivative.
         scores = jnp.where(check_mask(options.where, scores.shape), scores, -jnp.inf)
@@ -159,9 +158,9 @@ def prepare(
 def as_stored(rows: Rows, x: ArrayLike, options: Options) -> Rows:
     """The rows, told the dtype in memory if `prepare` only converted it from half precision."""
     dtype = output_dtype(x)
-    has_infinity = dtype in (jnp.float16, jnp.bfloat16)  # of fewer bits, some have no -inf
+    is_half = dtype in (jnp.float16, jnp.bfloat16)  # of fewer bits, some have no -inf
     is_plain = known_number(options.temperature) == 1 and options.sink is None
-    return dataclasses.replace(rows, stored=dtype) if has_infinity and is_plain else rows
+    return dataclasses.replace(rows, stored=dtype) if is_half and is_plain else rows
 
 
 def _rows(scores: Array, axis: Axis, options: Options) -> Rows:

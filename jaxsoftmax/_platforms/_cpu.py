@@ -71,20 +71,10 @@ def _folded(
     lanes, depth = _folding(length)
     if lanes == 1 or jax.typeof(entries[0]).sharding.spec[minor] is not None:
         return _stacked(terms, entries, row_values, axes)
-    whole = length - length % (depth * lanes)
-    # The entries are cut, not the terms: terms of two uses would be held in memory.
-    count = whole // (depth * lanes)
-    folded = [x[..., :whole].reshape(*x.shape[:-1], count, depth, lanes) for x in entries]
-    spread = [jnp.expand_dims(values, (minor + 1, minor + 2)) for values in row_values]
-    partial = _reduce(terms(*folded, *spread), (minor + 1,))
-    partial = jax.tree.map(lambda x: lax.collapse(x, minor), partial)
     is_short = length <= _SHORT and not again
     of_parts = _stacked if is_short else functools.partial(_folded, again=True)
-    found = _of_parts(of_parts, partial, axes)
-    if whole == length:
-        return found
-    rest = [x[..., whole:] for x in entries]
-    return _join(found, _folded(terms, rest, row_values, axes, again))
+    of_rest = functools.partial(_folded, again=again)
+    return _in_parts(terms, entries, row_values, axes, (minor, depth, lanes), of_parts, of_rest)
 
 
 # As measured: what is left of so short a row takes less time one by one than folded again. Of
@@ -107,28 +97,49 @@ def _stacked(
     axis = next((i for i in long if shape[i] > _FEW and spec[i] is None), None)
     if axis is None:
         return _reduce(terms(*entries, *row_values), axes)
-    whole = shape[axis] - shape[axis] % _DEPTH
-    cut = [lax.slice_in_dim(x, 0, whole, axis=axis) for x in entries]
-    split = *shape[:axis], whole // _DEPTH, _DEPTH, *shape[axis + 1 :]
-    stacked = [x.reshape(split) for x in cut]
-    spread = [jnp.expand_dims(values, axis + 1) for values in row_values]
-    partial = _reduce(terms(*stacked, *spread), (axis + 1,))
-    partial = jax.tree.map(lambda x: jnp.squeeze(x, axis + 1), partial)
-    found = _of_parts(_stacked, partial, axes)
-    if whole == shape[axis]:
-        return found
-    rest = [lax.slice_in_dim(x, whole, shape[axis], axis=axis) for x in entries]
-    return _join(found, _reduce(terms(*rest, *row_values), axes))
+    return _in_parts(terms, entries, row_values, axes, (axis, _DEPTH, 1), _stacked, _stacked)
 
 
 # LLVM vectorizes no depth that it does not unroll, which it does up to 8.
 _DEPTH, _FEW = 8, 32
 
 
-def _of_parts(reduce: Callable[..., _Pair], partial: _Pair, axes: tuple[int, ...]) -> _Pair:
-    """The sums of partial sums and the maxima of partial maxima, by one of the functions above."""
-    parts, structure = jax.tree.flatten(partial)
-    return reduce(lambda *parts: structure.unflatten(parts), parts, (), axes)
+def _in_parts(
+    terms: Callable[..., _Pair],
+    entries: Sequence[Array],
+    row_values: Sequence[Array],
+    axes: tuple[int, ...],
+    parts: tuple[int, int, int],
+    of_parts: Callable[..., _Pair],
+    of_rest: Callable[..., _Pair],
+) -> _Pair:
+    """An axis in blocks, depth and lanes, over the depth; then what is left of it, and the rest.
+
+    Args:
+      terms: what is summed, and of what there are maxima.
+      entries: what they take of each entry.
+      row_values: what they take of each row.
+      axes: those that all is reduced over.
+      parts: the axis, the depth and the lanes.
+      of_parts: what reduces what is left; as `_folded`.
+      of_rest: what reduces the entries beyond the last block.
+    """
+    axis, depth, lanes = parts
+    shape = entries[0].shape
+    count = shape[axis] // (depth * lanes)
+    whole = count * depth * lanes
+    split = *shape[:axis], count, depth, lanes, *shape[axis + 1 :]
+    # The entries are cut, not the terms: terms of two uses would be held in memory.
+    cut = [lax.slice_in_dim(x, 0, whole, axis=axis).reshape(split) for x in entries]
+    spread = [jnp.expand_dims(values, (axis + 1, axis + 2)) for values in row_values]
+    partial = _reduce(terms(*cut, *spread), (axis + 1,))
+    left, structure = jax.tree.flatten(partial)
+    left = [lax.collapse(x, axis, axis + 3) for x in left]
+    found = of_parts(lambda *left: structure.unflatten(left), left, (), axes)
+    if whole == shape[axis]:
+        return found
+    rest = [lax.slice_in_dim(x, whole, shape[axis], axis=axis) for x in entries]
+    return _join(found, of_rest(terms, rest, row_values, axes))
 
 
 def _folding(length: Any) -> tuple[int, int]:
@@ -202,11 +213,13 @@ def blocks(
 ) -> tuple[Array, ...]:
     """`general`, of so many rows at a time that they stay in the caches.
 
-    So memory is read and written once, and what is held on the way is small.
+    So memory is read and written once, and what is held on the way is small. Blocks are halves of
+    halves: all alike.
     """
     *lead, length = entries[0].shape
-    count = entries[0].size // length
-    size = _divisor(count, max(1, _AT_ONCE // length))
+    size = count = entries[0].size // length
+    while size % 2 == 0 and size * length > _AT_ONCE:
+        size //= 2
     if size == count:
         return general(entries, *row_values)
 
@@ -232,11 +245,6 @@ def _bits(dtype: Any, stored: Any) -> tuple[Callable[[Array], Array], Callable[[
         lambda x: lax.bitcast_convert_type(x.astype(stored), jnp.uint16),
         lambda bits: lax.bitcast_convert_type(bits, stored).astype(dtype),
     )
-
-
-def _divisor(count: int, most: int) -> int:
-    """The largest divisor of a number that is at most `most`, or the number if that is far less."""
-    return next((n for n in range(most, most // 4, -1) if count % n == 0), count)
 
 
 def sum_before(general: Callable[..., Array], x: Array, *, axis: int, reverse: bool) -> Array:

@@ -319,7 +319,7 @@ def _class_by_class(
     p = as_scores(probs, "probs")
     counts = {name: x.shape[0] if x.ndim else 0 for name, x in parameters.items()}
     column = p.ndim == 1 and set(counts.values()) == {1}
-    flat = joinable(p, p.ndim - 1) if p.ndim > 1 else p
+    flat = joinable(p, max(p.ndim - 1, 0))
     columns = flat.reshape(-1, 1) if column else flat.reshape(-1, p.shape[-1] if p.ndim else 0)
     for name, count in counts.items():
         if count != columns.shape[1]:
@@ -333,5 +333,5 @@ def _class_by_class(
     if columns.shape[1] > 1:
         total = jnp.sum(mended, 1, keepdims=True)
         mended = jnp.where(total == 0, 1, mended) / jnp.where(total == 0, columns.shape[1], total)
-    mended = nan_unless(known, share_like(mended, columns)).reshape(p.shape)
+    mended = nan_unless(known, mended).reshape(p.shape)
     return share_like(mended, p).astype(output_dtype(probs))

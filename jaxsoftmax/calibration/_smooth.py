@@ -51,7 +51,10 @@ def smooth_calibration_error(
       ValueError: if shapes do not fit. Outside of `jit`, also if a row that counts has numbers that
         are not probabilities (up to rounding), a label that is not a class, or a negative weight.
         While tracing, the result is then NaN.
-      NotImplementedError: if it is differentiated twice: on a grid it has first derivatives.
+      NotImplementedError: if it is differentiated twice. An error is the right answer: second
+        derivatives are also those of where the residuals change their sign, which is between the
+        points of the grid that they are summed on. Of these places the sum knows nothing, and its
+        second derivatives would be other numbers. The first ones do not depend on them.
 
     Example:
       >>> import jax.numpy as jnp, jaxsoftmax as jsm
@@ -82,7 +85,7 @@ def _error_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> t
 
 @jax.custom_jvp
 def _not_again(x: Array) -> Array:
-    """`x`. Masses are shared linearly among a grid's points, which leaves no second derivatives."""
+    """`x`, that what is made of it be differentiated no more; see `smooth_calibration_error`."""
     return x
 
 
