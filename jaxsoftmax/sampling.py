@@ -128,7 +128,7 @@ def _axes_of_draws(shape: Any, rows: tuple[int, ...]) -> tuple[int, ...]:
             f"shape must be a tuple that ends with the shape of the rows {rows}, got {shape!r}."
         )
     draws = shape[: len(shape) - len(rows)]
-    if any(isinstance(n, float) or (is_int(n) and n < 0) for n in draws):
+    if any(isinstance(n, float | bool | str) or (is_int(n) and n < 0) for n in draws):
         raise ValueError(f"shape must be of whole numbers that are not negative, got {shape!r}.")
     return draws
 

@@ -10,7 +10,7 @@ import scipy.special
 from jax.sharding import PartitionSpec as P
 
 import jaxsoftmax as jsm
-from jaxsoftmax.attention import _call, _cutting
+from jaxsoftmax.attention import _block, _call, _cutting
 from jaxsoftmax.attention._tiling import Tiling
 
 pytestmark = pytest.mark.usefixtures("compiled_as_it_comes")
@@ -565,6 +565,46 @@ def test_scores_that_are_made_again_are_the_same(dtype, rounding, options, tiled
         np.testing.assert_allclose(
             x.astype(np.float64), y, rtol=0, atol=4 * rounding * np.max(np.abs(y))
         )
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float32, 2.0**-13), (jnp.bfloat16, 2.0**-4)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"is_causal": True},
+        {"local_window_size": (2, 1), "return_residual": True},
+        {"is_causal": True, "query_offset": -2},
+        {"is_causal": True, "query_offset": np.array([-2, 3])},
+    ],
+    ids=["causal", "window", "rows that see nothing", "offsets of examples"],
+)
+def test_masks_of_scores_that_are_made_again(dtype, tolerance, options, tiled, monkeypatch, rng):
+    """As on GPUs, where a mask of places is made before the heads are taken one after the other."""
+    q, k, v = inputs(rng)
+    k = (k + 2).at[:, T - 1].multiply(8)  # what rows do not see leaves them their weights
+    q, k, v = (x.astype(dtype) for x in (5 * q + 3, k, v + 4))
+    masks = []
+
+    def seen(block, first, parts, where=_block.Block.where):
+        masks.append(where(block, first, parts))
+        return masks[-1]
+
+    def everything(*args):
+        attention = functools.partial(jsm.dot_product_attention, scale=0.3, **options)
+        out, pull_back = jax.vjp(attention, *args)
+        return out, pull_back(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), 1, 0) * x, out))
+
+    exact = everything(*(x.astype(np.float64) for x in (q, k, v)))
+    tiled(Tiling(2**10, 2**10, 1, (T // 2, T), 2, products_again=True))
+    monkeypatch.setattr(_block.Block, "where", seen)
+    found = jax.jit(lambda *args: everything(*args))(q, k, v)
+    # One of each of the two bands; none where positions are not known while tracing.
+    shapes = {None if mask is None else mask.shape[:3] for mask in masks}
+    is_known = np.ndim(options.get("query_offset", 0)) == 0
+    assert shapes == ({(1, 1, T // 2)} if is_known else {None})
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
+        x, largest = x.astype(np.float64), np.max(np.abs(y), where=np.isfinite(y), initial=0)
+        np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])

@@ -164,7 +164,7 @@ def test_wrong_shape_of_draws():
             ValueError, match=r"shape must be a tuple that ends with .* \(2,\), got"
         ):
             jsm.sample(KEY, np.zeros((2, 6)), shape=shape)
-    for shape in ((-1, 2), (2.0, 2)):
+    for shape in ((-1, 2), (2.0, 2), (True, 2), ("a", 2)):
         with pytest.raises(ValueError, match=r"shape must be of whole numbers that are not neg"):
             jsm.sample(KEY, np.zeros((2, 6)), shape=shape)
     draws = jsm.sample(KEY, np.zeros((2, 6)), shape=[3, 2])

@@ -18,8 +18,20 @@ from jaxsoftmax import _threshold
 from jaxsoftmax._platforms import if_local
 from jaxsoftmax._reductions import Entries, is_known
 from jaxsoftmax.attention import _products
-from jaxsoftmax.attention._prepared import First, Prepared
+from jaxsoftmax.attention._prepared import Factors, First, Prepared
 from jaxsoftmax.mappings._softmax import SOFTMAX
+
+
+@dataclasses.dataclass(frozen=True)
+class Again:
+    """How scores are made again rather than read: see `Tiling`.
+
+    Attributes:
+      mask: which of them take part, where their places tell, (1, 1, rows, S); None: all of them,
+        or it is not known before the block.
+    """
+
+    mask: Array | None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,13 +56,18 @@ class Block:
         weights = _threshold.apply(made.form, made.rows, made.entries, *made.params)[0]
         return _mix(made.after_dropout(weights), parts[self.value]), *made.row_values
 
+    def where(self, first: First, parts: Sequence[Array]) -> Array | None:
+        """Which scores take part, if that is a matter of their places alone, and some do not."""
+        factors = self.prepare(first, *parts).factors
+        return None if factors is None else factors.where
+
     def attend_and_keep(
-        self, again: bool, first: First, parts: Sequence[Array]
+        self, again: Again | None, first: First, parts: Sequence[Array]
     ) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
         """The same, and the threshold of each row; without derivatives.
 
         Args:
-          again: whether to make scores again rather than read them: see `Tiling`.
+          again: how to make scores again; None: they are read.
           first: where the block begins.
           parts: what it sees of the operands.
         """
@@ -90,7 +107,7 @@ class Block:
 
     def pull_back_from(
         self,
-        again: bool,
+        again: Again | None,
         wanted: Sequence[int],
         first: First,
         parts: Sequence[Array],
@@ -122,7 +139,7 @@ class Block:
         if made.form.only_scales and {self.query, self.key, self.value}.issuperset(wanted):
             mean = jnp.sum(ct_out * out, -1, keepdims=True)
             mean = lax.psum(mean, made.rows.names) if made.rows.names else mean
-        if again and mean is not None and made.dropout is None:
+        if again is not None and mean is not None and made.dropout is None:
             less_mean = _less(factor, value, mean).astype(value.dtype)
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
             mean = jnp.zeros_like(mean)
@@ -180,15 +197,18 @@ def _merged(parts: Sequence[Array], places: Sequence[int], args: Sequence[Array]
     return merged
 
 
-def _factors_again(made: Prepared, again: bool) -> tuple[Array, Array, Array] | None:
+def _factors_again(made: Prepared, again: Again | None) -> Factors | None:
     """The factors of scores that are made again for weights of softmax."""
-    if not again or made.form is not SOFTMAX or made.factors is None:
+    factors = made.factors
+    if again is None or made.form is not SOFTMAX or factors is None:
         return None
-    query, key, _ = made.factors
-    return made.factors if _are_many(query, key) else None
+    if factors.where is not None and again.mask is None:
+        return None
+    factors = factors._replace(where=again.mask)
+    return factors if _are_many(factors.query, factors.key) else None
 
 
-def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
+def _before_sum(made: Prepared, again: Again | None) -> tuple[Array, ...]:
     """The threshold of softmax, with 1 for what weights are multiplied by.
 
     Scores that are made again are written for their maximum alone. Any number does for that which
@@ -197,11 +217,15 @@ def _before_sum(made: Prepared, again: bool) -> tuple[Array, ...]:
     factors = _factors_again(made, again)
     if factors is None:
         return SOFTMAX.before_sum(made.rows, made.entries)
-    query, key, scale = factors
+    query, key, scale, where = factors
 
     def largest(dtype: Any) -> Array:
         scores = _products.scores(_products.grouped(query, key.shape[1]), key) * scale
-        top = jnp.max(scores.astype(dtype), -1, keepdims=True)
+        scores = scores.astype(dtype)
+        if where is not None:
+            scores = jnp.where(where, _products.apart(scores, query.shape[1]), -jnp.inf)
+            scores = _products.grouped(scores, key.shape[1])
+        top = jnp.max(scores, -1, keepdims=True)
         return _products.apart(top, query.shape[1]).astype(scale.dtype)
 
     def nearly() -> Array:
@@ -232,12 +256,12 @@ _NEAR = 2.0**10
 _LOSSY, _LOST = 2.0**27, 2.0**-20
 
 
-def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entries:
+def _weights_of(made: Prepared, threshold: Sequence[Array], again: Again | None) -> Entries:
     """The weights, given the threshold; those that are made again, before they are divided."""
     factors = _factors_again(made, again)
     if factors is None:
         return _threshold.weights(made.form, made.rows, made.entries, threshold, made.params)
-    query, key, scale = factors
+    query, key, scale, where = factors
     top, _ = threshold
     is_tiny = jnp.abs(scale) < _TINY
     of_products = jnp.clip(top / jnp.where(is_tiny, 1, scale), -_HUGE, _HUGE)
@@ -245,6 +269,8 @@ def _weights_of(made: Prepared, threshold: Sequence[Array], again: bool) -> Entr
     gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, top, 0)
     # Products of other sizes are summed in another order: a gap may come out above that of the top.
     weights = jnp.exp(jnp.minimum(gaps, 0)).astype(key.dtype)
+    if where is not None:
+        weights = jnp.where(where, weights, 0)
     of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]
     return weights.astype(gaps.dtype), *of_sink
 

@@ -20,7 +20,7 @@ from jaxsoftmax._linear_pair import linear_pair
 from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
-from jaxsoftmax.attention._block import Block
+from jaxsoftmax.attention._block import Again, Block
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import UNKNOWN, Operand, join, stack, unstack
 from jaxsoftmax.attention._prepared import First, Prepared
@@ -176,16 +176,23 @@ def _attend_and_keep(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tup
 
 def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
     def forward(cuts: Cuts, *arrays: Array) -> Any:
+        again = _again(plan, cuts, cuts.forward, arrays)
+
         def of_group(place: Any, arrays: Sequence[Array], state: Any) -> Any:
             start, found = _group_start(arrays, place), []
-            for band in cuts.forward:
+            for band, how in zip(cuts.forward, again, strict=True):
                 block = plan.blocks[cuts.groups, band]
 
                 def output(
-                    state: None, first_row: Any, parts: Any, _: Any, block: Block = block
+                    state: None,
+                    first_row: Any,
+                    parts: Any,
+                    _: Any,
+                    block: Block = block,
+                    how: Again | None = how,
                 ) -> Any:
                     first = _first(start, first_row)
-                    return state, block.attend_and_keep(cuts.again, first, parts())
+                    return state, block.attend_and_keep(how, first, parts())
 
                 found.append(_over_blocks(plan.operands, band, output, arrays)[1])
             return _of_rows(found, cuts.forward), state
@@ -193,6 +200,28 @@ def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
         return cuts.groups.each(of_group, plan.operands, arrays)[0]
 
     return plan.on_each_platform(forward, *arrays)
+
+
+def _again(
+    plan: Plan, cuts: Cuts, bands: Sequence[Band], arrays: Sequence[Array]
+) -> list[Again | None]:
+    """How the scores of each band are made again, if they are.
+
+    A mask of places is made before the loop over groups, for all of them. Where there is no such
+    loop, masked scores are read: see `TILING`.
+    """
+    if not cuts.again:
+        return [None for _ in bands]
+
+    def mask(band: Band) -> Array | None:
+        if band.blocks > 1 or cuts.groups == Groups():
+            return None
+        pairs = zip(plan.operands, arrays, strict=True)
+        group = [(operand, cuts.groups.cut(operand, x, (0, 0))) for operand, x in pairs]
+        parts = [operand.cut(x, band, band.start) for operand, x in group]
+        return plan.blocks[cuts.groups, band].where(_first((0, 0), band.start), parts)
+
+    return [Again(mask(band)) for band in bands]
 
 
 def _group_start(arrays: Sequence[Array], place: Any) -> tuple[Any, Any]:
@@ -261,9 +290,10 @@ def _pulled(
     """
 
     def pulled(cuts: Cuts, arrays: Sequence[Array], kept: Any, ct: Any) -> list[Array]:
-        pull: Callable[..., list[Array]] = _pull_back
+        pulls: list[Callable[..., list[Array]]] = [_pull_back for _ in cuts.backward]
         if from_kept:
-            pull = functools.partial(_pull_from_kept, cuts.again)
+            again = _again(plan, cuts, cuts.backward, arrays)
+            pulls = [functools.partial(_pull_from_kept, how) for how in again]
         groups = cuts.groups
         # Groups have parts of their own, or else they add to one sum; and so have blocks.
         apart = [i for i in wanted if groups.are_apart(plan.operands[i], arrays[i])]
@@ -273,7 +303,7 @@ def _pulled(
 
         def of_group(place: Any, parts: Sequence[Array], totals: Any) -> Any:
             own, of_rows = parts[: len(arrays)], jax.tree.unflatten(tree, parts[len(arrays) :])
-            found = _pulled_of_group(plan, cuts, wanted, pull, place, own, of_rows)
+            found = _pulled_of_group(plan, cuts, wanted, pulls, place, own, of_rows)
             for i in totals:
                 totals[i] = groups.add(plan.operands[i], totals[i], found[i], place)
             return tuple(found[i] for i in apart), totals
@@ -292,7 +322,7 @@ def _pull_back(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct:
 
 
 def _pull_from_kept(
-    again: bool, block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any
+    again: Again | None, block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any
 ) -> Any:
     out, thresholds = kept
     return block.pull_back_from(again, wanted, first, parts, out, thresholds, ct)
@@ -302,7 +332,7 @@ def _pulled_of_group(
     plan: Plan,
     cuts: Cuts,
     wanted: Sequence[int],
-    pull: Callable[..., list[Array]],
+    pulls: Sequence[Callable[..., list[Array]]],
     place: Any,
     arrays: Sequence[Array],
     of_rows: Any,
@@ -310,7 +340,7 @@ def _pulled_of_group(
     own = [i for i in wanted if plan.operands[i].has_rows(arrays[i])]
     sums = {i: wide_zeros(arrays[i]) for i in wanted if i not in own}
     rows = []
-    for band in cuts.backward:
+    for band, pull in zip(cuts.backward, pulls, strict=True):
         block = plan.blocks[cuts.groups, band]
 
         def cotangents(
@@ -320,6 +350,7 @@ def _pulled_of_group(
             of_rows: Any,
             band: Band = band,
             block: Any = block,
+            pull: Any = pull,
         ) -> Any:
             # Computed once more rather than kept, where this is itself differentiated.
             @jax.checkpoint

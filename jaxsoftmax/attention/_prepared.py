@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +70,22 @@ class Rules:
     guard: bool = True
 
 
+class Factors(NamedTuple):
+    """What scores are the product of.
+
+    Attributes:
+      query: the queries.
+      key: the keys.
+      scale: multiplies the products.
+      where: which of them take part by their places, (1, 1, rows, S); None: all do.
+    """
+
+    query: Array
+    key: Array
+    scale: Array
+    where: Array | None
+
+
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=("rows", "entries", "params", "row_values", "dropout", "factors"),
@@ -86,7 +102,7 @@ class Prepared:
       params: the parameters of the form.
       row_values: numbers per row, (B, N, rows), if they were asked for.
       dropout: what weights are multiplied by, if any are dropped.
-      factors: queries, keys and a scale, if the scores are their product and nothing else.
+      factors: of the scores, if these are products and nothing else.
       is_relative: whether the cotangents of the scores of each row sum to 0, and no key is known to
         be seen by nobody: then that of a query is the same if all keys lose the same.
     """
@@ -97,7 +113,7 @@ class Prepared:
     params: tuple[Array, ...]
     row_values: tuple[Array, ...]
     dropout: Array | None
-    factors: tuple[Array, Array, Array] | None
+    factors: Factors | None
     is_relative: bool
 
     def after_dropout(self, weights: Array) -> Array:
@@ -139,7 +155,8 @@ def prepare(rules: Rules, band: Band, first: First, part: Parts) -> Prepared:
     row_values = () if row_value is None else row_value(scores, **options)
     row_values = row_values if isinstance(row_values, tuple) else (row_values,)
     is_relative = not row_values and _is_relative(rules, part, *found[:3])
-    return Prepared(*found, row_values, dropout, _factors(rules, part), is_relative)
+    factors = _factors(rules, part, options["where"])
+    return Prepared(*found, row_values, dropout, factors, is_relative)
 
 
 def _are_products(rules: Rules, part: Parts) -> bool:
@@ -157,15 +174,15 @@ def _is_relative(rules: Rules, part: Parts, form: Form, rows: Rows, entries: Ent
     return "query_offset" not in part and _are_products(rules, part)
 
 
-def _factors(rules: Rules, part: Parts) -> tuple[Array, Array, Array] | None:
+def _factors(rules: Rules, part: Parts, where: Array) -> Factors | None:
     own = rules.normalizer
     if not isinstance(own, Configured) or own.options or of_normalizer(part)[0]:
         return None  # a temperature divides scores
     is_cut = rules.before is not None or rules.after is not None
-    if is_cut or not _are_products(rules, part):
+    if (is_cut and "query_offset" in part) or not _are_products(rules, part):
         return None
     scale = jnp.asarray(1 if rules.scale is None else rules.scale, wide(part["query"].dtype))
-    return part["query"], part["key"], scale
+    return Factors(part["query"], part["key"], scale, where if is_cut else None)
 
 
 def _with_arrays(
