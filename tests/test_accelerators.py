@@ -47,7 +47,7 @@ BOUNDS = {
     ("log_softmax, long rows, vjp", "h100"): Bound(11, 11, 0.3, 260),
     ("logsumexp, long rows, vjp", "h100"): Bound(5, 5, 0.2, 111),
     ("attention", "h100"): Bound(28, 140, 380, 5500),
-    ("attention, vjp", "h100"): Bound(54, 284, 480, 16_300),
+    ("attention, vjp", "h100"): Bound(58, 288, 470, 14_100),
     ("attention, causal", "h100"): Bound(84, 121, 410, 3950),
     ("attention, causal, vjp", "h100"): Bound(145, 234, 560, 11_400),
     ("linear_cross_entropy", "h100"): Bound(18, 120, 150, 4300),

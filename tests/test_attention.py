@@ -533,6 +533,7 @@ def test_all_tilings_agree(tiling, tiled, rng):
         np.testing.assert_allclose(x, y, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("group", [1, 2**10], ids=["head by head", "at once"])
 @pytest.mark.parametrize(("dtype", "rounding"), [(np.float32, 2.0**-20), (jnp.bfloat16, 2.0**-7)])
 @pytest.mark.parametrize(
     "options",
@@ -544,7 +545,9 @@ def test_all_tilings_agree(tiling, tiled, rng):
     ],
     ids=["full", "causal", "temperature", "temperature of a head"],
 )
-def test_scores_that_are_made_again_are_the_same(dtype, rounding, options, tiled, rng):
+def test_scores_that_are_made_again_are_the_same(
+    dtype, rounding, options, group, tiled, monkeypatch, rng
+):
     """As on GPUs. Scores far from 0, which the products have to subtract, and values that are."""
     q, k, v = inputs(rng)
     q, k, v, sink = 5 * q + 3, k + 2, v + 4, rng.normal(size=N)
@@ -553,14 +556,25 @@ def test_scores_that_are_made_again_are_the_same(dtype, rounding, options, tiled
 
     def everything(q, k, v, ct, sink):
         def attention(q, k, v, sink):
-            return attend(q, k, v, sink=sink, scale=0.3, **options)
+            return jsm.dot_product_attention(q, k, v, sink=sink, scale=0.3, **options)
 
         out, pull_back = jax.vjp(attention, q, k, v, sink)
-        return out, pull_back(ct)
+        without_sink = jax.vjp(functools.partial(attention, sink=sink), q, k, v)[1]
+        return out, pull_back(ct), without_sink(ct)
 
     exact = everything(*(x.astype(np.float64) for x in args))
-    tiled(Tiling(2**10, 2**10, 2**10, (1, T), 2, products_again=True))
+    tiled(Tiling(2**10, 2**10, group, (T, T), 1, products_again=True))
+    ahead = []
+
+    def kept(*args, made=_block.Block.weights_again):
+        ahead.append(made(*args))
+        return ahead[-1]
+
+    monkeypatch.setattr(_block.Block, "weights_again", kept)
     found = jax.jit(lambda *args: everything(*args))(*args)
+    # A mask is made before the loop over heads, if there is one. Temperatures divide scores.
+    is_ahead = not options or (group == 1 and "is_causal" in options)
+    assert {x is not None for x in ahead} == {is_ahead}
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(
             x.astype(np.float64), y, rtol=0, atol=4 * rounding * np.max(np.abs(y))
@@ -592,7 +606,7 @@ def test_masks_of_scores_that_are_made_again(dtype, tolerance, options, tiled, m
     def everything(*args):
         attention = functools.partial(jsm.dot_product_attention, scale=0.3, **options)
         out, pull_back = jax.vjp(attention, *args)
-        return out, pull_back(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), 1, 0) * x, out))
+        return out, pull_back(jax.tree.map(lambda x: jnp.where(jnp.isfinite(x), x + 4, 0), out))
 
     exact = everything(*(x.astype(np.float64) for x in (q, k, v)))
     tiled(Tiling(2**10, 2**10, 1, (T // 2, T), 2, products_again=True))

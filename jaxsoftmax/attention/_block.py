@@ -29,9 +29,11 @@ class Again:
     Attributes:
       mask: which of them take part, where their places tell, (1, 1, rows, S); None: all of them,
         or it is not known before the block.
+      weights: what was made of them before the block, in the reverse rule; None: nothing.
     """
 
     mask: Array | None
+    weights: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -75,12 +77,27 @@ class Block:
         if made.form is SOFTMAX:
             threshold = _before_sum(made, again)
             out, total = _mix_and_sum(made, _weights_of(made, threshold, again), value)
-            by = _threshold.inverse_of(total)
+            # Rows that see nothing have weights of 0, and cotangents are multiplied by this first.
+            by = jnp.where(total == 0, 0, _threshold.inverse_of(total))
             out, threshold = out * by, (threshold[0], by)
         else:
             threshold = _threshold.solve(made.form, made.rows, made.entries, *made.params)
             out = _mix(made.after_dropout(_weights_of(made, threshold, again)[0]), value)
         return (out, *made.row_values), threshold
+
+    def weights_again(
+        self,
+        again: Again | None,
+        first: First,
+        parts: Sequence[Array],
+        threshold: Sequence[Array],
+    ) -> Array | None:
+        """The weights before they are divided, if they are made again, in the dtype of the keys."""
+        made = self.prepare(first, *parts)
+        if _factors_again(made, again) is None:
+            return None
+        weights = _weights_of(made, (threshold[0], jnp.ones_like(threshold[1])), again)
+        return weights[0].astype(parts[self.key].dtype)
 
     def pull_back(
         self,
@@ -123,22 +140,24 @@ class Block:
 
         _, pullback, made = jax.vjp(smooth, *(parts[i] for i in wanted), has_aux=True)
         value, (ct_out, *ct_row_values) = parts[self.value], ct
-        factor = _products.grouped(ct_out, value.shape[1]).astype(value.dtype)
-        if _factors_again(made, again) is None:
-            p = weights = _weights_of(made, threshold, again)
-            of_weights = factor
-        else:
-            # A factor of rows goes where no kernel is needed for it.
+        factors = _factors_again(made, again)
+        if factors is not None:
+            # A factor of rows goes to their cotangents, where no kernel is needed for it.
             top, by = threshold
-            weights = _weights_of(made, (top, jnp.ones_like(by)), again)
-            p = made.rows.map(jnp.multiply, [weights], [by])
-            of_weights = _products.grouped(ct_out * by, value.shape[1]).astype(value.dtype)
+            threshold = top, jnp.ones_like(by)
+            ct_out = (ct_out * by).astype(value.dtype).astype(ct_out.dtype)
+        p = _weights_of(made, threshold, again)
+        factor = _products.grouped(ct_out, value.shape[1]).astype(value.dtype)
         mean = None
         # The slopes of softmax are its weights, and so the mean is known, up to the rounding of
         # weights that are mixed. That would be left of sums over rows, such as those of a scale.
         if made.form.only_scales and {self.query, self.key, self.value}.issuperset(wanted):
             mean = jnp.sum(ct_out * out, -1, keepdims=True)
             mean = lax.psum(mean, made.rows.names) if made.rows.names else mean
+        is_simple = made.dropout is None and not made.row_values
+        if factors is not None and mean is not None and is_simple:
+            found = self._pull_back_products(factors, p[0], factor, value, mean, made.is_relative)
+            return [found[i].astype(parts[i].dtype) for i in wanted]
         if again is not None and mean is not None and made.dropout is None:
             less_mean = _less(factor, value, mean).astype(value.dtype)
             cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
@@ -154,40 +173,66 @@ class Block:
         )
         found = list(pullback((ct_entries, tuple(ct_params), tuple(ct_row_values))))
         if self.query in wanted and made.is_relative and parts[self.key].dtype == jnp.bfloat16:
+            places = self.key, self.query
+            key = _less_common(parts[self.key], ct_entries[0].dtype)
+
+            def of_query(query: Array) -> Entries:
+                return self.prepare(first, *_merged(parts, places, (key, query))).entries
+
             i = list(wanted).index(self.query)
-            found[i] = self._pulled_to_queries(first, parts, ct_entries)
+            found[i] = jax.vjp(of_query, parts[self.query])[1](ct_entries)[0]
         if self.value in wanted:
-            mixing = _products.grouped(made.after_dropout(weights[0]), value.shape[1])
+            mixing = _products.grouped(made.after_dropout(p[0]), value.shape[1])
             i = list(wanted).index(self.value)
-            mixed = _products.columns(of_weights, mixing.astype(value.dtype))
+            mixed = _products.columns(factor, mixing.astype(value.dtype))
             found[i] = mixed.astype(found[i].dtype)
         return found
 
-    def _pulled_to_queries(
-        self, first: First, parts: Sequence[Array], ct_entries: Entries
-    ) -> Array:
-        """The cotangent of the queries, of keys less what they have in common.
+    def _pull_back_products(
+        self,
+        factors: Factors,
+        weights: Array,
+        factor: Array,
+        value: Array,
+        mean: Array,
+        is_relative: bool,
+    ) -> dict[int, Array]:
+        """The cotangents of queries, keys and values, where scores are products.
 
-        Those of the scores of a row sum to 0, but not when they are rounded to bfloat16: what is
-        left would be multiplied by the mean of the keys.
+        One kernel makes the cotangents of the products, if the weights were there before a loop.
         """
-        key = parts[self.key].astype(ct_entries[0].dtype)
-        less_mean = key - jnp.mean(key, -1, keepdims=True)
-        largest, left = (jnp.max(jnp.abs(x), -1, keepdims=True) for x in (key, less_mean))
-        # In each block: one more array for all of them would take longer to read. Not where a key
-        # lacks what others have in common: it would lose digits, and queries may see it alone.
-        centered = jnp.where(left <= largest / 2, less_mean, key).astype(parts[self.key].dtype)
-
-        def of_query(query: Array) -> Entries:
-            places = self.key, self.query
-            return self.prepare(first, *_merged(parts, places, (centered, query))).entries
-
-        return jax.vjp(of_query, parts[self.query])[1](ct_entries)[0]
+        query, key, scale, _ = factors
+        heads = query.shape[1]
+        weights = weights.astype(value.dtype)
+        ct = weights * (_less(factor, value, mean) * scale).astype(value.dtype)
+        ct, weights = (_products.grouped(x, key.shape[1]) for x in (ct, weights))
+        near = key
+        if is_relative and key.dtype == jnp.bfloat16:
+            near = _less_common(key, mean.dtype)
+        return {
+            self.query: _products.apart(_products.rows(ct, near), heads),
+            self.key: _products.columns(_products.grouped(query, key.shape[1]), ct),
+            self.value: _products.columns(factor, weights),
+        }
 
     def _of_wanted(
         self, wanted: Sequence[int], first: First, parts: Sequence[Array]
     ) -> Callable[..., tuple[Array, ...]]:
         return lambda *args: self.attend(first, _merged(parts, wanted, args))
+
+
+def _less_common(key: Array, dtype: Any) -> Array:
+    """Keys less what they have in common, for the cotangent of queries.
+
+    The cotangents of the scores of a row sum to 0, but not when they are rounded to bfloat16: what
+    is left would be multiplied by the mean of the keys.
+    """
+    wide = key.astype(dtype)
+    less_mean = wide - jnp.mean(wide, -1, keepdims=True)
+    largest, left = (jnp.max(jnp.abs(x), -1, keepdims=True) for x in (wide, less_mean))
+    # In each block: one more array for all of them would take longer to read. Not where a key lacks
+    # what others have in common: it would lose digits, and queries may see it alone.
+    return jnp.where(left <= largest / 2, less_mean, wide).astype(key.dtype)
 
 
 def _merged(parts: Sequence[Array], places: Sequence[int], args: Sequence[Array]) -> list[Array]:
@@ -261,6 +306,9 @@ def _weights_of(made: Prepared, threshold: Sequence[Array], again: Again | None)
     factors = _factors_again(made, again)
     if factors is None:
         return _threshold.weights(made.form, made.rows, made.entries, threshold, made.params)
+    of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]
+    if again is not None and again.weights is not None:
+        return again.weights.astype(made.entries[0].dtype), *of_sink
     query, key, scale, where = factors
     top, _ = threshold
     is_tiny = jnp.abs(scale) < _TINY
@@ -271,7 +319,6 @@ def _weights_of(made: Prepared, threshold: Sequence[Array], again: Again | None)
     weights = jnp.exp(jnp.minimum(gaps, 0)).astype(key.dtype)
     if where is not None:
         weights = jnp.where(where, weights, 0)
-    of_sink = [SOFTMAX.at(z, *threshold) for z in made.entries[1:]]
     return weights.astype(gaps.dtype), *of_sink
 
 

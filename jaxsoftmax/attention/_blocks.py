@@ -290,26 +290,39 @@ def _pulled(
     """
 
     def pulled(cuts: Cuts, arrays: Sequence[Array], kept: Any, ct: Any) -> list[Array]:
-        pulls: list[Callable[..., list[Array]]] = [_pull_back for _ in cuts.backward]
-        if from_kept:
-            again = _again(plan, cuts, cuts.backward, arrays)
-            pulls = [functools.partial(_pull_from_kept, how) for how in again]
-        groups = cuts.groups
+        groups, again = cuts.groups, _again(plan, cuts, cuts.backward, arrays)
         # Groups have parts of their own, or else they add to one sum; and so have blocks.
         apart = [i for i in wanted if groups.are_apart(plan.operands[i], arrays[i])]
         totals = {i: wide_zeros(arrays[i]) for i in wanted if i not in apart}
         tree = jax.tree.structure((kept, ct))
         of_rows = jax.tree.leaves((kept, ct))
 
-        def of_group(place: Any, parts: Sequence[Array], totals: Any) -> Any:
-            own, of_rows = parts[: len(arrays)], jax.tree.unflatten(tree, parts[len(arrays) :])
-            found = _pulled_of_group(plan, cuts, wanted, pulls, place, own, of_rows)
+        def split(parts: Sequence[Array]) -> tuple[Sequence[Array], Any]:
+            return parts[: len(arrays)], jax.tree.unflatten(tree, parts[len(arrays) :])
+
+        def of_group(
+            place: Any, parts: Sequence[Array], totals: Any, weights: Array | None = None
+        ) -> Any:
+            pulls: list[Callable[..., list[Array]]] = [_pull_back for _ in again]
+            if from_kept:
+                hows = [how and dataclasses.replace(how, weights=weights) for how in again]
+                pulls = [functools.partial(_pull_from_kept, how) for how in hows]
+            found = _pulled_of_group(plan, cuts, wanted, pulls, place, *split(parts))
             for i in totals:
                 totals[i] = groups.add(plan.operands[i], totals[i], found[i], place)
             return tuple(found[i] for i in apart), totals
 
+        def weights(place: Any, parts: Sequence[Array]) -> Array | None:
+            (band,), (how,), (own, ((_, threshold), _)) = cuts.backward, again, split(parts)
+            first = _first(_group_start(own, place), band.start)
+            own = [op.cut(x, band, band.start) for op, x in zip(plan.operands, own, strict=True)]
+            return plan.blocks[groups, band].weights_again(how, first, own, threshold)
+
+        # A step of the loop reads weights that another has made: see `TILING`.
+        is_one = [band.blocks for band in cuts.backward] == [1]
+        ahead = weights if from_kept and cuts.again and is_one else None
         operands = *plan.operands, *(Operand() for _ in of_rows)
-        outs, totals = groups.each(of_group, operands, (*arrays, *of_rows), totals)
+        outs, totals = groups.each(of_group, operands, (*arrays, *of_rows), totals, ahead)
         totals |= dict(zip(apart, outs, strict=True))
         # Platforms differ in what they sum up, and so in its dtype.
         return [totals[i].astype(arrays[i].dtype) for i in wanted]

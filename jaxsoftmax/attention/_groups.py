@@ -32,23 +32,39 @@ class Groups:
         operands: Sequence[Operand],
         arrays: Sequence[Array],
         state: Any = None,
+        ahead: Callable[..., Any] | None = None,
     ) -> tuple[tuple[Array, ...], Any]:
         """Outputs and state of `function(place, arrays of the group, state)`, group by group.
 
         Outputs begin with the axes of batch and heads, and are joined along them.
+
+        Args:
+          function: what is computed for each group.
+          operands: how groups are cut from each array.
+          arrays: the arrays.
+          state: what is handed on from group to group.
+          ahead: `ahead(place, arrays of the group)` is computed one group ahead, and comes as the
+            last argument of `function`.
         """
         pairs = list(zip(operands, arrays, strict=True))
         if self == Groups():
-            return function((0, 0), arrays, state)
+            own = () if ahead is None else (ahead((0, 0), arrays),)
+            return function((0, 0), arrays, state, *own)
+        last = self.batch * self.heads - 1
 
-        def step(state: Any, i: Array) -> Any:
+        def group(i: Array | int) -> tuple[Place, list[Array]]:
             place = i // self.heads, i % self.heads
-            parts = [self.cut(operand, x, place) for operand, x in pairs]
-            outs, state = function(place, parts, state)
-            return state, outs
+            return place, [self.cut(operand, x, place) for operand, x in pairs]
 
-        count = jnp.arange(self.batch * self.heads, dtype=jnp.int32)
-        state, outs = lax.scan(step, state, count)
+        def step(carry: Any, i: Array) -> Any:
+            state, own = carry
+            outs, state = function(*group(i), state, *own)
+            if ahead is not None:
+                own = (ahead(*group(jnp.minimum(i + 1, last))),)
+            return (state, own), outs
+
+        first = () if ahead is None else (ahead(*group(0)),)
+        (state, _), outs = lax.scan(step, (state, first), jnp.arange(last + 1, dtype=jnp.int32))
         return jax.tree.map(self._joined, outs), state
 
     def cut(self, operand: Operand, x: Array, place: Place) -> Array:
