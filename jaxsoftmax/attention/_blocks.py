@@ -21,51 +21,11 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
 from jaxsoftmax.attention._block import Again, Block
-from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import UNKNOWN, Operand, join, stack, unstack
+from jaxsoftmax.attention._plan import Cuts, Plan, first_of, first_parts, group_start
 from jaxsoftmax.attention._prepared import First, Prepared
 
 Prepare = Callable[..., Prepared]
-
-
-@dataclasses.dataclass(frozen=True)
-class Cuts:
-    """How attention is cut into blocks.
-
-    Attributes:
-      groups: of the batch and the heads.
-      forward: the blocks of query rows, of each group.
-      backward: those of the reverse rule, which may be smaller.
-      again: whether to make scores again rather than read them: see `Tiling`.
-    """
-
-    groups: Groups
-    forward: tuple[Band, ...]
-    backward: tuple[Band, ...]
-    again: bool
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Plan:
-    """All that is known while tracing.
-
-    Attributes:
-      default: how attention is cut.
-      cuts: how it is cut on platforms that have a way of their own.
-      blocks: what is computed for each block of a band, where so many groups are made.
-      operands: how blocks are cut from each array.
-    """
-
-    default: Cuts
-    cuts: dict[str, Cuts]
-    blocks: dict[tuple[Groups, Band], Block]
-    operands: tuple[Operand, ...]
-
-    def on_each_platform(self, function: Callable[..., Any], *args: Any) -> Any:
-        """`function(cuts, *args)`, with the cuts of the platform that a program is lowered for."""
-        default = functools.partial(function, self.default)
-        of = {name: functools.partial(function, cuts) for name, cuts in self.cuts.items()}
-        return lax.platform_dependent(*args, default=default, **of) if of else default(*args)
 
 
 def attend_in_blocks(
@@ -92,9 +52,8 @@ def attend_in_blocks(
         group = [cut.groups.cut(op, x, (0, 0)) for op, x in zip(operands, arrays, strict=True)]
         for band in (*cut.forward, *cut.backward):
             if (cut.groups, band) not in opened:
-                pairs = zip(operands, group, strict=True)
-                parts = [operand.cut(x, band, band.start) for operand, x in pairs]
-                first = _first((0, 0), band.start)
+                parts = first_parts(operands, group, band)
+                first = first_of((0, 0), band.start)
                 opened[cut.groups, band] = closed.opened(prepare_of(band), first, *parts)
     # What the blocks close over becomes an operand.
     prepare = functools.partial(_with_closed, len(arrays))
@@ -106,11 +65,6 @@ def attend_in_blocks(
 def _with_closed(count: int, opened: Prepare, first: First, *parts: Array) -> Prepared:
     """Calls what was opened, given its own parts and then what was closed over."""
     return opened(parts[count:], first, *parts[:count])
-
-
-def _first(first: tuple[Any, Any], row: Any) -> First:
-    batch, head, row = (jnp.asarray(x, jnp.int32) for x in (*first, row))
-    return batch, head, row
 
 
 def _over_blocks(
@@ -176,10 +130,10 @@ def _attend_and_keep(plan: Plan, *arrays: Array) -> tuple[tuple[Array, ...], tup
 
 def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
     def forward(cuts: Cuts, *arrays: Array) -> Any:
-        again = _again(plan, cuts, cuts.forward, arrays)
+        again = plan.again(cuts, cuts.forward, arrays)
 
         def of_group(place: Any, arrays: Sequence[Array], state: Any) -> Any:
-            start, found = _group_start(arrays, place), []
+            start, found = group_start(arrays, place), []
             for band, how in zip(cuts.forward, again, strict=True):
                 block = plan.blocks[cuts.groups, band]
 
@@ -191,7 +145,7 @@ def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
                     block: Block = block,
                     how: Again | None = how,
                 ) -> Any:
-                    first = _first(start, first_row)
+                    first = first_of(start, first_row)
                     return state, block.attend_and_keep(how, first, parts())
 
                 found.append(_over_blocks(plan.operands, band, output, arrays)[1])
@@ -200,34 +154,6 @@ def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
         return cuts.groups.each(of_group, plan.operands, arrays)[0]
 
     return plan.on_each_platform(forward, *arrays)
-
-
-def _again(
-    plan: Plan, cuts: Cuts, bands: Sequence[Band], arrays: Sequence[Array]
-) -> list[Again | None]:
-    """How the scores of each band are made again, if they are.
-
-    A mask of places is made before the loop over groups, for all of them. Where there is no such
-    loop, masked scores are read: see `TILING`.
-    """
-    if not cuts.again:
-        return [None for _ in bands]
-
-    def mask(band: Band) -> Array | None:
-        if band.blocks > 1 or cuts.groups == Groups():
-            return None
-        pairs = zip(plan.operands, arrays, strict=True)
-        group = [(operand, cuts.groups.cut(operand, x, (0, 0))) for operand, x in pairs]
-        parts = [operand.cut(x, band, band.start) for operand, x in group]
-        return plan.blocks[cuts.groups, band].where(_first((0, 0), band.start), parts)
-
-    return [Again(mask(band)) for band in bands]
-
-
-def _group_start(arrays: Sequence[Array], place: Any) -> tuple[Any, Any]:
-    """The first batch and head of a group, as the queries count them: the first operand."""
-    batch, heads, *_ = arrays[0].shape
-    return place[0] * batch, place[1] * heads
 
 
 @jax.tree_util.register_static
@@ -290,7 +216,9 @@ def _pulled(
     """
 
     def pulled(cuts: Cuts, arrays: Sequence[Array], kept: Any, ct: Any) -> list[Array]:
-        groups, again = cuts.groups, _again(plan, cuts, cuts.backward, arrays)
+        groups, bands = cuts.groups, cuts.backward
+        pull = _pull_from_kept if from_kept else _pull_back
+        again = plan.again(cuts, bands, arrays) if from_kept else [None for _ in bands]
         # Groups have parts of their own, or else they add to one sum; and so have blocks.
         apart = [i for i in wanted if groups.are_apart(plan.operands[i], arrays[i])]
         totals = {i: wide_zeros(arrays[i]) for i in wanted if i not in apart}
@@ -303,24 +231,22 @@ def _pulled(
         def of_group(
             place: Any, parts: Sequence[Array], totals: Any, weights: Array | None = None
         ) -> Any:
-            pulls: list[Callable[..., list[Array]]] = [_pull_back for _ in again]
-            if from_kept:
-                hows = [how and dataclasses.replace(how, weights=weights) for how in again]
-                pulls = [functools.partial(_pull_from_kept, how) for how in hows]
+            hows = [how and dataclasses.replace(how, weights=weights) for how in again]
+            pulls = [functools.partial(pull, how) for how in hows]
             found = _pulled_of_group(plan, cuts, wanted, pulls, place, *split(parts))
             for i in totals:
                 totals[i] = groups.add(plan.operands[i], totals[i], found[i], place)
             return tuple(found[i] for i in apart), totals
 
         def weights(place: Any, parts: Sequence[Array]) -> Array | None:
-            (band,), (how,), (own, ((_, threshold), _)) = cuts.backward, again, split(parts)
-            first = _first(_group_start(own, place), band.start)
-            own = [op.cut(x, band, band.start) for op, x in zip(plan.operands, own, strict=True)]
+            (band,), (how,), (own, ((_, threshold), _)) = bands, again, split(parts)
+            first = first_of(group_start(own, place), band.start)
+            own = first_parts(plan.operands, own, band)
             return plan.blocks[groups, band].weights_again(how, first, own, threshold)
 
         # A step of the loop reads weights that another has made: see `TILING`.
-        is_one = [band.blocks for band in cuts.backward] == [1]
-        ahead = weights if from_kept and cuts.again and is_one else None
+        is_one = [band.blocks for band in bands] == [1]
+        ahead = weights if is_one and again != [None] else None
         operands = *plan.operands, *(Operand() for _ in of_rows)
         outs, totals = groups.each(of_group, operands, (*arrays, *of_rows), totals, ahead)
         totals |= dict(zip(apart, outs, strict=True))
@@ -330,7 +256,9 @@ def _pulled(
     return plan.on_each_platform(pulled, *point, ct)
 
 
-def _pull_back(block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any) -> Any:
+def _pull_back(
+    again: None, block: Block, wanted: Any, first: Any, parts: Any, kept: Any, ct: Any
+) -> Any:
     return block.pull_back(wanted, first, parts, ct)
 
 
@@ -368,7 +296,7 @@ def _pulled_of_group(
             # Computed once more rather than kept, where this is itself differentiated.
             @jax.checkpoint
             def pulled(first_row: Array, kept: Any, ct: Any) -> Any:
-                first = _first(_group_start(arrays, place), first_row)
+                first = first_of(group_start(arrays, place), first_row)
                 return pull(block, wanted, first, parts(), kept, ct)
 
             found = dict(zip(wanted, pulled(first_row, *of_rows), strict=True))
@@ -400,7 +328,7 @@ def _pushed(
                 ) -> Any:
                     @jax.checkpoint
                     def along(first_row: Array) -> Any:
-                        first = _first(_group_start(arrays, place), first_row)
+                        first = first_of(group_start(arrays, place), first_row)
                         given = parts()
                         own, tangents = given[: -len(wanted)], given[-len(wanted) :]
                         return block.push_forward(wanted, first, own, tangents)

@@ -17,9 +17,10 @@ from jaxsoftmax._scores import with_ndim
 from jaxsoftmax._sharding import parts_in_all, parts_of
 from jaxsoftmax.attention._arguments import LAYOUT, Sizes
 from jaxsoftmax.attention._bands import Band, Reach, bands, interleaved
-from jaxsoftmax.attention._blocks import Cuts, Prepare, attend_in_blocks
+from jaxsoftmax.attention._blocks import Prepare, attend_in_blocks
 from jaxsoftmax.attention._groups import Groups
 from jaxsoftmax.attention._operands import ROW_AXIS, ROWS, UNKNOWN, WHOLE, Operand
+from jaxsoftmax.attention._plan import Cuts
 from jaxsoftmax.attention._prepared import OF_NORMALIZER, First, Prepared, Rules, prepare
 from jaxsoftmax.attention._tiling import TILING, TILINGS, Tiling
 
