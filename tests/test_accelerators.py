@@ -51,7 +51,7 @@ BOUNDS = {
     ("attention, causal", "h100"): Bound(84, 121, 410, 3950),
     ("attention, causal, vjp", "h100"): Bound(145, 234, 560, 11_400),
     ("linear_cross_entropy", "h100"): Bound(18, 120, 150, 4300),
-    ("linear_cross_entropy, gradient", "h100"): Bound(32, 170, 340, 11_000),
+    ("linear_cross_entropy, gradient", "h100"): Bound(49, 175, 450, 8100),
     ("softmax", "v5e"): Bound(5, 5, 0.1, 56),
     ("softmax, vjp", "v5e"): Bound(7, 7, 0.1, 93),
     ("log_softmax", "v5e"): Bound(5, 5, 0.1, 56),

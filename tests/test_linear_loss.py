@@ -140,17 +140,65 @@ def as_on_accelerators(monkeypatch):
     return taken
 
 
+@pytest.fixture
+def in_pairs(as_on_accelerators, monkeypatch):
+    """As a GPU takes chunks in half precision: two chunks, of two of those, are one product."""
+
+    def of_pairs(general, *args, in_pairs, **_):
+        as_on_accelerators.append(in_pairs is not general and "in pairs")
+        return in_pairs(*args)
+
+    def on_gpu(*args, default, cuda=None, **_):
+        return (cuda or default)(*args)
+
+    monkeypatch.setattr("jax.lax.platform_dependent", on_gpu)
+    monkeypatch.setattr("jaxsoftmax._platforms._gpu.chunks", of_pairs)
+    monkeypatch.setattr("jaxsoftmax.linear_loss._chunks._FEWEST_OF_ACCELERATOR", 4)
+    monkeypatch.setattr("jaxsoftmax.linear_loss._chunks._SCORES_OF_ACCELERATOR", 4)
+    return as_on_accelerators
+
+
+def derivatives_of(f):
+    value = weighed(f)
+    second = jax.jvp(jax.grad(value, (0, 1, 2)), OPERANDS, tangents(OPERANDS))
+    return f(*OPERANDS), jax.jvp(value, OPERANDS, tangents(OPERANDS)), second
+
+
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_chunks_that_an_accelerator_takes_as_one(reduction, as_on_accelerators):
     options = {"loss": smoothed, "reduction": reduction}
     ours = functools.partial(chunked, chunk_size=None, **options)
-    theirs = functools.partial(whole, **options)
-
-    def derivatives(f):
-        return f(*OPERANDS), *jax.jvp(jax.grad(weighed(f), (0, 1, 2)), OPERANDS, tangents(OPERANDS))
-
-    all_close(derivatives(ours), derivatives(theirs))
+    all_close(derivatives_of(ours), derivatives_of(functools.partial(whole, **options)))
     assert as_on_accelerators[0] == 4  # all four, of two rows each
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_pairs_of_chunks_in_one_product(reduction, in_pairs):
+    options = {"loss": smoothed, "reduction": reduction}
+    ours = functools.partial(chunked, chunk_size=None, **options)
+    all_close(derivatives_of(ours), derivatives_of(functools.partial(whole, **options)))
+    assert in_pairs[0] == 2
+    assert "in pairs" in in_pairs
+
+
+def test_pairs_of_chunks_whose_rows_devices_share(in_pairs, rng):
+    """Inside `shard_map`, where types say what varies."""
+    hidden, labels = rng.normal(size=(28, WIDTH)), rng.integers(NUM_CLASSES, size=28)
+    ours = functools.partial(chunked, chunk_size=None, loss=smoothed)
+    mesh = jax.make_mesh((4,), ("a",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def shared(hidden, weight, bias):
+        def share(hidden, weight, bias, labels):
+            return jax.lax.pmean(ours(hidden, weight, bias, labels=labels), "a")
+
+        specs = (P("a"), P(), P(), P("a"))
+        mapped = jax.shard_map(share, mesh=mesh, in_specs=specs, out_specs=P())
+        return mapped(hidden, weight, bias, labels)
+
+    expected = jax.value_and_grad(functools.partial(whole, loss=smoothed, labels=labels), (0, 1, 2))
+    found = jax.jit(jax.value_and_grad(shared, (0, 1, 2)))(hidden, WEIGHT, BIAS)
+    all_close(found, expected(hidden, WEIGHT, BIAS))
+    assert "in pairs" in in_pairs
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

@@ -289,7 +289,9 @@ def log_total(general: Callable[..., Any], scores: Any, *, in_two: Callable[...,
     return in_two(scores)
 
 
-def chunks(general: Callable[..., Any], *args: Any, one_by_one: Callable[..., Any]) -> Any:
+def chunks(
+    general: Callable[..., Any], *args: Any, one_by_one: Callable[..., Any], **_: Any
+) -> Any:
     """Small chunks of a last layer's rows are large enough for any CPU."""
     del general
     return one_by_one(*args)

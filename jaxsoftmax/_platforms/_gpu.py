@@ -7,6 +7,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+# See `if_local`.
+LOCAL = ("chunks",)
 # The longest row of which XLA for GPU makes all sums in one kernel, which reads it once.
 _HELD = 16384
 
@@ -15,6 +17,17 @@ def sums_at_once(general: Callable[..., Any], *args: Any, rows: Any, one_by_one:
     """Sums one after the other where one kernel has all of a row; else each would be a pass."""
     is_held = rows.length_in_memory(args[0][0]) <= _HELD
     return (one_by_one if is_held else general)(*args)
+
+
+def chunks(general: Callable[..., Any], *args: Any, in_pairs: Callable[..., Any], **_: Any) -> Any:
+    """Two chunks of a last layer's rows make one product that is added to the weights' gradient.
+
+    To read and write that takes longer than the product of one, in half precision. As compiled for
+    an H100, 8,192 rows and 32,768 classes of width 1,024 in bfloat16: 2.9 ms one by one, 2.6 in
+    pairs, at a fifth and a quarter of the memory of all scores.
+    """
+    is_half = args[0].hidden.dtype.itemsize == 2
+    return (in_pairs if is_half else general)(*args)
 
 
 def log_pulled_back(

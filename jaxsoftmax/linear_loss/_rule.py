@@ -91,13 +91,22 @@ def _losses_of_chunk(
 
 
 def _gradients(
-    losses: Losses, operands: Operands, rows: Labelled, ct: Array
+    losses: Losses, operands: Operands, rows: Labelled, ct: Array, held: int = 1
 ) -> tuple[Array, Operands]:
-    """The losses, and their gradients under the cotangents `ct`, in one pass."""
+    """The losses, and their gradients under the cotangents `ct`, in one pass.
+
+    Args:
+      losses: makes losses of the scores of one chunk.
+      operands: what the gradients are for.
+      rows: what has none.
+      ct: a number for each row.
+      held: of how many chunks the gradients of the scores are held, and multiplied at once.
+    """
     shared = operands.weight, operands.bias, operands.params
 
-    def of_chunk(hidden: Array, labels: Array, keep: Array, ct: Array) -> Any:
-        weight, bias, params = shared
+    def of_chunk(total: Any, chunk: Any) -> tuple[Any, Array, Array]:
+        hidden, labels, keep, ct = chunk
+        _, bias, params = shared
 
         def of_scores(scores: Array, params: list[Array]) -> Array:
             return jnp.where(keep, losses(params, rows.rest, scores, labels), 0)
@@ -106,24 +115,49 @@ def _gradients(
         labels = filled_targets(labels, keep)
         values, pull_back = jax.vjp(of_scores, scores, params)
         ct_scores, ct_params = pull_back(vary_like(ct, values))
-        *of_rows, of_classes = range(ct_scores.ndim)
-        ct_bias = None if bias is None else jnp.sum(ct_scores, of_rows)
-        ct_scores = ct_scores.astype(hidden.dtype)
-        ct_hidden = _dot(ct_scores, weight, ((of_classes,), (1,)))
-        return values, ct_hidden, ct_scores, (ct_bias, ct_params)
+        ct_bias = None if bias is None else jnp.sum(ct_scores, range(ct_scores.ndim - 1))
+        total = jax.tree.map(jnp.add, total, (ct_bias, ct_params))
+        return total, values, ct_scores.astype(hidden.dtype)
+
+    def multiplied(total: Array, hidden: Array, ct_scores: Array) -> tuple[Array, Array]:
+        ct_hidden = _dot(ct_scores, operands.weight, ((ct_scores.ndim - 1,), (1,)))
+        return _add_product(total, hidden, ct_scores), ct_hidden
 
     # Checkpointed, so that what is differentiated again keeps no scores.
     @jax.checkpoint
     def step(total: Any, chunk: Any) -> Any:
-        total_weight, total_rest = total
-        values, ct_hidden, ct_scores, ct_rest = of_chunk(*chunk)
-        total_weight = _add_product(total_weight, chunk[0], ct_scores)
-        return (total_weight, jax.tree.map(jnp.add, total_rest, ct_rest)), (values, ct_hidden)
+        weight, rest = total
+        rest, values, ct_scores = of_chunk(rest, chunk)
+        weight, ct_hidden = multiplied(weight, chunk[0], ct_scores)
+        return (weight, rest), (values, ct_hidden)
+
+    @jax.checkpoint
+    def step_of_many(total: Any, chunks: Any) -> Any:
+        weight, rest, all_held = total
+
+        def hold(total: Any, chunk: Any) -> Any:
+            rest, all_held = total
+            i, *chunk = chunk
+            rest, values, ct_scores = of_chunk(rest, chunk)
+            return (rest, lax.dynamic_update_index_in_dim(all_held, ct_scores, i, 0)), values
+
+        indices = jnp.arange(held)
+        (rest, all_held), values = lax.scan(hold, (rest, all_held), (indices, *chunks))
+        weight, ct_hidden = multiplied(weight, chunks[0], all_held)
+        return (weight, rest, all_held), (values, ct_hidden)
 
     weight, *rest = jax.tree.map(wide_zeros, shared)
     chunks = operands.hidden, rows.labels, rows.keep, ct
-    (weight, (bias, params)), (values, ct_hidden) = lax.scan(step, (weight, tuple(rest)), chunks)
-    return values, Operands(ct_hidden, weight, bias, params)
+    if held == 1:
+        (weight, rest), found = lax.scan(step, (weight, tuple(rest)), chunks)
+    else:
+        chunks = jax.tree.map(lambda x: x.reshape(-1, held, *x.shape[1:]), chunks)
+        shape = (*chunks[0].shape[1:-1], operands.weight.shape[1])
+        space = vary_like(lax.empty(shape, operands.hidden.dtype), weight)
+        (weight, rest, _), found = lax.scan(step_of_many, (weight, tuple(rest), space), chunks)
+        found = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), found)
+    values, ct_hidden = found
+    return values, Operands(ct_hidden, weight, *rest)
 
 
 def _add_product(total: Array, hidden: Array, ct_scores: Array) -> Array:
@@ -162,20 +196,28 @@ def _by_platform(
     grouped = functools.partial(group.chunks.grouped, together=group.together)
     apart = functools.partial(group.chunks.apart, together=group.together)
 
-    def in_groups(operands: Operands, rows: Labelled, *of_rows: Array) -> Any:
+    def in_groups(operands: Operands, rows: Labelled, *of_rows: Array, **how: int) -> Any:
         found = function(
             group.losses,
             operands._replace(hidden=grouped(operands.hidden)),
             Labelled(grouped(rows.labels), grouped(rows.keep), rows.rest),
             *map(grouped, of_rows),
+            **how,
         )
         if not isinstance(found, tuple):
             return apart(found)
         values, gradients = found
         return apart(values), gradients._replace(hidden=apart(gradients.hidden))
 
-    one_by_one = functools.partial(function, losses)
-    return chosen("chunks", in_groups, operands, rows, *of_rows, one_by_one=one_by_one)
+    # Traced once for all platforms that take it.
+    general = jax.jit(in_groups, inline=True)
+    count = operands.hidden.shape[0] // group.together
+    makes_pairs = function is _gradients and is_known(count) and count % 2 == 0
+    ways = {
+        "one_by_one": functools.partial(function, losses),
+        "in_pairs": functools.partial(in_groups, held=2) if makes_pairs else general,
+    }
+    return chosen("chunks", general, operands, rows, *of_rows, **ways)
 
 
 def _one_by_one(losses: Losses, count: int, size: int) -> Losses:
