@@ -572,9 +572,10 @@ def test_scores_that_are_made_again_are_the_same(
 
     monkeypatch.setattr(_block.Block, "weights_again", kept)
     found = jax.jit(lambda *args: everything(*args))(*args)
-    # A mask is made before the loop over heads, if there is one. Temperatures divide scores.
-    is_ahead = not options or (group == 1 and "is_causal" in options)
-    assert {x is not None for x in ahead} == {is_ahead}
+    # Before the loop over heads, if there is one. Temperatures divide scores.
+    assert {x is not None for x in ahead} == (
+        {"normalizer" not in options} if group == 1 else set()
+    )
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
         np.testing.assert_allclose(
             x.astype(np.float64), y, rtol=0, atol=4 * rounding * np.max(np.abs(y))
@@ -597,11 +598,15 @@ def test_masks_of_scores_that_are_made_again(dtype, tolerance, options, tiled, m
     q, k, v = inputs(rng)
     k = (k + 2).at[:, T - 1].multiply(8)  # what rows do not see leaves them their weights
     q, k, v = (x.astype(dtype) for x in (5 * q + 3, k, v + 4))
-    masks = []
+    masks, held = [], []
 
     def seen(block, first, parts, where=_block.Block.where):
         masks.append(where(block, first, parts))
         return masks[-1]
+
+    def kept(*args, made=_block.Block.weights_again):
+        held.append(made(*args))
+        return held[-1]
 
     def everything(*args):
         attention = functools.partial(jsm.dot_product_attention, scale=0.3, **options)
@@ -611,11 +616,13 @@ def test_masks_of_scores_that_are_made_again(dtype, tolerance, options, tiled, m
     exact = everything(*(x.astype(np.float64) for x in (q, k, v)))
     tiled(Tiling(2**10, 2**10, 1, (T // 2, T), 2, products_again=True))
     monkeypatch.setattr(_block.Block, "where", seen)
+    monkeypatch.setattr(_block.Block, "weights_again", kept)
     found = jax.jit(lambda *args: everything(*args))(q, k, v)
     # One of each of the two bands; none where positions are not known while tracing.
     shapes = {None if mask is None else mask.shape[:3] for mask in masks}
     is_known = np.ndim(options.get("query_offset", 0)) == 0
     assert shapes == ({(1, 1, T // 2)} if is_known else {None})
+    assert {x is not None for x in held} == {is_known}
     for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(exact), strict=True):
         x, largest = x.astype(np.float64), np.max(np.abs(y), where=np.isfinite(y), initial=0)
         np.testing.assert_allclose(x, y, rtol=0, atol=tolerance * largest)

@@ -6,6 +6,7 @@ the weights of it, and solves for nothing again.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -30,10 +31,14 @@ class Again:
       mask: which of them take part, where their places tell, (1, 1, rows, S); None: all of them,
         or it is not known before the block.
       weights: what was made of them before the block, in the reverse rule; None: nothing.
+      key: cuts the keys `with_ones` that the block sees; None: the block makes its own.
+      value: the same for the values.
     """
 
     mask: Array | None
     weights: Array | None = None
+    key: Callable[[], Array] | None = None
+    value: Callable[[], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,7 +81,8 @@ class Block:
         made, value = self.prepare(first, *parts), parts[self.value]
         if made.form is SOFTMAX:
             threshold = _before_sum(made, again)
-            out, total = _mix_and_sum(made, _weights_of(made, threshold, again), value)
+            ones = functools.partial(_with_ones, value, again and again.value)
+            out, total = _mix_and_sum(made, _weights_of(made, threshold, again), value, ones)
             # Rows that see nothing have weights of 0, and cotangents are multiplied by this first.
             by = jnp.where(total == 0, 0, _threshold.inverse_of(total))
             out, threshold = out * by, (threshold[0], by)
@@ -154,13 +160,12 @@ class Block:
         if made.form.only_scales and {self.query, self.key, self.value}.issuperset(wanted):
             mean = jnp.sum(ct_out * out, -1, keepdims=True)
             mean = lax.psum(mean, made.rows.names) if made.rows.names else mean
-        is_simple = made.dropout is None and not made.row_values
-        if factors is not None and mean is not None and is_simple:
-            found = self._pull_back_products(factors, p[0], factor, value, mean, made.is_relative)
-            return [found[i].astype(parts[i].dtype) for i in wanted]
         if again is not None and mean is not None and made.dropout is None:
-            less_mean = _less(factor, value, mean).astype(value.dtype)
-            cts = less_mean.astype(p[0].dtype), *(-mean for _ in p[1:])
+            less_mean = _less(factor, _with_ones(value, again.value), mean)
+            if factors is not None and not made.row_values:
+                found = self._pull_back_products(factors, p[0], factor, less_mean, made.is_relative)
+                return [found[i].astype(parts[i].dtype) for i in wanted]
+            cts = less_mean.astype(value.dtype).astype(p[0].dtype), *(-mean for _ in p[1:])
             mean = jnp.zeros_like(mean)
         else:
             ct_weights = _products.apart(_products.scores(factor, value), p[0].shape[1])
@@ -193,8 +198,7 @@ class Block:
         factors: Factors,
         weights: Array,
         factor: Array,
-        value: Array,
-        mean: Array,
+        ct_weights: Array,
         is_relative: bool,
     ) -> dict[int, Array]:
         """The cotangents of queries, keys and values, where scores are products.
@@ -203,12 +207,12 @@ class Block:
         """
         query, key, scale, _ = factors
         heads = query.shape[1]
-        weights = weights.astype(value.dtype)
-        ct = weights * (_less(factor, value, mean) * scale).astype(value.dtype)
+        weights = weights.astype(factor.dtype)
+        ct = weights * (ct_weights * scale).astype(factor.dtype)
         ct, weights = (_products.grouped(x, key.shape[1]) for x in (ct, weights))
         near = key
         if is_relative and key.dtype == jnp.bfloat16:
-            near = _less_common(key, mean.dtype)
+            near = _less_common(key, ct_weights.dtype)
         return {
             self.query: _products.apart(_products.rows(ct, near), heads),
             self.key: _products.columns(_products.grouped(query, key.shape[1]), ct),
@@ -263,30 +267,35 @@ def _before_sum(made: Prepared, again: Again | None) -> tuple[Array, ...]:
     if factors is None:
         return SOFTMAX.before_sum(made.rows, made.entries)
     query, key, scale, where = factors
+    grouped = _products.grouped(query, key.shape[1])
 
-    def largest(dtype: Any) -> Array:
-        scores = _products.scores(_products.grouped(query, key.shape[1]), key) * scale
-        scores = scores.astype(dtype)
+    def largest(products: Array, dtype: Any) -> Array:
+        scores = (products * scale).astype(dtype)
         if where is not None:
             scores = jnp.where(where, _products.apart(scores, query.shape[1]), -jnp.inf)
             scores = _products.grouped(scores, key.shape[1])
         top = jnp.max(scores, -1, keepdims=True)
         return _products.apart(top, query.shape[1]).astype(scale.dtype)
 
+    def exactly() -> Array:
+        # What is cut outside of a loop is copied for it.
+        cut = key if again is None or again.key is None else again.key()[..., : -_products.ONES, :]
+        return largest(_products.scores(grouped, cut), scale.dtype)
+
     def nearly() -> Array:
-        rounded = largest(jnp.bfloat16)
+        rounded = largest(_products.scores(grouped, key), jnp.bfloat16)
         above = rounded + jnp.abs(rounded) * _ROUNDING
         is_near = jnp.abs(above) <= _NEAR
 
         def once(state: tuple[Array, Array]) -> tuple[Array, Array]:
             _, done = state
-            return jnp.where(is_near, above, largest(scale.dtype)), done | True
+            return jnp.where(is_near, above, exactly()), done | True
 
         # A loop of no pass, or one. Of a conditional, `vmap` would compute both branches.
         return lax.while_loop(lambda state: ~state[1], once, (above, jnp.all(is_near)))[0]
 
     # Devices would have to tell each other in every block whether all are near.
-    top = if_local(nearly, lambda: largest(scale.dtype))
+    top = if_local(nearly, exactly)
     # What is lost in sums of such products could take all weights of a row.
     size = jnp.abs(top)
     top = jnp.where((size > _LOSSY) & (size < jnp.inf), top - size * _LOST, top)
@@ -313,7 +322,9 @@ def _weights_of(made: Prepared, threshold: Sequence[Array], again: Again | None)
     top, _ = threshold
     is_tiny = jnp.abs(scale) < _TINY
     of_products = jnp.clip(top / jnp.where(is_tiny, 1, scale), -_HUGE, _HUGE)
-    less = _less(_products.grouped(query, key.shape[1]), key, jnp.where(is_tiny, 0, of_products))
+    of_products = jnp.where(is_tiny, 0, of_products)
+    grouped = _products.grouped(query, key.shape[1])
+    less = _less(grouped, _with_ones(key, again and again.key), of_products)
     gaps = less * jnp.where(is_tiny, 0, scale) - jnp.where(is_tiny, top, 0)
     # Products of other sizes are summed in another order: a gap may come out above that of the top.
     weights = jnp.exp(jnp.minimum(gaps, 0)).astype(key.dtype)
@@ -333,18 +344,24 @@ def _are_many(query: Array, key: Array) -> bool:
 
 def _less(query: Array, key: Array, row_values: Array) -> Array:
     """Products less a number per row, (B, N, rows, S), that need no kernel but their own."""
-    of_groups = _products.grouped(row_values, key.shape[1])
-    less = _products.scores_less(query, _products.with_ones(key), of_groups)
+    less = _products.scores_less(query, key, _products.grouped(row_values, key.shape[1]))
     return _products.apart(less, row_values.shape[1])
 
 
-def _mix_and_sum(made: Prepared, weights: Entries, value: Array) -> tuple[Array, Array]:
+def _with_ones(key: Array, cut: Callable[[], Array] | None) -> Array:
+    """Keys, or values, `with_ones`: cut from those of all bands, if they are there."""
+    return _products.with_ones(key) if cut is None else cut()
+
+
+def _mix_and_sum(
+    made: Prepared, weights: Entries, value: Array, with_ones: Callable[[], Array]
+) -> tuple[Array, Array]:
     """The values, weighted and summed, and the sums of the weights, (B, N, rows, 1)."""
     first, *sink = weights
     if made.dropout is None and _are_many(first, value):
         # Of values that are 1 the product makes sums, with no other kernel that reads the weights;
         # where these are few, that would not be worth a copy of the values.
-        mixed = _mix(first, _products.with_ones(value))
+        mixed = _mix(first, with_ones())
         out, total = mixed[..., : -_products.ONES], mixed[..., -1:]
     else:
         out, total = _mix(made.after_dropout(first), value), jnp.sum(first, -1, keepdims=True)

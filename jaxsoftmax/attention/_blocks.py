@@ -21,7 +21,8 @@ from jaxsoftmax._reductions import vary_like
 from jaxsoftmax._scores import wide_zeros
 from jaxsoftmax.attention._bands import Band
 from jaxsoftmax.attention._block import Again, Block
-from jaxsoftmax.attention._operands import UNKNOWN, Operand, join, stack, unstack
+from jaxsoftmax.attention._groups import Groups
+from jaxsoftmax.attention._operands import ROWS, UNKNOWN, Operand, join, stack, unstack
 from jaxsoftmax.attention._plan import Cuts, Plan, first_of, first_parts, group_start
 from jaxsoftmax.attention._prepared import First, Prepared
 
@@ -134,6 +135,7 @@ def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
 
         def of_group(place: Any, arrays: Sequence[Array], state: Any) -> Any:
             start, found = group_start(arrays, place), []
+            ones = plan.ones(cuts, again, arrays)
             for band, how in zip(cuts.forward, again, strict=True):
                 block = plan.blocks[cuts.groups, band]
 
@@ -142,11 +144,13 @@ def _forward(plan: Plan, arrays: Sequence[Array]) -> Any:
                     first_row: Any,
                     parts: Any,
                     _: Any,
+                    band: Band = band,
                     block: Block = block,
                     how: Again | None = how,
                 ) -> Any:
                     first = first_of(start, first_row)
-                    return state, block.attend_and_keep(how, first, parts())
+                    cut = ones.cut(how, band, first_row)
+                    return state, block.attend_and_keep(cut, first, parts())
 
                 found.append(_over_blocks(plan.operands, band, output, arrays)[1])
             return _of_rows(found, cuts.forward), state
@@ -229,24 +233,31 @@ def _pulled(
             return parts[: len(arrays)], jax.tree.unflatten(tree, parts[len(arrays) :])
 
         def of_group(
-            place: Any, parts: Sequence[Array], totals: Any, weights: Array | None = None
+            place: Any, parts: Sequence[Array], totals: Any, weights: Sequence[Any] = ()
         ) -> Any:
-            hows = [how and dataclasses.replace(how, weights=weights) for how in again]
-            pulls = [functools.partial(pull, how) for how in hows]
-            found = _pulled_of_group(plan, cuts, wanted, pulls, place, *split(parts))
+            hows = again
+            if weights:
+                pairs = zip(again, weights, strict=True)
+                hows = [how and dataclasses.replace(how, weights=w) for how, w in pairs]
+            found = _pulled_of_group(plan, cuts, wanted, pull, hows, place, *split(parts))
             for i in totals:
                 totals[i] = groups.add(plan.operands[i], totals[i], found[i], place)
             return tuple(found[i] for i in apart), totals
 
-        def weights(place: Any, parts: Sequence[Array]) -> Array | None:
-            (band,), (how,), (own, ((_, threshold), _)) = bands, again, split(parts)
-            first = first_of(group_start(own, place), band.start)
-            own = first_parts(plan.operands, own, band)
-            return plan.blocks[groups, band].weights_again(how, first, own, threshold)
+        def weights(place: Any, parts: Sequence[Array]) -> list[Array | None]:
+            own, ((_, threshold), _) = split(parts)
+            ones, found = plan.ones(cuts, again, own), []
+            for band, how in zip(bands, again, strict=True):
+                block, first_row = plan.blocks[groups, band], band.start
+                first = first_of(group_start(own, place), first_row)
+                of_rows = [ROWS.cut(x, band, first_row) for x in threshold]
+                cut, seen = ones.cut(how, band, first_row), first_parts(plan.operands, own, band)
+                found.append(block.weights_again(cut, first, seen, of_rows))
+            return found
 
         # A step of the loop reads weights that another has made: see `TILING`.
-        is_one = [band.blocks for band in bands] == [1]
-        ahead = weights if is_one and again != [None] else None
+        are_held = groups != Groups() and all(band.blocks == 1 for band in bands)
+        ahead = weights if are_held and None not in again else None
         operands = *plan.operands, *(Operand() for _ in of_rows)
         outs, totals = groups.each(of_group, operands, (*arrays, *of_rows), totals, ahead)
         totals |= dict(zip(apart, outs, strict=True))
@@ -273,15 +284,16 @@ def _pulled_of_group(
     plan: Plan,
     cuts: Cuts,
     wanted: Sequence[int],
-    pulls: Sequence[Callable[..., list[Array]]],
+    pull: Callable[..., list[Array]],
+    again: Sequence[Again | None],
     place: Any,
     arrays: Sequence[Array],
     of_rows: Any,
 ) -> dict[int, Array]:
     own = [i for i in wanted if plan.operands[i].has_rows(arrays[i])]
     sums = {i: wide_zeros(arrays[i]) for i in wanted if i not in own}
-    rows = []
-    for band, pull in zip(cuts.backward, pulls, strict=True):
+    rows, ones = [], plan.ones(cuts, again, arrays)
+    for band, how in zip(cuts.backward, again, strict=True):
         block = plan.blocks[cuts.groups, band]
 
         def cotangents(
@@ -291,13 +303,14 @@ def _pulled_of_group(
             of_rows: Any,
             band: Band = band,
             block: Any = block,
-            pull: Any = pull,
+            how: Again | None = how,
         ) -> Any:
             # Computed once more rather than kept, where this is itself differentiated.
             @jax.checkpoint
             def pulled(first_row: Array, kept: Any, ct: Any) -> Any:
                 first = first_of(group_start(arrays, place), first_row)
-                return pull(block, wanted, first, parts(), kept, ct)
+                cut = ones.cut(how, band, first_row)
+                return pull(cut, block, wanted, first, parts(), kept, ct)
 
             found = dict(zip(wanted, pulled(first_row, *of_rows), strict=True))
             sums = {i: plan.operands[i].add(sums[i], found[i], band, first_row) for i in sums}

@@ -72,7 +72,7 @@ def _cuts(block_size: int | None, rules: Rules, query: Array, sizes: Sizes, tili
     forward, backward = tiling.forward, tiling.backward
     if ours and not rules.kv_names:
         per_head = sizes.heads // sizes.key_heads
-        rows = block_size or _rows_of_band(sizes, reach, tiling)
+        rows = block_size or (sizes.queries if reach == Reach() else math.ceil(sizes.queries / 2))
         row_size = per_head * sizes.keys
         batch, heads = tiling.group_sizes(sizes.batch, sizes.key_heads, row_size, rows)
         groups = Groups(sizes.batch // batch, sizes.key_heads // heads)

@@ -48,8 +48,7 @@ class Groups:
         """
         pairs = list(zip(operands, arrays, strict=True))
         if self == Groups():
-            own = () if ahead is None else (ahead((0, 0), arrays),)
-            return function((0, 0), arrays, state, *own)
+            return function((0, 0), arrays, state)
         last = self.batch * self.heads - 1
 
         def group(i: Array | int) -> tuple[Place, list[Array]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from jaxsoftmax.attention import _products
 from jaxsoftmax.attention._bands import Band
 from jaxsoftmax.attention._block import Again, Block
 from jaxsoftmax.attention._groups import Groups
@@ -34,6 +35,27 @@ class Cuts:
     forward: tuple[Band, ...]
     backward: tuple[Band, ...]
     again: bool
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ones:
+    """The keys and the values of a group `with_ones`, for all its bands.
+
+    Attributes:
+      operands: how blocks are cut from the two; none, if blocks are to make their own.
+      arrays: the two.
+    """
+
+    operands: Sequence[Operand] = ()
+    arrays: Sequence[Array] = ()
+
+    def cut(self, again: Again | None, band: Band, first_row: Any) -> Again | None:
+        """How a block makes its scores again, given what it sees of them."""
+        if again is None or not self.arrays:
+            return again
+        pairs = zip(self.operands, self.arrays, strict=True)
+        key, value = (functools.partial(op.cut, x, band, first_row) for op, x in pairs)
+        return dataclasses.replace(again, key=key, value=value)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -78,6 +100,18 @@ class Plan:
             return self.blocks[cuts.groups, band].where(first_of((0, 0), band.start), parts)
 
         return [Again(mask(band)) for band in bands]
+
+    def ones(self, cuts: Cuts, again: Sequence[Again | None], arrays: Sequence[Array]) -> Ones:
+        """The keys and the values of a group `with_ones`, where several bands make scores again.
+
+        Each would write what it sees of them, while XLA for GPU cuts in the kernel that multiplies.
+        """
+        if len(again) == 1 or None in again:
+            return Ones()
+        block = self.blocks[cuts.groups, cuts.forward[0]]
+        places = block.key, block.value
+        with_ones = [_products.with_ones(arrays[i]) for i in places]
+        return Ones([self.operands[i] for i in places], with_ones)
 
 
 def first_of(start: tuple[Any, Any], row: Any) -> First:

@@ -17,7 +17,8 @@ class Tiling:
     Attributes:
       forward: those of a block of query rows, of all heads that are taken together.
       backward: the same for the reverse rule, which holds several arrays of them.
-      group: those of a block of a few heads; None: all heads are taken together.
+      group: those of all rows of a few heads, or of half of them, if rows do not see all keys;
+        None: all heads are taken together.
       rows: the fewest and the most rows that a block has.
       bands: into how many stretches of blocks a causal mask or a window is cut. A stretch sees the
         keys that one of its queries can reach, and each is a program of its own.
@@ -67,7 +68,7 @@ class Tiling:
           batch: how many entries there are.
           key_heads: how many heads.
           row_size: how many scores there are to a row, for one of the heads.
-          rows: how many rows a block may have.
+          rows: how many rows count.
         """
         if self.group is None:
             return batch, key_heads
@@ -89,9 +90,10 @@ def _divisor(n: int, most: int) -> int:
 # what all take; whole heads, or all of dK and dV would be rewritten for each block of rows. To
 # make scores again takes 46 us a block, to read them 80. A kernel that multiplies reads a mask that
 # is a state of the loop around it, but makes none: one more kernel for that would take longer than
-# to read the scores. In the same way it multiplies cotangents by weights that the step before made:
-# a sixth of the time of the reverse rule, where one block has all rows. Under a causal mask 4 bands
-# take less time than 2, 3, 6 or 8, in bfloat16 a tenth and more. Other platforms take this, too.
+# to read the scores. In the same way it multiplies cotangents by weights that the step before made
+# for all bands: a sixth of the time of the reverse rule. Under a causal mask, with 8 heads in 4
+# bands, it takes less time than with 16 heads, or 4, which makes more of such steps; and 4 bands
+# take less than 2, 3, 6 or 8, in bfloat16 a tenth and more. Other platforms take this, too.
 TILING = Tiling(2**26, 2**26, 2**26, (64, 4096), 4, products_again=True)
 # Those of platforms that have their own.
 TILINGS = {platform: Tiling(**sizes) for platform, sizes in constants("ATTENTION").items()}
