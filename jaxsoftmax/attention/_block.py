@@ -279,7 +279,7 @@ def _before_sum(made: Prepared, again: Again | None) -> tuple[Array, ...]:
 
     def exactly() -> Array:
         # What is cut outside of a loop is copied for it.
-        cut = key if again is None or again.key is None else again.key()[..., : -_products.ONES, :]
+        cut = key if again is None or again.key is None else again.key()[..., : key.shape[2], :]
         return largest(_products.scores(grouped, cut), scale.dtype)
 
     def nearly() -> Array:
@@ -362,7 +362,7 @@ def _mix_and_sum(
         # Of values that are 1 the product makes sums, with no other kernel that reads the weights;
         # where these are few, that would not be worth a copy of the values.
         mixed = _mix(first, with_ones())
-        out, total = mixed[..., : -_products.ONES], mixed[..., -1:]
+        out, total = mixed[..., : value.shape[2]], mixed[..., -1:]
     else:
         out, total = _mix(made.after_dropout(first), value), jnp.sum(first, -1, keepdims=True)
     if made.rows.names:

@@ -70,18 +70,20 @@ def scores_less(query: Array, key: Array, row_values: Array) -> Array:
         part = lax.reduce_precision(rest, exponent_bits=8, mantissa_bits=7)
         parts.append(part.astype(query.dtype))
         rest = rest - part
-    missing = jnp.zeros((*query.shape[:-1], ONES - _PARTS), query.dtype)
+    missing = key.shape[-2] - query.shape[-1] - _PARTS
+    missing = jnp.zeros((*query.shape[:-1], missing), query.dtype)
     return scores(jnp.concatenate([query, *parts, vary_like(missing, query)], -1), key)
 
 
 def with_ones(key: Array) -> Array:
-    """Keys with `ONES` features more that are 1."""
-    ones = jnp.ones((*key.shape[:-2], ONES, key.shape[-1]), key.dtype)
+    """Keys with some features more that are 1."""
+    count = max(_BYTES // key.dtype.itemsize, _PARTS)
+    ones = jnp.ones((*key.shape[:-2], count, key.shape[-1]), key.dtype)
     return jnp.concatenate([key, vary_like(ones, key)], -2)
 
 
-# A GPU multiplies matrices fast whose sizes are multiples of 8.
-ONES = 8
+# A GPU multiplies matrices fast whose rows are multiples of so many bytes.
+_BYTES = 16
 # Of 8 bits each, as bfloat16 has them: as many as float32 has.
 _PARTS = 3
 
