@@ -153,13 +153,16 @@ def linear_cross_entropy(
     hidden = jnp.where(keep[..., None], layer.hidden, 0)
     losses = on_explicit_mesh if sharding_of(layer) is not None else summed_or_each
     weights = None if weights is None else _as_weights(weights, keep, wide(hidden.dtype))
-    losses = losses(how, layer._replace(hidden=hidden), labels, keep, weights)
-    if reduction != "mean":
-        return losses
-    if weights is None:
-        return losses / jnp.maximum(jnp.sum(keep.astype(losses.dtype)), 1)
+    if reduction == "mean":
+        weights = _of_mean(weights, keep, wide(hidden.dtype))
+    return losses(how, layer._replace(hidden=hidden), labels, keep, weights)
+
+
+def _of_mean(weights: Array | None, keep: Array, dtype: Any) -> Array:
+    """Weights that add up to 1: gradients made with the losses are then those of the mean."""
+    weights = keep.astype(dtype) if weights is None else weights
     total = jnp.sum(weights)
-    return losses / jnp.where(total == 0, 1, total)
+    return weights / jnp.where(total == 0, 1, total)
 
 
 def _as_weights(weights: ArrayLike, keep: Array, dtype: Any) -> Array:
