@@ -9,7 +9,7 @@ from typing import Any, Generic, ParamSpec, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import core
+from jax import core, lax
 from jax.custom_derivatives import CustomVJPPrimal, SymbolicZero
 
 from jaxsoftmax import _jax
@@ -43,7 +43,9 @@ class custom_vjp(Generic[P, R]):  # noqa: N801 (named as jax.custom_vjp)
     then selects something else, its transpose is NaN: select the divisor first.
 
     Arguments without a tangent (integers, booleans, keys, None, and pytrees that mix them with
-    floats) need no declaration; `bwd` returns None for them, as with `jax.custom_vjp`.
+    floats) need no declaration; `bwd` returns None for them, as with `jax.custom_vjp`. A cotangent
+    that varies over mesh axes of `jax.shard_map` that its argument does not vary over is summed
+    over them.
 
     Args:
       fun: the function. Its arguments and results are any pytrees.
@@ -388,5 +390,8 @@ class _Pullback:
                 f"bwd of {self.rule.name} must return real cotangents for real arguments, got "
                 f"{jnp.result_type(ct)} for {wanted.dtype}."
             )
-        # It is spread as all that it was made of, which may be more than the argument.
-        return placed_like(jnp.asarray(ct).astype(wanted.dtype), wanted.sharding.spec)
+        # It varies and is spread as all that it was made of, which may be more than the argument.
+        ct = jnp.asarray(ct)
+        names = _jax.varying(ct) - _jax.varying_of(wanted)
+        ct = lax.psum(ct, tuple(sorted(names))) if names else ct
+        return placed_like(ct.astype(wanted.dtype), wanted.sharding.spec)

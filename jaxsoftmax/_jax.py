@@ -60,8 +60,12 @@ def is_of_closure(error: Exception) -> bool:
 
 
 def varying(x: Array) -> frozenset[str]:
-    """The mesh axes of `shard_map` that `x` varies over: `vma` of its type, later renamed."""
-    aval: Any = jax.typeof(x)
+    """The mesh axes of `shard_map` that `x` varies over."""
+    return varying_of(jax.typeof(x))
+
+
+def varying_of(aval: Any) -> frozenset[str]:
+    """Those that arrays of a type vary over: its `vma`, later renamed."""
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 

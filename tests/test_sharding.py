@@ -1213,3 +1213,40 @@ def test_attention_to_keys_that_are_spread(normalizer, kind, rng):
     spread = on_two_devices(functools.partial(attend, kv_axis_name="i"), kind, P())
     found, wanted = (jax.jit(functools.partial(derivatives, f))() for f in (spread, attend))
     assert_close(found, wanted)
+
+
+ON_DEVICES = {
+    "entmax_loss": lambda x, y, t: jnp.mean(jsm.entmax_loss(x, y)),
+    "temperature": lambda x, y, t: jnp.vdot(jsm.log_softmax(x, temperature=t), jnp.cos(x)),
+    "linear": lambda x, y, t: jsm.linear_cross_entropy(x, jnp.sin(x.T @ x), y),
+    "linear, each": lambda x, y, t: jnp.vdot(
+        jsm.linear_cross_entropy(x, jnp.sin(x.T @ x), y, reduction="none"), t
+    ),
+    "linear, weights": lambda x, y, t: jsm.linear_cross_entropy(
+        x, jnp.sin(x.T @ x), jnp.arange(ROWS) % 5, weights=t[:, 0]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ON_DEVICES)
+def test_cotangents_of_what_all_devices_share_are_summed(name, rng):
+    """Scores that no device has of its own, with targets, temperatures or weights that each has."""
+    x, y = rng.normal(size=(ROWS, 5)), rng.integers(5, size=4 * ROWS)
+    temperature = rng.uniform(1, 2, size=(4 * ROWS, 1))
+    on_device = ON_DEVICES[name]
+
+    def derivatives(total):
+        gradient = jax.grad(total)
+        return jax.jit(lambda x, *rest: jax.jvp(lambda x: gradient(x, *rest), (x,), (jnp.sin(x),)))
+
+    def one_by_one(x, y, t):
+        shares = zip(jnp.split(y, 4), jnp.split(t, 4), strict=True)
+        return sum(on_device(x, *share) for share in shares)
+
+    specs = P(), P("a"), P("a")
+    mesh = mesh_of((4,), AxisType.Auto)
+    total = jax.shard_map(
+        lambda *args: jax.lax.psum(on_device(*args), "a"), mesh=mesh, in_specs=specs, out_specs=P()
+    )
+    found = derivatives(total)(x, y, temperature)
+    assert_close(found, derivatives(one_by_one)(x, y, temperature))

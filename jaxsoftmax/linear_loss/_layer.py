@@ -44,8 +44,10 @@ def as_layer(hidden: ArrayLike, weight: ArrayLike, bias: ArrayLike | None) -> La
     return Layer(hidden, weight, bias.astype(wide(dtype)))
 
 
-def varying_alike(layer: Layer) -> Layer:
-    """The layer, brought to the same devices."""
-    hidden = vary_like(layer.hidden, layer.weight)
+def varying_alike(layer: Layer, *of_rows: Array) -> Layer:
+    """The layer, seen as varying over all mesh axes that one of its arrays or `of_rows` does."""
+    hidden = layer.hidden
+    for x in (layer.weight, *of_rows):
+        hidden = vary_like(hidden, x)
     weight = vary_like(layer.weight, hidden)
     return Layer(hidden, weight, None if layer.bias is None else vary_like(layer.bias, weight))
