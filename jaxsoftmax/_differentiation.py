@@ -392,6 +392,6 @@ class _Pullback:
             )
         # It varies and is spread as all that it was made of, which may be more than the argument.
         ct = jnp.asarray(ct)
-        names = _jax.varying(ct) - _jax.varying_of(wanted)
+        names = _jax.varying(jax.typeof(ct)) - _jax.varying(wanted)
         ct = lax.psum(ct, tuple(sorted(names))) if names else ct
         return placed_like(ct.astype(wanted.dtype), wanted.sharding.spec)

@@ -59,13 +59,8 @@ def is_of_closure(error: Exception) -> bool:
     return any(x in str(error) for x in ("Closing over inputs", "should match the aval mesh"))
 
 
-def varying(x: Array) -> frozenset[str]:
-    """The mesh axes of `shard_map` that `x` varies over."""
-    return varying_of(jax.typeof(x))
-
-
-def varying_of(aval: Any) -> frozenset[str]:
-    """Those that arrays of a type vary over: its `vma`, later renamed."""
+def varying(aval: Any) -> frozenset[str]:
+    """The mesh axes of `shard_map` that arrays of a type vary over: its `vma`, later renamed."""
     return aval.manual_axis_type.varying if hasattr(aval, "manual_axis_type") else aval.vma
 
 

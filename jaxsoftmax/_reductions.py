@@ -351,7 +351,7 @@ _MOST = 2**31 - 1
 
 def untracked(names: Sequence[str]) -> tuple[str, ...]:
     """Those of the mesh axes around for which JAX does not know what is the same everywhere."""
-    return tuple(name for name in names if name not in varying(lax.axis_index(name)))
+    return tuple(name for name in names if name not in varying(jax.typeof(lax.axis_index(name))))
 
 
 def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
@@ -360,7 +360,7 @@ def vary_like(x: Array, other: Array, but: Sequence[str] = ()) -> Array:
     For what is differentiated, and outside of custom rules: the gradient's sum over devices is then
     taken by JAX and not by the rule.
     """
-    missing = varying(other) - varying(x) - frozenset(but)
+    missing = varying(jax.typeof(other)) - varying(jax.typeof(x)) - frozenset(but)
     return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
 

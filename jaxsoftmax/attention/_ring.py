@@ -214,7 +214,7 @@ def _searched(ring: Ring, search: Search, moving: Arrays, staying: Arrays) -> Ar
         found = ring.sum(sums, keys, staying)
         state, moved = search.update(staying, found, (tau, *others))
         # All devices go on until no row of any of them moves, for they wait for each other.
-        names = {*ring.names, *varying(moved)}
+        names = {*ring.names, *varying(jax.typeof(moved))}
         moving_rows = vary_like(jnp.any(moved).astype(jnp.int32), lax.axis_index(ring.names))
         return (state, found[0]), lax.pmax(moving_rows, tuple(sorted(names))) > 0
 
