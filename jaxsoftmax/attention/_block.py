@@ -6,7 +6,6 @@ the weights of it, and solves for nothing again.
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -81,8 +80,8 @@ class Block:
         made, value = self.prepare(first, *parts), parts[self.value]
         if made.form is SOFTMAX:
             threshold = _before_sum(made, again)
-            ones = functools.partial(_with_ones, value, again and again.value)
-            out, total = _mix_and_sum(made, _weights_of(made, threshold, again), value, ones)
+            weights = _weights_of(made, threshold, again)
+            out, total = _mix_and_sum(made, weights, value, again and again.value)
             # Rows that see nothing have weights of 0, and cotangents are multiplied by this first.
             by = jnp.where(total == 0, 0, _threshold.inverse_of(total))
             out, threshold = out * by, (threshold[0], by)
@@ -354,14 +353,14 @@ def _with_ones(key: Array, cut: Callable[[], Array] | None) -> Array:
 
 
 def _mix_and_sum(
-    made: Prepared, weights: Entries, value: Array, with_ones: Callable[[], Array]
+    made: Prepared, weights: Entries, value: Array, cut: Callable[[], Array] | None
 ) -> tuple[Array, Array]:
     """The values, weighted and summed, and the sums of the weights, (B, N, rows, 1)."""
     first, *sink = weights
     if made.dropout is None and _are_many(first, value):
         # Of values that are 1 the product makes sums, with no other kernel that reads the weights;
         # where these are few, that would not be worth a copy of the values.
-        mixed = _mix(first, with_ones())
+        mixed = _mix(first, _with_ones(value, cut))
         out, total = mixed[..., : value.shape[2]], mixed[..., -1:]
     else:
         out, total = _mix(made.after_dropout(first), value), jnp.sum(first, -1, keepdims=True)

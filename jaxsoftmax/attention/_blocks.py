@@ -233,12 +233,10 @@ def _pulled(
             return parts[: len(arrays)], jax.tree.unflatten(tree, parts[len(arrays) :])
 
         def of_group(
-            place: Any, parts: Sequence[Array], totals: Any, weights: Sequence[Any] = ()
+            place: Any, parts: Sequence[Array], totals: Any, weights: Sequence[Any] | None = None
         ) -> Any:
-            hows = again
-            if weights:
-                pairs = zip(again, weights, strict=True)
-                hows = [how and dataclasses.replace(how, weights=w) for how, w in pairs]
+            pairs = zip(again, weights or [None for _ in bands], strict=True)
+            hows = [how and dataclasses.replace(how, weights=own) for how, own in pairs]
             found = _pulled_of_group(plan, cuts, wanted, pull, hows, place, *split(parts))
             for i in totals:
                 totals[i] = groups.add(plan.operands[i], totals[i], found[i], place)

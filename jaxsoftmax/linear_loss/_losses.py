@@ -56,12 +56,12 @@ def summed_or_each(
     how: How, layer: Layer, labels: Array, keep: Array, weights: Array | None
 ) -> Array:
     """The sum of all losses, or each of them, as `how` wants it; weighted, if there are weights."""
-    layer = varying_alike(layer, labels, keep, *(() if weights is None else (weights,)))
+    if weights is None:
+        weights = jnp.ones(keep.shape, wide(layer.hidden.dtype))
+    layer = varying_alike(layer, labels, keep, weights)
     chunks = chunks_of_rows(layer.hidden, how.chunk_size, layer.weight.shape[1])
     if not is_known(chunks.count) or chunks.count > 1:
         _refuse_what_is_of_rows(how.loss)
-    if weights is None:
-        weights = jnp.ones(keep.shape, wide(layer.hidden.dtype))
     hidden, labels, keep, weights = map(chunks.split, (layer.hidden, labels, keep, weights))
     together = 1
     if how.chunk_size is None:
